@@ -1,0 +1,81 @@
+"""`data=bundled`: the harvested corpus behind the interface of every text source, harvested once and then cached."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from core.artifacts import Store
+from core.data.harvest import harvest, locked_names
+from core.data.text import Document, Split
+from core.seeding import derived_seed
+
+HARVEST_VERSION = 1  # raise it when harvesting changes: caches made before are not used then
+
+
+class BundledText:
+    """The bundled corpus. `mb_per_package` bounds what is read of each installed package, in MB of files."""
+
+    name = "bundled"
+
+    def __init__(self, mb_per_package: float, artifacts_dir: str | Path = "artifacts") -> None:
+        if mb_per_package <= 0:
+            raise ValueError(f"data.mb_per_package must be positive, not {mb_per_package}.")
+        self.mb_per_package = float(mb_per_package)
+        self.store = Store(artifacts_dir)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What decides the corpus' content: the packages' versions, Python's, and how much is read of each."""
+        return {
+            "version": HARVEST_VERSION,
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "packages": {name: _installed_version(name) for name in locked_names()},
+            "mb_per_package": self.mb_per_package,
+        }
+
+    def folder(self) -> Path:
+        """The cached corpus: `documents.parquet` and `card.json`. Harvests on the first call (10 to 60 s)."""
+        return self.store.get_or_make("corpus", self.spec, self._harvest_into)
+
+    def card(self) -> dict[str, Any]:
+        """Size and hash of the corpus, per split and tag, for reports."""
+        return json.loads((self.folder() / "card.json").read_text())
+
+    def documents(self, split: Split, seed: int) -> Iterator[Document]:
+        """All documents of a split, once, in an order that depends on the seed."""
+        table = pq.read_table(self.folder() / "documents.parquet", filters=[("split", "=", split)])
+        rows = list(zip(table["text"].to_pylist(), table["tag"].to_pylist(), strict=True))
+        random.Random(derived_seed(seed, "bundled", split)).shuffle(rows)
+        for text, tag in rows:
+            yield Document(text, tag)
+
+    def _harvest_into(self, folder: Path) -> None:
+        documents = harvest(self.mb_per_package)
+        columns = {name: [getattr(d, name) for d in documents] for name in ("text", "tag", "split", "source")}
+        pq.write_table(pa.table(columns), folder / "documents.parquet", compression="zstd")
+        digest = hashlib.sha256()
+        n_bytes: dict[str, int] = {}
+        for document in documents:
+            encoded = document.text.encode()
+            digest.update(encoded)
+            group = f"{document.split}/{document.tag}"
+            n_bytes[group] = n_bytes.get(group, 0) + len(encoded)
+        card = {"documents": len(documents), "sha256": digest.hexdigest(), "bytes": dict(sorted(n_bytes.items()))}
+        (folder / "card.json").write_text(json.dumps(card, indent=1))
+
+
+def _installed_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
