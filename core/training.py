@@ -1,55 +1,56 @@
-"""Lightning trainers as every experiment uses them: quiet, logged to TensorBoard, checkpointed, with token progress."""
+"""Lightning trainers as every experiment uses them: quiet, logged, checkpointed by time, with progress over tokens."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from omegaconf import DictConfig
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from core.errors import UserError
 
 
 class TokenProgress(Callback):
-    """A bar over the tokens of one training: rate, time left, and whatever the module logged with `prog_bar=True`.
+    """A bar over the tokens of one training: rate, time left, and whatever was logged with `prog_bar=True`.
 
     Where standard error is not a terminal it says one line every `quiet_seconds` instead.
     """
 
-    def __init__(self, title: str, n_tokens: int, tokens_per_step: int, quiet_seconds: float = 60.0) -> None:
-        self.title, self.n_tokens, self.tokens_per_step = title, n_tokens, tokens_per_step
+    def __init__(self, title: str, n_tokens: int, tokens_per_batch: int, quiet_seconds: float) -> None:
+        self.title, self.n_tokens, self.tokens_per_batch = title, n_tokens, tokens_per_batch
         self.quiet_seconds = quiet_seconds
-        self.terminal = sys.stderr.isatty()
         self.bar: Progress | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.started, self.said = time.monotonic(), time.monotonic()
-        self.first_tokens = self.done = trainer.fit_loop.epoch_loop.batch_progress.total.completed * self.tokens_per_step
-        if self.terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), transient=True)
+        self.started = self.said = time.monotonic()
+        self.first = self.done = trainer.fit_loop.epoch_loop.batch_progress.current.completed * self.tokens_per_batch
+        if sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+            self.bar = Progress(*columns, TimeRemainingColumn(), transient=True)
             self.task = self.bar.add_task(self.title, total=self.n_tokens, completed=self.done, note="")
             self.bar.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.done += self.tokens_per_step
+        self.done = min(self.n_tokens, self.done + self.tokens_per_batch)
         now = time.monotonic()
-        rate = (self.done - self.first_tokens) / max(now - self.started, 1e-9)
+        rate = (self.done - self.first) / max(now - self.started, 1e-9)
+        if self.bar is None and now - self.said < self.quiet_seconds:
+            return
+        logged = " ".join(f"{name} {float(value):.4g}" for name, value in trainer.progress_bar_metrics.items())
+        note = f"{self.done:,}/{self.n_tokens:,} tokens, {rate:,.0f}/s {logged}"
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, note=self._note(trainer, rate))
-        elif now - self.said >= self.quiet_seconds:
+            self.bar.update(self.task, completed=self.done, note=note)
+        else:
             self.said = now
             left = (self.n_tokens - self.done) / max(rate, 1e-9)
-            print(
-                f"{self.title}: {self.done:,}/{self.n_tokens:,} tokens, {self._note(trainer, rate)}, {left:,.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"{self.title}: {note}, {left:,.0f} s left", file=sys.stderr, flush=True)
 
     def on_train_end(self, *_: Any) -> None:
         if self.bar is not None:
@@ -58,46 +59,68 @@ class TokenProgress(Callback):
     def on_exception(self, *_: Any) -> None:
         self.on_train_end()
 
-    @staticmethod
-    def _note(trainer: pl.Trainer, rate: float) -> str:
-        logged = " ".join(f"{name} {float(value):.4g}" for name, value in trainer.progress_bar_metrics.items())
-        return f"{rate:,.0f} tok/s {logged}"
+
+class Checkpoints(Callback):
+    """Writes `<folder>/<batches>.ckpt` every `every_seconds`, between two batches, and keeps the two newest.
+
+    A file is written under a temporary name and renamed when it is whole.
+    """
+
+    KEPT = 2
+
+    def __init__(self, folder: Path, every_seconds: float) -> None:
+        self.folder, self.every_seconds = folder, every_seconds
+        self.saved = time.monotonic()
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint, to resume from."""
+        return max(self.folder.glob("[0-9]*.ckpt"), default=None)
+
+    def on_train_start(self, *_: Any) -> None:
+        self.saved = time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.every_seconds and time.monotonic() - self.saved >= self.every_seconds:
+            self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        # The batch that just ended is counted as completed only after the callbacks: `ready` counts it already.
+        path = self.folder / f"{trainer.fit_loop.epoch_loop.batch_progress.current.ready:09d}.ckpt"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".part")
+        trainer.save_checkpoint(temporary, weights_only=False)
+        os.replace(temporary, path)
+        for old in sorted(self.folder.glob("[0-9]*.ckpt"))[: -self.KEPT]:
+            old.unlink()
+        self.saved = time.monotonic()
 
 
-def make_trainer(cfg: DictConfig, folder: Path, callbacks: list[Callback], n_batches: int, name: str) -> pl.Trainer:
-    """A trainer for `n_batches` calls of `training_step`, writing logs and checkpoints below `folder`."""
-    options = cfg.trainer
-    logger: Logger | bool = False
-    if options.logger == "tensorboard":
-        logger = TensorBoardLogger(save_dir=folder / "logs", name=name, version="")
-    elif options.logger == "wandb":
-        from pytorch_lightning.loggers import WandbLogger
-
-        logger = WandbLogger(project="sparse-dictionaries", name=name, save_dir=folder / "logs")
-    if options.checkpoint_every_batches:
-        callbacks = [
-            *callbacks,
-            ModelCheckpoint(
-                dirpath=folder / "checkpoints" / name,
-                filename="{step}",
-                every_n_train_steps=options.checkpoint_every_batches,
-                save_top_k=1,
-                save_last=True,
-                monitor=None,
-            ),
-        ]
+def make_trainer(cfg: DictConfig, folder: Path, name: str, n_batches: int, callbacks: list[Callback]) -> pl.Trainer:
+    """A trainer for `n_batches` calls of `training_step`, logging below `folder` as `cfg.logging` says."""
     return pl.Trainer(
-        accelerator=options.accelerator,
+        accelerator=cfg.trainer.accelerator,
         devices=1,
-        precision=options.precision,
+        precision=cfg.trainer.precision,
         max_epochs=1,
         limit_train_batches=n_batches,
-        logger=logger,
+        logger=_logger(cfg.logging.logger, folder, name),
         callbacks=callbacks,
-        log_every_n_steps=options.log_every_batches,
-        enable_checkpointing=bool(options.checkpoint_every_batches),
+        log_every_n_steps=1,
+        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        inference_mode=False,
-        deterministic="warn" if not torch.cuda.is_available() else None,
+        barebones=False,
     )
+
+
+def _logger(kind: str, folder: Path, name: str) -> Logger | bool:
+    if kind == "none":
+        return False
+    if kind == "tensorboard":
+        return TensorBoardLogger(save_dir=folder, name=name, version="")
+    if kind == "wandb":
+        from pytorch_lightning.loggers import WandbLogger
+
+        folder.mkdir(parents=True, exist_ok=True)
+        return WandbLogger(project="sparse-dictionaries", name=name, save_dir=folder)
+    raise UserError(f"logging.logger={kind!r} is not one of tensorboard, wandb, none.")

@@ -1,0 +1,23 @@
+"""What a cell's folder is called: the settings in which it differs from the experiment's YAML."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+UNNAMED_KEYS = ("experiment", "scale", "force", "output_dir", "artifacts_dir")
+MAX_NAME_BYTES = 180  # file systems allow 255 for one folder
+
+
+def cell_name(override_dirname: str) -> str:
+    """Hydra's `override_dirname` without what the path says already (experiment, scale) or what changes no number.
+
+    `base` if nothing is left. A name too long for a folder ends in a hash of the whole.
+    """
+    overrides = re.split(r",(?=[^,=]+=)", override_dirname) if override_dirname else []
+    named = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in (*UNNAMED_KEYS, "logging")]
+    name = ",".join(named).replace("/", "_") or "base"
+    if len(name.encode()) > MAX_NAME_BYTES:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+        name = f"{name.encode()[:MAX_NAME_BYTES].decode(errors='ignore')}_{digest}"
+    return name

@@ -1,0 +1,228 @@
+"""Dictionaries on demand: ask for one with `load_or_train`, or for many at once with `prefetch`.
+
+A `Request` says everything that decides a dictionary: the method's settings and the stream of activations. Requests on
+the same stream are trained together, in one Lightning run on one pass of the language model; each dictionary comes out
+as it would have alone, since the batches are the same and nothing else is shared. Finished ones lie in the artifact
+store under the key of their request.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor
+
+from core.artifacts import Store, content_key
+from core.data.activations import ActivationStream
+from core.data.batch import InputNorm
+from core.data.module import ActivationData, Chunk
+from core.data.rows import RowStream
+from core.errors import NonFiniteLoss, UserError
+from core.methods.base import DictionaryMethod
+from core.methods.saved import load_dictionary, save_dictionary
+from core.models.language_model import load_language_model, model_identity
+from core.training import Checkpoints, TokenProgress, make_trainer
+
+KIND = "dictionary"
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One dictionary: plain, resolved configurations of the method, the stream, the language model and the text."""
+
+    method: dict[str, Any]
+    stream: dict[str, Any]
+    model: dict[str, Any]
+    data: dict[str, Any]
+    precision: str
+    seed: int
+
+    @cached_property
+    def stream_spec(self) -> dict[str, Any]:
+        """What decides the batches: requests with equal ones train together."""
+        return {
+            "stream": self.stream,
+            "model": model_identity(DictConfig(self.model)),
+            "data": instantiate(self.data).spec,
+            "precision": self.precision,
+            "seed": self.seed,
+        }
+
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        """What decides the dictionary."""
+        return {"method": self.method, **self.stream_spec}
+
+    @cached_property
+    def key(self) -> str:
+        return content_key(self.spec)
+
+    @property
+    def n_batches(self) -> int:
+        return -(-self.stream["n_tokens"] // self.stream["batch_size"])
+
+
+def load_or_train(request: Request, cfg: DictConfig) -> DictionaryMethod:
+    """The dictionary from the store; trained first, alone, if it is not there. Raises what stopped its training."""
+    store = Store(cfg.artifacts_dir)
+    if not store.has(KIND, request.spec):
+        failed = train_together([request], cfg)
+        if failed:
+            raise failed[request.key]
+    return load_dictionary(store.path(KIND, request.spec))
+
+
+def prefetch(requests: Sequence[Request], cfg: DictConfig) -> None:
+    """Train what is missing of many requests, stream by stream. What fails here is said, and left to its cell."""
+    store = Store(cfg.artifacts_dir)
+    groups: dict[str, dict[str, Request]] = defaultdict(dict)
+    for request in requests:
+        if not store.has(KIND, request.spec):
+            groups[content_key(request.stream_spec)][request.key] = request
+    for number, group in enumerate(groups.values(), 1):
+        print(f"stream {number} of {len(groups)}: {len(group)} dictionaries to train", file=sys.stderr)
+        try:
+            failed: dict[str, Exception] = train_together(list(group.values()), cfg)
+        except (UserError, OSError, FloatingPointError) as error:
+            failed = {key: error for key in group}
+        for message in sorted({str(error) for error in failed.values()}):
+            print(f"not trained together: {message}", file=sys.stderr)
+
+
+def train_together(requests: Sequence[Request], cfg: DictConfig) -> dict[str, Exception]:
+    """Train requests that share a stream and store each dictionary. Returns what stopped any of them, by key."""
+    store = Store(cfg.artifacts_dir)
+    ordered = sorted(requests, key=lambda request: request.key)
+    with ExitStack() as locks:
+        for request in ordered:  # in one order everywhere: two fleets cannot wait for each other
+            locks.enter_context(store.lock(KIND, request.spec))
+        missing = [request for request in ordered if not store.has(KIND, request.spec)]
+        methods, failed = _build(missing)
+        if methods:
+            failed |= _train([r for r in missing if r.key in methods], methods, store, cfg)
+    return failed
+
+
+def open_stream(request: Request, split: str = "train") -> ActivationStream:
+    """The stream of activations that a request asks for."""
+    s = request.stream
+    lm = load_language_model(DictConfig(request.model))
+    rows = RowStream(
+        instantiate(request.data), lm.tokenizer, split, request.seed, s["n_ctx"], s["packing"], s["max_document_tokens"]
+    )
+    return ActivationStream(
+        lm,
+        s["site"],
+        rows,
+        InputNorm(s["input_norm"]),
+        s["batch_size"],
+        s["buffer_tokens"],
+        s["rows_per_forward"],
+        request.seed,
+        getattr(torch, s["buffer_dtype"]),
+    )
+
+
+def _build(requests: Sequence[Request]) -> tuple[dict[str, DictionaryMethod], dict[str, Exception]]:
+    """The methods that can be built, and what was wrong with the others, by key."""
+    methods: dict[str, DictionaryMethod] = {}
+    failed: dict[str, Exception] = {}
+    for request in requests:
+        try:
+            methods[request.key] = instantiate(request.method)
+            methods[request.key].n_steps = request.n_batches
+        except Exception as error:
+            failed[request.key] = error.__cause__ if isinstance(error.__cause__, UserError) else error
+    return methods, failed
+
+
+def _train(
+    requests: Sequence[Request], methods: dict[str, DictionaryMethod], store: Store, cfg: DictConfig
+) -> dict[str, Exception]:
+    """The Lightning run over one stream, then calibration and storing. The requests are missing, and locked."""
+    started, settings, n_batches = time.time(), requests[0].stream, requests[0].n_batches
+    stream = open_stream(requests[0])
+    data = ActivationData(stream, n_batches, settings["batches_per_chunk"])
+    fleet = Fleet([methods[request.key] for request in requests], data)
+    run_key = content_key({"requests": [request.key for request in requests]})
+    checkpoints = Checkpoints(store.root / "training" / run_key, cfg.trainer.checkpoint_every_seconds)
+    progress = TokenProgress(
+        f"{len(requests)} dictionaries" if len(requests) > 1 else type(fleet.methods[0]).__name__,
+        n_batches * settings["batch_size"],
+        settings["batches_per_chunk"] * settings["batch_size"],
+        cfg.logging.quiet_seconds,
+    )
+    name = f"{cfg.name}-{run_key}"
+    trainer = make_trainer(cfg, Path(cfg.output_dir) / "logs", name, data.n_chunks, [progress, checkpoints])
+    trainer.fit(fleet, datamodule=data, ckpt_path=checkpoints.newest(), weights_only=False)
+    calibration = [next(stream) for _ in range(settings["calibration_batches"])]
+    for index, request in enumerate(requests):
+        if index not in fleet.stopped:
+            method = methods[request.key].to(stream.lm.device)
+            method.norm.load_state_dict(stream.norm.state_dict())
+            method.finish(calibration)
+            training = {**fleet.last(index), "seconds_together": time.time() - started, "together": len(requests)}
+            store.put(KIND, request.spec, lambda path, m=method, t=training: save_dictionary(m, path, t))
+    shutil.rmtree(checkpoints.folder, ignore_errors=True)
+    return {requests[index].key: error for index, error in fleet.stopped.items()}
+
+
+class Fleet(pl.LightningModule):
+    """Several dictionaries on the same batches, each with its own optimiser. One that diverges stops alone."""
+
+    def __init__(self, methods: Sequence[DictionaryMethod], data: ActivationData) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.methods = torch.nn.ModuleList(methods)
+        self.data = data
+        self.stopped: dict[int, NonFiniteLoss] = {}
+        self._last: dict[int, dict[str, Tensor]] = {}
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [method.configure_optimizers() for method in self.methods]
+
+    def transfer_batch_to_device(self, batch: Chunk, device: torch.device, dataloader_idx: int) -> Chunk:
+        return batch  # the stream lives on the device
+
+    def training_step(self, chunk: Chunk, batch_idx: int) -> None:
+        optimizers = self.optimizers(use_pl_optimizer=False)
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        for index, (method, optimizer) in enumerate(zip(self.methods, optimizers, strict=True)):
+            if index in self.stopped:
+                continue
+            try:
+                self._last[index] = method.train_on(chunk.batches, optimizer)
+            except NonFiniteLoss as error:
+                self.stopped[index] = error
+        self.data.trained_on(chunk)
+        if not self._last or len(self.stopped) == len(self.methods):
+            self.trainer.should_stop = True
+            return
+        self._log(batch_idx)
+
+    def last(self, index: int) -> dict[str, float]:
+        """The means over the last chunk of what a method logs."""
+        return {name: float(value) for name, value in self._last[index].items()}
+
+    def _log(self, batch_idx: int) -> None:
+        running = [index for index in self._last if index not in self.stopped]
+        for name in ("loss", "l0"):
+            mean = torch.stack([self._last[index][name] for index in running]).mean()
+            self.log(name, mean, prog_bar=True, logger=False)
+        if self.logger is not None:
+            labels = {index: f"{index}-{type(self.methods[index]).__name__}" for index in running}
+            metrics = {f"{label}/{n}": float(v) for i, label in labels.items() for n, v in self._last[i].items()}
+            self.logger.log_metrics(metrics, step=self.data.trained_batches)

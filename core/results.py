@@ -1,0 +1,133 @@
+"""results.json and failed.json: one folder per cell, readable by a person, never half-written.
+
+A cell is finished when its folder holds a results.json made from the same configuration. Settings that cannot change a
+number (`IGNORED_KEYS`) are left out of that comparison.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from core.artifacts import write_atomically
+
+RESULTS, FAILED = "results.json", "failed.json"
+IGNORED_KEYS = ("force", "output_dir", "artifacts_dir", "logging", "grid", "cell_folder")
+REPORTED_PACKAGES = ("torch", "pytorch-lightning", "transformers", "datasets", "hydra-core", "numpy", "scikit-learn")
+
+Metrics = Mapping[str, float]
+
+
+def comparable(cfg: DictConfig) -> dict[str, Any]:
+    """The part of a resolved configuration that decides a cell's numbers."""
+    container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(container, dict)
+    plain = {str(key): value for key, value in container.items() if key not in IGNORED_KEYS}
+    return json.loads(json.dumps(plain))
+
+
+def is_finished(folder: Path, cfg: DictConfig) -> bool:
+    """Whether the folder holds results of exactly this configuration."""
+    stored = read(folder / RESULTS)
+    return stored is not None and stored.get("config") == comparable(cfg)
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """The content of a result file, or None if there is no readable one."""
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def read_all(root: Path, name: str = RESULTS) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(folder, content) of every result file below `root`, in the order of their paths."""
+    for path in sorted(root.rglob(name)):
+        content = read(path)
+        if content is not None:
+            yield path.parent, content
+
+
+def run_cell(cfg: DictConfig, folder: Path, run: Callable[[DictConfig], Metrics]) -> None:
+    """Run one cell and record how it ended: results.json, or failed.json and the exception again."""
+    started = time.time()
+    try:
+        metrics = _checked(run(cfg))
+        record = {**_provenance(cfg, started), "metrics": metrics, "config": comparable(cfg)}
+        write_atomically(folder / RESULTS, json.dumps(record, indent=1))
+        (folder / FAILED).unlink(missing_ok=True)
+    except BaseException as error:
+        record = {
+            **_provenance(cfg, started),
+            "error": type(error).__name__,
+            "message": str(error),
+            "traceback": traceback.format_exc(),
+        }
+        write_atomically(folder / FAILED, json.dumps(record, indent=1))
+        raise
+
+
+def _checked(metrics: Metrics) -> dict[str, float]:
+    for name, value in metrics.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise RuntimeError(f"The metric {name} is {value!r}: a result is a finite number.")
+    return dict(metrics)
+
+
+def _provenance(cfg: DictConfig, started: float) -> dict[str, Any]:
+    return {
+        "experiment": cfg.name,
+        "scale": cfg.scale,
+        "seed": cfg.seed,
+        "commit": _commit(),
+        "device": _device(),
+        "versions": _versions(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds": round(time.time() - started, 3),
+    }
+
+
+@cache
+def _commit() -> str:
+    """The commit that the code is at, with `-dirty` when tracked files differ from it; `unknown` outside a checkout."""
+    here = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+@cache
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"cpu, {torch.get_num_threads()} threads, {platform.machine()}"
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in REPORTED_PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

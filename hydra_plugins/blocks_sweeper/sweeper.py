@@ -1,0 +1,79 @@
+"""A grid written as a list of blocks, each a product of its axes; the cells are the union of the blocks.
+
+A paper's grid is rarely one product: k varies at one dictionary size, the size varies at one k, and a third method has
+a sparsity coefficient instead of k. Each such part is a block:
+
+    hydra.sweeper.blocks:
+      - {method: "topk,batchtopk", method.dict_size: "768,1536", method.k: 32}
+      - {method: jumprelu, method.dict_size: 768, method.l0_coefficient: "0.1,0.2"}
+
+An axis given on the command line narrows the grid: blocks that have that axis keep only the given values, and fall out
+if they have none of them. A value that no block has replaces the axis in every block (`seed=7`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from core.errors import UserError
+
+Axis = list[str]  # one axis: ["key=value1", "key=value2"]
+
+
+class BlocksSweeper(BasicSweeper):
+    """The basic sweeper over a union of products. Raises UserError when the grid is empty."""
+
+    def __init__(self, blocks: ListConfig | list[DictConfig], max_batch_size: int | None = None) -> None:
+        super().__init__(max_batch_size=max_batch_size, params={})
+        self.blocks = blocks or [OmegaConf.create({})]
+
+    def sweep(self, arguments: list[str]) -> Any:
+        assert self.config is not None and self.hydra_context is not None and self.launcher is not None
+        folder = Path(self.config.hydra.sweep.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, folder / "multirun.yaml")
+        results = self.launcher.launch(self.cells(arguments), initial_job_idx=0)
+        for result in results:
+            _ = result.return_value  # raises what the cell raised
+        return [results]
+
+    def cells(self, arguments: Sequence[str]) -> list[list[str]]:
+        """The overrides of every cell, without repetitions, block after block."""
+        given = self._axes(arguments)
+        blocks = [self._axes([f"{key}={value}" for key, value in block.items()]) for block in self.blocks]
+        cells = {cell: None for block in narrowed(blocks, given) for cell in product(*block.values())}
+        if not cells:
+            raise UserError(f"The grid has no cell with {' '.join(arguments)}: see `grid` in the experiment's YAML.")
+        return [list(cell) for cell in cells]
+
+    def _axes(self, overrides: Sequence[str]) -> dict[str, Axis]:
+        assert self.hydra_context is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        axes: dict[str, Axis] = {}
+        for override in parser.parse_overrides(list(overrides)):
+            [[*cells]] = self.split_arguments([override], None)
+            axes[override.get_key_element()] = [assignment for [assignment] in cells]
+        return axes
+
+
+def narrowed(blocks: list[dict[str, Axis]], given: dict[str, Axis]) -> list[dict[str, Axis]]:
+    """The blocks under the axes given on the command line (see the head of this file)."""
+    for key, values in given.items():
+        known = any(value in block.get(key, ()) for block in blocks for value in values)
+        kept = []
+        for block in blocks:
+            if known and key in block:
+                common = [value for value in block[key] if value in values]
+                if common:
+                    kept.append({**block, key: common})
+            else:
+                kept.append({**block, key: values})
+        blocks = kept
+    return blocks

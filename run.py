@@ -1,0 +1,78 @@
+"""Run an experiment: `python run.py experiment=leask_batchtopk [scale=smoke|demo|paper] [key=value ...] [-m]`.
+
+Without arguments this lists the experiments. A finished cell is skipped unless `force=true`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+CONF = Path(__file__).parent / "conf"
+
+
+def list_experiments() -> str:
+    """One line for each experiment: its name and the first comment of its YAML."""
+    lines = [__doc__.splitlines()[0] if __doc__ else "", ""]
+    for path in sorted((CONF / "experiment").glob("*.yaml")):
+        comments = (line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
+        title = next((comment for comment in comments if not comment.startswith("@package")), "")
+        lines.append(f"  {path.stem:24} {title}")
+    return "\n".join(lines)
+
+
+def task(cfg: DictConfig) -> None:
+    """One cell: compose (done), seed, skip if finished, call the experiment's module, write results.json."""
+    from importlib import import_module
+
+    import torch
+    from hydra.core.hydra_config import HydraConfig
+
+    from core import results
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if not cfg.force and results.is_finished(folder, cfg):
+        print(f"finished before, skipped: {folder}", file=sys.stderr)
+        return
+    torch.manual_seed(cfg.seed)
+    module = import_module(f"experiments.{cfg.name}")
+    cfg.cell_folder = str(folder)
+    results.run_cell(cfg, folder, module.run)
+    print(f"finished: {folder / results.RESULTS}", file=sys.stderr)
+
+
+def main() -> int:
+    """Hand over to Hydra; an error that the user can mend is printed as its message alone."""
+    import hydra
+    from hydra.core.config_store import ConfigStore  # noqa: F401  (imported early: plugins need it)
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from core.cells import cell_name
+    from core.errors import UserError
+
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us here instead of ending the process
+    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
+    try:
+        hydra.main(version_base="1.3", config_path="conf", config_name="config")(task)()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
+        print(f"error: {error}{cause}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: finished cells and checkpoints are kept; the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        print(list_experiments())
+        sys.exit(0)
+    sys.exit(main())
