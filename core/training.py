@@ -30,7 +30,7 @@ class TokenProgress(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.started = self.said = time.monotonic()
-        self.first = self.done = trainer.fit_loop.epoch_loop.batch_progress.current.completed * self.tokens_per_batch
+        self.first = self.done = trainer.fit_loop.epoch_loop.batch_progress.current.ready * self.tokens_per_batch
         if sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
             self.bar = Progress(*columns, TimeRemainingColumn(), transient=True)
@@ -80,11 +80,12 @@ class Checkpoints(Callback):
         self.saved = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self.every_seconds and time.monotonic() - self.saved >= self.every_seconds:
+        ends = trainer.should_stop or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if self.every_seconds and not ends and time.monotonic() - self.saved >= self.every_seconds:
             self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:
-        # The batch that just ended is counted as completed only after the callbacks: `ready` counts it already.
+        # Lightning counts the batch that just ended as completed only after the callbacks; `ready` counts it already.
         path = self.folder / f"{trainer.fit_loop.epoch_loop.batch_progress.current.ready:09d}.ckpt"
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".part")

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from core.artifacts import Store
@@ -67,7 +66,7 @@ def token_stream(
     return np.load(store.get_or_make("tokens", spec, make) / "tokens.npy", mmap_mode="r")
 
 
-class RowBatches(IterableDataset):
+class RowBatches:
     """Batches `[B, T]` of rows cut from a token stream, in a fresh random order every epoch, from any step on.
 
     Row boundaries shift by a random offset every epoch. Step s yields the same batch whether or not the steps before it
@@ -145,8 +144,8 @@ class Pretraining(pl.LightningModule):
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
         self.manual_backward(loss)
         torch.nn.utils.clip_grad_norm_(self.lm.parameters(), 1.0)
-        factor = self.schedule(self.global_step // 2)  # Lightning counts each of the two optimisers
-        optimizers = self.optimizers()
+        factor = self.schedule(batch_idx)
+        optimizers = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizers, list)
         for optimizer, lr in zip(optimizers, (self.lr_muon, self.lr_adam), strict=True):
             for group in optimizer.param_groups:
@@ -164,6 +163,14 @@ class Pretraining(pl.LightningModule):
         tokenizer.save_pretrained(folder)
 
 
-def row_loader(tokens: np.ndarray, n_ctx: int, rows_per_step: int, seed: int, first_step: int) -> DataLoader:
-    """Ready batches for `Trainer.fit`, from `first_step` on."""
-    return DataLoader(RowBatches(tokens, n_ctx, rows_per_step, seed, first_step), batch_size=None)
+class RowData(pl.LightningDataModule):
+    """`RowBatches` from the step at which the training stands."""
+
+    def __init__(self, tokens: np.ndarray, n_ctx: int, rows_per_step: int, seed: int) -> None:
+        super().__init__()
+        self.tokens, self.n_ctx, self.rows_per_step, self.seed = tokens, n_ctx, rows_per_step, seed
+
+    def train_dataloader(self) -> RowBatches:
+        assert self.trainer is not None
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return RowBatches(self.tokens, self.n_ctx, self.rows_per_step, self.seed, done)

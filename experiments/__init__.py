@@ -1,0 +1,1 @@
+"""One module for each experiment: `run(cfg)` gives its flat metrics."""

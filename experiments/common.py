@@ -1,0 +1,70 @@
+"""Plumbing that experiments share: what a cell asks of the fleet, and held-out rows with their reference losses.
+
+What depends on the language model and the text alone is made once in a process, whatever the number of cells.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from core.analysis.evaluate import DownstreamReference, downstream_reference
+from core.data.rows import RowStream
+from core.fleet import Request
+from core.models.language_model import LanguageModel, load_language_model
+
+Made = TypeVar("Made")
+
+
+def request(cfg: DictConfig) -> Request:
+    """The dictionary that a cell's `method`, `stream`, `model` and `data` describe."""
+    plain = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("method", "stream", "model", "data")}
+    return Request(precision=cfg.trainer.precision, seed=cfg.seed, **plain)
+
+
+def once_per(*keys: str) -> Callable[[Callable[[DictConfig], Made]], Callable[[DictConfig], Made]]:
+    """Make a function of the configuration remember its result per value of these keys; the latest one only."""
+
+    def decorate(make: Callable[[DictConfig], Made]) -> Callable[[DictConfig], Made]:
+        latest: dict[str, Made] = {}
+
+        @wraps(make)
+        def remembered(cfg: DictConfig) -> Made:
+            used: dict[str, Any] = {key: OmegaConf.to_container(OmegaConf.create({"_": OmegaConf.select(cfg, key)}), resolve=True) for key in keys}
+            name = json.dumps(used, sort_keys=True)
+            if name not in latest:
+                latest.clear()
+                latest[name] = make(cfg)
+            return latest[name]
+
+        return remembered
+
+    return decorate
+
+
+@once_per("model")
+def language_model(cfg: DictConfig) -> LanguageModel:
+    return load_language_model(cfg.model)
+
+
+@once_per("model", "data", "stream.n_ctx", "stream.packing", "stream.max_document_tokens", "evaluation")
+def held_out_rows(cfg: DictConfig) -> Tensor:
+    """`evaluation.n_rows` rows `[R, n_ctx]` of held-out text, the same for every cell and seed."""
+    lm, s = language_model(cfg), cfg.stream
+    rows = RowStream(
+        instantiate(cfg.data), lm.tokenizer, "heldout", cfg.evaluation.seed, s.n_ctx, s.packing, s.max_document_tokens
+    )
+    return rows.next_rows(cfg.evaluation.n_rows).to(lm.device)
+
+
+@once_per("model", "data", "stream.site", "stream.n_ctx", "stream.packing", "stream.max_document_tokens", "evaluation")
+def reference_losses(cfg: DictConfig) -> DownstreamReference:
+    """Clean, zero-ablated and mean-ablated losses on the first `evaluation.n_downstream_rows` held-out rows."""
+    rows = held_out_rows(cfg)[: cfg.evaluation.n_downstream_rows]
+    return downstream_reference(language_model(cfg), cfg.stream.site, rows, cfg.evaluation.rows_per_batch)

@@ -1,0 +1,51 @@
+"""BatchTopK against TopK and JumpReLU (Bussmann et al. 2024, figures 1 to 3; Leask et al. 2025, appendix)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from core.analysis.evaluate import Evaluation, evaluate_compat, evaluate_dictionary
+from core.fleet import Request, load_or_train
+from experiments.common import held_out_rows, language_model, reference_losses, request
+
+
+def dictionaries(cfg: DictConfig) -> list[Request]:
+    """What the fleet trains for this cell."""
+    return [request(cfg)]
+
+
+def run(cfg: DictConfig) -> dict[str, float]:
+    """Train one dictionary and score it on held-out text, under its inference rule and as the authors' code does.
+
+    Claims: leask/batchtopk-1 to -4 compare these cells with each other.
+    """
+    method = load_or_train(request(cfg), cfg)
+    lm, site, rows = language_model(cfg), cfg.stream.site, held_out_rows(cfg)
+    method = method.to(lm.device)
+    e = cfg.evaluation
+    evaluation = evaluate_dictionary(
+        method, lm, site, rows, e.n_downstream_rows, e.rows_per_batch, reference_losses(cfg)
+    )
+    compat = evaluate_compat(method, lm, site, rows, e.compat_tokens)
+    save_histogram(evaluation, Path(cfg.cell_folder) / "l0_histogram.parquet")
+    kept = ("nmse_token_std_compat", "ce_degradation_compat", "l0_mean_compat")
+    return {**evaluation.metrics(), **{name: compat[name] for name in kept}}
+
+
+def save_histogram(evaluation: Evaluation, path: Path) -> None:
+    """Tokens per L0, with and without the tokens that begin a document (Bussmann et al. 2024, figure 3)."""
+    with_bos, without = evaluation.l0_histogram, evaluation.l0_histogram_without_bos
+    columns = {"count": with_bos, "count_without_bos": _padded(without, len(with_bos))}
+    table = pd.DataFrame({name: counts.cpu().numpy() for name, counts in columns.items()})
+    table.insert(0, "l0", range(len(table)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(path)
+
+
+def _padded(counts: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(counts, (0, length - len(counts)))
