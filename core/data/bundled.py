@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from core.artifacts import Store
 from core.data.harvest import harvest, locked_names
-from core.data.text import Document, Split
+from core.data.text import CountedDocuments, Document, Split
 from core.seeding import derived_seed
 
 HARVEST_VERSION = 1  # raise it when harvesting changes: caches made before are not used then
@@ -51,13 +51,12 @@ class BundledText:
         """Size and hash of the corpus, per split and tag, for reports."""
         return json.loads((self.folder() / "card.json").read_text())
 
-    def documents(self, split: Split, seed: int) -> Iterator[Document]:
+    def documents(self, split: Split, seed: int, state: Mapping[str, Any] | None = None) -> CountedDocuments:
         """All documents of a split, once, in an order that depends on the seed."""
         table = pq.read_table(self.folder() / "documents.parquet", filters=[("split", "=", split)])
         rows = list(zip(table["text"].to_pylist(), table["tag"].to_pylist(), strict=True))
         random.Random(derived_seed(seed, "bundled", split)).shuffle(rows)
-        for text, tag in rows:
-            yield Document(text, tag)
+        return CountedDocuments((Document(text, tag) for text, tag in rows), state)
 
     def _harvest_into(self, folder: Path) -> None:
         documents = harvest(self.mb_per_package)

@@ -1,15 +1,20 @@
 """One interface for text, wherever it comes from: a source yields documents, split by their content.
 
-A source is anything with `name` and `documents(split, seed)`. The split of a document depends on its content alone
-(`split_of`), so the same text never stands on both sides, whatever the source, its order or its revision.
+A source is anything with `name`, `spec` and `documents(split, seed)`. The split of a document depends on its content
+alone (`split_of`), so the same text never stands on both sides, whatever the source, its order or its revision.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import itertools
+import random
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from core.errors import UserError
+from core.seeding import derived_seed
 
 Split = Literal["train", "heldout"]
 HELDOUT_FRACTION = 0.05
@@ -23,20 +28,91 @@ class Document:
     tag: str = ""
 
 
+class DocumentIterator(Iterator[Document], Protocol):
+    """Documents in a fixed order; `state_dict` says how to go on after the last one that was yielded."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
 @runtime_checkable
 class TextSource(Protocol):
     """A place that documents come from.
 
+    `spec` is plain data that decides the content; it goes into the keys of everything made from the text.
     `documents` is deterministic in (split, seed): the same arguments give the same documents in the same order.
     It may end (a file) or go on for long (a streamed corpus); whoever needs more starts the next epoch with seed + 1.
+    Given the `state_dict` of an earlier iteration with the same arguments, it goes on where that one stood.
     """
 
     name: str
 
-    def documents(self, split: Split, seed: int) -> Iterator[Document]: ...
+    @property
+    def spec(self) -> dict[str, Any]: ...
+
+    def documents(self, split: Split, seed: int, state: Mapping[str, Any] | None = None) -> DocumentIterator: ...
+
+
+class CountedDocuments:
+    """Documents that are cheap to read again: going on means skipping as many as were yielded before."""
+
+    def __init__(self, documents: Iterator[Document], state: Mapping[str, Any] | None = None) -> None:
+        self._documents = documents
+        self._n_yielded = state["documents"] if state else 0
+        for _ in itertools.islice(documents, self._n_yielded):
+            pass
+
+    def __iter__(self) -> CountedDocuments:
+        return self
+
+    def __next__(self) -> Document:
+        document = next(self._documents)
+        self._n_yielded += 1
+        return document
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"documents": self._n_yielded}
 
 
 def split_of(content: str, heldout_fraction: float = HELDOUT_FRACTION) -> Split:
     """`heldout` for a fixed pseudo-random `heldout_fraction` of all contents, `train` for the rest."""
     digest = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "heldout" if int.from_bytes(digest, "big") < heldout_fraction * 2**64 else "train"
+
+
+def shuffled_blocks(
+    documents: Iterator[Document], split: Split, seed: int, block_size: int, first_block: int = 0
+) -> Iterator[list[Document]]:
+    """Reads `block_size` documents at a time and yields those of the split, in an order that depends on the seed.
+
+    Documents without text are dropped. When a block is yielded, exactly the documents up to its end have been read,
+    and no block depends on an earlier one: so a stream goes on exactly by reading one block again, which a rolling
+    shuffle buffer cannot do.
+    """
+    for index in itertools.count(first_block):
+        block = list(itertools.islice(documents, block_size))
+        if not block:
+            return
+        kept = [document for document in block if document.text.strip() and split_of(document.text) == split]
+        random.Random(derived_seed(seed, "block", index)).shuffle(kept)
+        yield kept
+
+
+def field_of(record: Mapping[str, Any], path: str, setting: str, where: str) -> Any:
+    """The value under `path` in a record; dots lead into nested fields (`meta.pile_set_name`).
+
+    Raises UserError that names the setting and the fields that exist. A null on the way gives None.
+    """
+    value: Any = record
+    for name in (path,) if path in record else path.split("."):
+        if value is None:
+            return None
+        if not isinstance(value, Mapping) or name not in value:
+            raise missing_field(path, setting, where, value if isinstance(value, Mapping) else ())
+        value = value[name]
+    return value
+
+
+def missing_field(path: str, setting: str, where: str, existing: Any) -> UserError:
+    """The error for a column or field that is not there; `existing` are the names of those that are."""
+    names = ", ".join(map(str, existing)) or "none"
+    return UserError(f"{setting}: {where} has no field {path!r}; the fields here are: {names}.")
