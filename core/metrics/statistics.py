@@ -1,0 +1,111 @@
+"""Statistics of few runs: intervals over seeds, paired comparisons, and curves read at a common L0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from core.seeding import derived_seed
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean (or another statistic) of `n` values and the ends of its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Mean and Student's t interval, for a handful of seeds. Needs two values: one tells nothing of their spread."""
+    array = _finite(values, at_least=2)
+    mean = float(array.mean())
+    half = float(stats.t.ppf((1 + confidence) / 2, len(array) - 1)) * float(array.std(ddof=1)) / math.sqrt(len(array))
+    return Interval(mean, mean - half, mean + half, len(array))
+
+
+def bootstrap_interval(
+    values: Sequence[float],
+    seed: int,
+    statistic: Callable[..., np.ndarray] = np.mean,
+    confidence: float = 0.95,
+    n_resamples: int = 2000,
+) -> Interval:
+    """A statistic and its percentile bootstrap interval, for many values (tokens, latents, documents).
+
+    `statistic` takes an `axis` argument as `numpy.mean` does. The same seed gives the same interval.
+    """
+    array = _finite(values, at_least=2)
+    result = stats.bootstrap(
+        (array,),
+        statistic,
+        confidence_level=confidence,
+        n_resamples=n_resamples,
+        method="percentile",
+        rng=np.random.default_rng(derived_seed(seed, "bootstrap")),
+        batch=max(1, 10_000_000 // len(array)),
+    )
+    low, high = result.confidence_interval
+    return Interval(float(statistic(array, axis=0)), float(low), float(high), len(array))
+
+
+def sign_test(differences: Sequence[float]) -> float:
+    """Two-sided p-value of the exact sign test of "positive and negative differences are equally likely".
+
+    Zeros say nothing and drop out; 1.0 where nothing is left.
+    """
+    array = _finite(differences, at_least=1)
+    positive, negative = int((array > 0).sum()), int((array < 0).sum())
+    return float(stats.binomtest(positive, positive + negative, 0.5).pvalue) if positive + negative else 1.0
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """`a - b` over pairs: its t interval, how many pairs are negative (`a` is lower), zero, positive; the sign test."""
+
+    interval: Interval
+    n_lower: int
+    n_equal: int
+    n_higher: int
+    p_sign: float
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> PairedDifference:
+    """Compare two things measured on the same seeds or settings, in the same order."""
+    if len(a) != len(b):
+        raise ValueError(f"Pairs need as many values on both sides, not {len(a)} and {len(b)}.")
+    difference = _finite(a, at_least=2) - _finite(b, at_least=2)
+    signs = np.sign(difference)
+    lower, equal, higher = (int((signs == sign).sum()) for sign in (-1, 0, 1))
+    return PairedDifference(t_interval(difference, confidence), lower, equal, higher, sign_test(difference))
+
+
+def value_at_l0(l0: Sequence[float], values: Sequence[float], at: float) -> float | None:
+    """A metric's curve over L0 read at one L0: piecewise linear in log L0 between the measured points.
+
+    The points may come in any order. None where `at` lies outside the measured L0: there is no extrapolation.
+    """
+    if len(l0) != len(values):
+        raise ValueError(f"A curve needs one value per L0, not {len(values)} values for {len(l0)}.")
+    x, y = _finite(l0, at_least=1), _finite(values, at_least=1)
+    if (x <= 0).any() or len(np.unique(x)) < len(x):
+        raise ValueError(f"The measured L0 must be positive and different from one another: {sorted(l0)}.")
+    if not x.min() <= at <= x.max():
+        return None
+    order = np.argsort(x)
+    return float(np.interp(math.log(at), np.log(x[order]), y[order]))
+
+
+def _finite(values: Sequence[float], at_least: int) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or len(array) < at_least:
+        raise ValueError(f"Needs at least {at_least} values in one list, not an array of shape {array.shape}.")
+    if not np.isfinite(array).all():
+        raise ValueError("NaN or infinity among the values: failed runs are counted, not averaged in.")
+    return array
