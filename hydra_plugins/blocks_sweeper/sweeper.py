@@ -7,8 +7,9 @@ a sparsity coefficient instead of k. Each such part is a block:
       - {method: "topk,batchtopk", method.dict_size: "768,1536", method.k: 32}
       - {method: jumprelu, method.dict_size: 768, method.l0_coefficient: "0.1,0.2"}
 
-An axis given on the command line narrows the grid: blocks that have that axis keep only the given values, and fall out
-if they have none of them. A value that no block has replaces the axis in every block (`seed=7`).
+A setting given on the command line narrows the grid. If blocks have it as an axis, the other blocks fall out, and of
+those only the given values stay; values that are nowhere in the grid replace the axis (`seed=7`). A setting that is no
+axis of any block holds in all cells (`method.lr=0.001`).
 """
 
 from __future__ import annotations
@@ -65,15 +66,14 @@ class BlocksSweeper(BasicSweeper):
 
 def narrowed(blocks: list[dict[str, Axis]], given: dict[str, Axis]) -> list[dict[str, Axis]]:
     """The blocks under the axes given on the command line (see the head of this file)."""
+    axes = {key for block in blocks for key in block}
     for key, values in given.items():
-        known = any(value in block.get(key, ()) for block in blocks for value in values)
+        having = [block for block in blocks if key in block or key not in axes]
+        known = {value for block in having for value in block.get(key, ()) if value in values}
         kept = []
-        for block in blocks:
-            if known and key in block:
-                common = [value for value in block[key] if value in values]
-                if common:
-                    kept.append({**block, key: common})
-            else:
-                kept.append({**block, key: values})
+        for block in having:
+            own = [value for value in block.get(key, ()) if value in known] if known else values
+            if own:
+                kept.append({**block, key: own})
         blocks = kept
     return blocks

@@ -1,0 +1,27 @@
+from hydra_plugins.blocks_sweeper.sweeper import narrowed
+
+GRID = [
+    {"method": ["method=topk", "method=batchtopk"], "k": ["k=8", "k=16"]},
+    {"method": ["method=jumprelu"], "l0": ["l0=0.1"]},
+]
+
+
+def test_without_arguments_the_grid_stays():
+    assert narrowed(GRID, {}) == GRID
+
+
+def test_a_value_of_the_grid_narrows_its_blocks_and_drops_the_others():
+    assert narrowed(GRID, {"method": ["method=topk"]}) == [{"method": ["method=topk"], "k": ["k=8", "k=16"]}]
+
+
+def test_a_value_that_no_block_has_replaces_the_axis_where_there_is_one():
+    assert narrowed(GRID, {"k": ["k=4"]}) == [{"method": ["method=topk", "method=batchtopk"], "k": ["k=4"]}]
+
+
+def test_a_setting_that_is_no_axis_is_added_to_every_block():
+    assert all(block["seed"] == ["seed=1", "seed=2"] for block in narrowed(GRID, {"seed": ["seed=1", "seed=2"]}))
+
+
+def test_blocks_without_the_narrowed_axis_fall_out():
+    assert narrowed(GRID, {"k": ["k=16"]}) == [{"method": ["method=topk", "method=batchtopk"], "k": ["k=16"]}]
+    assert narrowed(GRID, {"method": ["method=jumprelu"], "k": ["k=16"]}) == []

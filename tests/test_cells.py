@@ -1,0 +1,21 @@
+from core.cells import MAX_NAME_BYTES, cell_name
+
+
+def test_a_name_leaves_out_what_the_path_says_or_what_changes_no_number():
+    overrides = "experiment=leask_batchtopk,logging.logger=none,method=topk,method.k=8,output_dir=/tmp/x,scale=smoke,seed=1"
+    assert cell_name(overrides) == "method=topk,method.k=8,seed=1"
+
+
+def test_nothing_left_is_the_base_cell():
+    assert cell_name("") == "base"
+    assert cell_name("experiment=a,force=true") == "base"
+
+
+def test_a_list_as_a_value_stays_with_its_key():
+    assert cell_name("method.betas=[0.9,0.99],seed=1") == "method.betas=[0.9,0.99],seed=1"
+
+
+def test_long_names_fit_into_a_folder_and_stay_distinct():
+    a, b = (cell_name("model.source=" + "x" * 300 + end) for end in "ab")
+    assert a != b
+    assert len(a.encode()) < MAX_NAME_BYTES + 20

@@ -1,0 +1,59 @@
+import json
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from core import results
+from core.errors import UserError
+
+
+def config(**changes: object) -> DictConfig:
+    return OmegaConf.create({"name": "test", "scale": "smoke", "seed": 0, "force": False, "x": "${seed}", **changes})
+
+
+def test_a_finished_cell_is_recognised_by_its_configuration(tmp_path: Path):
+    results.run_cell(config(), tmp_path, lambda cfg: {"a": 1.0})
+    assert results.is_finished(tmp_path, config())
+    assert results.is_finished(tmp_path, config(force=True))
+    assert not results.is_finished(tmp_path, config(seed=1))
+
+
+def test_a_result_says_where_it_comes_from(tmp_path: Path):
+    results.run_cell(config(), tmp_path, lambda cfg: {"a": 1.0})
+    record = json.loads((tmp_path / results.RESULTS).read_text())
+    assert record["metrics"] == {"a": 1.0}
+    assert record["config"]["x"] == 0
+    assert {"commit", "device", "versions", "seconds", "seed", "started"} <= record.keys()
+
+
+def test_a_failure_leaves_its_error_and_no_result(tmp_path: Path):
+    def run(cfg: DictConfig) -> dict[str, float]:
+        raise UserError("method.k=9 is too large")
+
+    with pytest.raises(UserError):
+        results.run_cell(config(), tmp_path, run)
+    record = json.loads((tmp_path / results.FAILED).read_text())
+    assert record["error"] == "UserError" and record["message"] == "method.k=9 is too large"
+    assert not (tmp_path / results.RESULTS).exists()
+
+
+def test_a_success_removes_the_record_of_an_earlier_failure(tmp_path: Path):
+    (tmp_path / results.FAILED).write_text("{}")
+    results.run_cell(config(), tmp_path, lambda cfg: {"a": 1.0})
+    assert not (tmp_path / results.FAILED).exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "0.5"])
+def test_a_metric_that_is_no_finite_number_is_no_result(tmp_path: Path, value: float):
+    with pytest.raises(RuntimeError, match="metric a "):
+        results.run_cell(config(), tmp_path, lambda cfg: {"a": value})
+    assert not (tmp_path / results.RESULTS).exists()
+
+
+def test_a_truncated_results_file_is_not_taken_for_a_finished_cell(tmp_path: Path):
+    results.run_cell(config(), tmp_path, lambda cfg: {"a": 1.0})
+    whole = (tmp_path / results.RESULTS).read_text()
+    (tmp_path / results.RESULTS).write_text(whole[: len(whole) // 2])
+    assert not results.is_finished(tmp_path, config())
+    assert list(results.read_all(tmp_path)) == []
