@@ -1,0 +1,193 @@
+"""A causal language model as the experiments use it: read a site, edit a site, logits and losses.
+
+Activations are Hugging Face's own, raw: GPT-2's are not centred over d, as TransformerLens' are, which folds a centring
+into every weight that writes to the residual stream (`InputNorm("token_center")` does the same afterwards).
+Shapes: R rows of T tokens, V = vocabulary, width = that of the site (d_model, or the MLP's hidden size).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.errors import UserError
+from core.models.loading import Settings, load_pretrained
+from core.models.sites import FAMILIES, Tap, attach, locate, parse_site
+
+HEAD_BYTES = 2**28  # token_losses makes at most this many bytes of fp32 logits at a time
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Edit:
+    """Replace the activations at a site; the rest of the model runs on from there.
+
+    positions  None: all; then `fn` maps `[R, T, width]` to the same shape. A bool mask `[R, T]`, or a LongTensor `[n]`
+               of positions edited in every row (negative ones count from the end): then `fn` sees only the chosen
+               activations, `[n_chosen, width]` in row-major order, and is not called if there are none.
+    """
+
+    site: str
+    fn: Callable[[Tensor], Tensor]
+    positions: Tensor | None = None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """`[R, T, width]` -> the same, edited."""
+        if self.positions is None:
+            return self._replacement(x)
+        mask = self._mask(self.positions.to(x.device), *x.shape[:2])  # [R, T]
+        if not mask.any():
+            return x
+        edited = x.clone()
+        edited[mask] = self._replacement(x[mask])
+        return edited
+
+    def _replacement(self, x: Tensor) -> Tensor:
+        new = self.fn(x)
+        if new.shape != x.shape:
+            raise ValueError(f"Edit of {self.site}: fn turned {tuple(x.shape)} into {tuple(new.shape)}.")
+        return new.to(x.dtype)
+
+    @staticmethod
+    def _mask(positions: Tensor, n_rows: int, n_tokens: int) -> Tensor:
+        if positions.dtype == torch.bool:
+            if positions.shape != (n_rows, n_tokens):
+                raise ValueError(f"Edit.positions: a mask {tuple(positions.shape)} for rows {(n_rows, n_tokens)}.")
+            return positions
+        if positions.dtype != torch.long or positions.dim() != 1:
+            raise ValueError("Edit.positions is neither a bool mask [R, T] nor a LongTensor [n] of positions.")
+        if positions.numel() and not (-n_tokens <= int(positions.min()) and int(positions.max()) < n_tokens):
+            raise ValueError(f"Edit.positions: {positions.tolist()} go beyond rows of {n_tokens} tokens.")
+        mask = torch.zeros(n_rows, n_tokens, dtype=torch.bool, device=positions.device)
+        mask[:, positions] = True
+        return mask
+
+
+class _Reached(BaseException):
+    """Raised at a site to stop the forward pass there; no Exception, so that nothing on the way handles it."""
+
+
+class LanguageModel:
+    """A Hugging Face causal LM of one of the `FAMILIES`, frozen and in evaluation mode, with its tokenizer.
+
+    Not an nn.Module, so that no method or trainer can take its weights for its own.
+    revision is the commit that a hub's model was loaded from, None for a local one.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str, revision: str | None = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer, self.name, self.revision = tokenizer, name, revision
+        self.family: str = model.config.model_type
+        if self.family not in FAMILIES:
+            raise UserError(f"model: {name} is a {self.family}; supported: {', '.join(FAMILIES)}.")
+        self.d_model: int = model.config.hidden_size
+        self.n_layers: int = model.config.num_hidden_layers
+        self.n_ctx: int = model.config.max_position_embeddings
+        self.vocab_size: int = model.config.vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def bos_token_id(self) -> int:
+        """What opens a document: the tokenizer's BOS, else the configuration's (Qwen's tokenizers have none)."""
+        for token_id in (self.tokenizer.bos_token_id, self.model.config.bos_token_id):
+            if token_id is not None:
+                return token_id
+        raise UserError(f"model: {self.name} has no BOS token; set bos_token_id in its config.json.")
+
+    def width(self, site: str) -> int:
+        """The size of an activation at a site."""
+        parsed = parse_site(site, self.n_layers)
+        if parsed.kind != "mlp_hidden":
+            return self.d_model
+        return self._tap(site).module.get_parameter("weight").numel() // self.d_model
+
+    @torch.no_grad()
+    def capture(self, tokens: Tensor, site: str) -> Tensor:
+        """Activations at a site, `[R, T]` -> `[R, T, width]` in the model's dtype. Nothing beyond it is computed.
+
+        Within `edited`, the activations as edited.
+        """
+        captured: list[Tensor] = []
+
+        def stop(x: Tensor) -> None:
+            captured.append(x)
+            raise _Reached
+
+        handle = attach(self._tap(site), stop)
+        try:
+            self.model.base_model(input_ids=self._checked(tokens), use_cache=False)
+        except _Reached:
+            return captured.pop()
+        finally:
+            handle.remove()
+        raise RuntimeError(f"The forward pass of {self.name} never came to {site}.")
+
+    @contextmanager
+    def edited(self, edit: Edit) -> Iterator[None]:
+        """Every forward pass within is edited. Nested, edits of one site apply in the order of their nesting."""
+        handle = attach(self._tap(edit.site), edit.apply)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, edit: Edit | None = None) -> Tensor:
+        """`[R, T]` -> `[R, T, V]`, in the model's dtype."""
+        with self.edited(edit) if edit else nullcontext():
+            return self.model(input_ids=self._checked(tokens), use_cache=False).logits
+
+    @torch.no_grad()
+    def token_losses(self, tokens: Tensor, edit: Edit | None = None) -> Tensor:
+        """Next-token losses in nats, fp32: `[R, T]` -> `[R, T - 1]`, entry t that of predicting token t + 1.
+
+        The blocks see all rows at once (so an edit does, too); the head works on a few positions at a time, since the
+        logits of a large vocabulary are much larger than everything else.
+        """
+        tokens = self._checked(tokens)
+        with self.edited(edit) if edit else nullcontext():
+            hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden, targets = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()  # [R (T - 1), d], [R (T - 1)]
+        size = max(1, HEAD_BYTES // (4 * self.vocab_size))
+        losses = [
+            F.cross_entropy(self._head(h).float(), t, reduction="none")
+            for h, t in zip(hidden.split(size), targets.split(size), strict=True)
+        ]
+        return torch.cat(losses).view(len(tokens), -1)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Logits of final hidden states `[n, d]`; Gemma 2 caps them smoothly at +-c, as c tanh(logits / c)."""
+        logits = self.model.get_output_embeddings()(hidden)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _tap(self, site: str) -> Tap:
+        return locate(self.model, self.family, parse_site(site, self.n_layers))
+
+    def _checked(self, tokens: Tensor) -> Tensor:
+        """Rows on the model's device. Ids or lengths beyond the model would fail deep inside, and on a GPU for good."""
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens: rows [R, T] are wanted, not the shape {tuple(tokens.shape)}.")
+        if tokens.shape[1] > self.n_ctx:
+            raise UserError(f"n_ctx: rows of {tokens.shape[1]} tokens; {self.name} reads at most {self.n_ctx}.")
+        if tokens.numel() and int(tokens.max()) >= self.vocab_size:
+            raise ValueError(f"tokens: id {int(tokens.max())} is beyond {self.name}'s vocabulary of {self.vocab_size}.")
+        return tokens.to(self.device)
+
+
+def load_language_model(cfg: Any) -> LanguageModel:
+    """The model that the configuration group `model` describes (see `core.models.loading.Settings`)."""
+    settings = Settings.of(cfg)
+    return LanguageModel(*load_pretrained(settings))

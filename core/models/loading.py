@@ -1,0 +1,195 @@
+"""From the configuration group `model` to a Hugging Face model and tokenizer on their device.
+
+Only safetensors are read and no code of a repository is run. Whatever can go wrong before the weights are read is found
+from `config.json` alone, by one request that fails at once where there is no network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from omegaconf import OmegaConf
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from core.errors import UserError
+from core.models.sites import FAMILIES
+
+SHIPPED = {"bundled": Path(__file__).parent / "bundled"}  # models that come with the code, by `model.source`
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB_TIMEOUT_S = 10
+OFFLINE = "model=bundled needs no network."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The group `model`, key by key.
+
+    source    a name on the hub, a folder in Hugging Face's format, or `bundled`
+    revision  a commit, branch or tag of the hub; of no effect on a folder
+    d_model, n_layers  checked against the model; n_layers may be null
+    device    `auto` is a GPU where there is one
+    """
+
+    name: str
+    source: str
+    revision: str | None
+    dtype: str
+    d_model: int | None
+    n_layers: int | None
+    attn_implementation: str
+    device: str
+
+    @classmethod
+    def of(cls, cfg: Any) -> Settings:
+        values = {str(key): _value(cfg, str(key)) for key in cfg}
+        names = {field.name for field in fields(cls)}
+        if values.keys() != names:
+            wrong = ", ".join(f"model.{key}" for key in sorted(values.keys() ^ names))
+            raise UserError(f"{wrong}: unknown or missing. The keys of model are {', '.join(sorted(names))}.")
+        if values["source"] is None:
+            raise UserError(
+                "model.source is not set: give a name on the Hugging Face hub or a folder, or model=bundled."
+            )
+        return cls(**values)
+
+
+def _value(cfg: Any, key: str) -> Any:
+    """A key's value, None where it is still `???`, so that the message about it can say more than that."""
+    return None if OmegaConf.is_config(cfg) and OmegaConf.is_missing(cfg, key) else cfg[key]
+
+
+def load_pretrained(settings: Settings) -> tuple[Any, Any, str, str | None]:
+    """(model, tokenizer, name, commit)."""
+    source = _place(settings.source)
+    commit = _commit(settings, source)
+    revision = commit or "main"  # a commit, not a branch: configuration, weights and tokenizer are of one state
+    config = _checked_config(settings, source, revision)
+    device = _device(settings.device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            revision=revision,
+            dtype=DTYPES[settings.dtype],
+            attn_implementation=settings.attn_implementation,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except ImportError as error:
+        raise UserError(f"model.attn_implementation={settings.attn_implementation}: {error}") from error
+    except OSError as error:
+        raise UserError(_reason(settings, error)) from error
+    return model.to(device), tokenizer, settings.name, commit
+
+
+def _place(source: str) -> str:
+    """The folder or hub name behind `model.source`."""
+    folder = SHIPPED.get(source, Path(source).expanduser())
+    if folder.is_dir():
+        return str(folder)
+    if source in SHIPPED:
+        remedy = "Restore it, or make it: python run.py experiment=bundled_lm"
+        raise UserError(f"model={source}: {folder} is missing. {remedy}")
+    if source.startswith(("/", "~", ".")) or source.count("/") > 1:
+        raise UserError(f"model.source: there is no folder {folder}. {OFFLINE}")
+    return source
+
+
+def _commit(settings: Settings, source: str) -> str | None:
+    """The commit that `model.revision` means, None for a folder. Says no at once where the hub cannot be reached."""
+    if Path(source).is_dir():
+        return None
+    api = HfApi()
+    try:
+        commit = api.resolve_revision(source, revision=settings.revision or "main").resolved
+        if not isinstance(try_to_load_from_cache(source, "config.json", revision=commit), str):
+            api.model_info(source, revision=commit, timeout=HUB_TIMEOUT_S)  # one try: downloads are tried six times
+    except Exception as error:  # the errors of the hub, of its HTTP client and of the system have no base in common
+        raise UserError(_reason(settings, error)) from error
+    return commit
+
+
+def _checked_config(settings: Settings, source: str, revision: str) -> Any:
+    """The model's configuration, if everything that `settings` says of it is right."""
+    given = settings.source
+    model_type = _config_dict(settings, source, revision).get("model_type")
+    if model_type not in FAMILIES:
+        families = ", ".join(FAMILIES)
+        raise UserError(f"model.source: {given} is of the family {model_type!r}; supported: {families}. {OFFLINE}")
+    if settings.dtype not in DTYPES:
+        raise UserError(f"model.dtype: {settings.dtype!r} is not one of {', '.join(DTYPES)}.")
+    if FAMILIES[model_type].needs_eager and settings.attn_implementation == "sdpa":
+        raise UserError(
+            f"model.attn_implementation=sdpa: {model_type} soft-caps its attention scores, which sdpa cannot do. "
+            "Set model.attn_implementation=eager."
+        )
+    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    for key, stated, actual in (
+        ("d_model", settings.d_model, config.hidden_size),
+        ("n_layers", settings.n_layers, config.num_hidden_layers),
+    ):
+        if stated != actual and (key, stated) != ("n_layers", None):
+            said = "not set" if stated is None else stated
+            raise UserError(f"model.{key} is {said}, but {given} has {actual}. Set model.{key}={actual}.")
+    return config
+
+
+def _config_dict(settings: Settings, source: str, revision: str) -> Mapping[str, Any]:
+    try:
+        found, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+    except OSError as error:
+        raise UserError(_reason(settings, error)) from error
+    if not found:
+        raise UserError(f"model.source: {settings.source} has no config.json: it is no Hugging Face model. {OFFLINE}")
+    return found
+
+
+def _reason(settings: Settings, error: BaseException) -> str:
+    """One sentence on why a model could not be read, and the way out."""
+    causes, source = _causes(error), settings.source
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        url = f"https://huggingface.co/{source}"
+        return f"model.source: {source} is gated. Accept its licence at {url}, set HF_TOKEN; or use model=bundled."
+    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+        return f"model.revision: {source} has no revision {settings.revision!r} on the hub."
+    if any(isinstance(cause, RepositoryNotFoundError | HFValidationError) for cause in causes):
+        return f"model.source: {source} is neither a folder here nor a model on the hub that can be read. {OFFLINE}"
+    if "safetensors" in str(error):
+        return (
+            f"model.source: {source} has no weights as safetensors, and pickled weights are not read, since they can "
+            "run code. Convert them (`model.save_pretrained`), or use model=bundled."
+        )
+    said = str(error).strip().partition("\n")[0] or type(error).__name__
+    return f"model.source: {source} could not be reached, and is not in the local cache ({said}). {OFFLINE}"
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    chain = []
+    while error is not None:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"model.device: {name!r} is no device; use auto, cpu, cuda or cuda:<n>.") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"model.device={name}: there is no such GPU here. Use model.device=auto.")
+    return device

@@ -1,0 +1,111 @@
+"""Where activations are read and written: one vocabulary of sites, mapped onto each family's modules in one table.
+
+resid_pre.L   the residual stream before block L (its input)
+resid_post.L  the residual stream after block L (its output)
+mlp_out.L     what the MLP of block L adds to the residual stream
+mlp_hidden.L  the MLP's activated hidden units: the input of its down projection
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from core.errors import UserError
+
+SITE_KINDS = ("resid_pre", "resid_post", "mlp_out", "mlp_hidden")
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One architecture's names for what the vocabulary speaks of.
+
+    blocks      path from the causal LM to its list of blocks
+    mlp_out     within a block, the module whose output the block adds to the residual stream; in Gemma 2 that is not
+                the MLP but the RMSNorm that follows it
+    mlp_down    within a block, the MLP's down projection
+    needs_eager whether attention scores are soft-capped, which PyTorch's fused attention (sdpa) cannot do
+    """
+
+    blocks: str
+    mlp_out: str
+    mlp_down: str
+    needs_eager: bool = False
+
+
+FAMILIES = {  # by `model_type` of a Hugging Face configuration
+    "gpt2": Family("transformer.h", "mlp", "mlp.c_proj"),
+    "gpt_neox": Family("gpt_neox.layers", "mlp", "mlp.dense_4h_to_h"),
+    "llama": Family("model.layers", "mlp", "mlp.down_proj"),
+    "gemma2": Family("model.layers", "post_feedforward_layernorm", "mlp.down_proj", needs_eager=True),
+    "qwen2": Family("model.layers", "mlp", "mlp.down_proj"),
+    "qwen3": Family("model.layers", "mlp", "mlp.down_proj"),
+}
+
+
+class Site(NamedTuple):
+    kind: str
+    layer: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}.{self.layer}"
+
+
+def parse_site(site: str, n_layers: int | None = None) -> Site:
+    """`"resid_pre.8"` -> `Site("resid_pre", 8)`. With `n_layers`, the layer must lie within the model."""
+    kind, _, layer = site.partition(".")
+    if kind not in SITE_KINDS or not (layer.isascii() and layer.isdecimal()):
+        kinds = ", ".join(f"{kind}.L" for kind in SITE_KINDS)
+        layers = "the number of a layer" if n_layers is None else f"a layer from 0 to {n_layers - 1}"
+        raise UserError(f"site: {site!r} is not one of {kinds}, with {layers} for L.")
+    parsed = Site(kind, int(layer))
+    if n_layers is not None and parsed.layer >= n_layers:
+        last = f"resid_post.{n_layers - 1}"
+        hint = f" The residual stream after all layers is {last}." if parsed.kind.startswith("resid") else ""
+        raise UserError(
+            f"site: {site} is beyond the model, which has {n_layers} layers (0 to {n_layers - 1}).{hint} "
+            f"Valid: {', '.join(f'{kind}.L' for kind in SITE_KINDS)}."
+        )
+    return parsed
+
+
+class Tap(NamedTuple):
+    """A place in a model: the first input or the (first) output of a module."""
+
+    module: nn.Module
+    side: Literal["input", "output"]
+
+
+def locate(model: nn.Module, model_type: str, site: Site) -> Tap:
+    """The place in a causal LM that a site names."""
+    family = FAMILIES[model_type]
+    block = model.get_submodule(f"{family.blocks}.{site.layer}")
+    if site.kind == "resid_pre":
+        return Tap(block, "input")
+    if site.kind == "resid_post":
+        return Tap(block, "output")
+    if site.kind == "mlp_out":
+        return Tap(block.get_submodule(family.mlp_out), "output")
+    return Tap(block.get_submodule(family.mlp_down), "input")
+
+
+def attach(tap: Tap, fn: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Call `fn` with the activation whenever the model passes; what it returns, unless None, takes its place."""
+
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        new = fn(args[0])
+        return None if new is None else (new, *args[1:])
+
+    def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> object:
+        if isinstance(output, tuple):
+            new = fn(output[0])
+            return None if new is None else (new, *output[1:])
+        return fn(output)
+
+    if tap.side == "input":
+        return tap.module.register_forward_pre_hook(before)
+    return tap.module.register_forward_hook(after)
