@@ -41,8 +41,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model() -> GPT2LMHeadModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = GPT2Config(vocab_size=257, n_positions=64, n_embd=16, n_layer=2, n_head=2, initializer_range=0.5)
-        return GPT2LMHeadModel(config)
+        size = {"vocab_size": 257, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+        return GPT2LMHeadModel(GPT2Config(**size, initializer_range=0.5, bos_token_id=0, eos_token_id=0))
 
 
 def naive_nats(model: GPT2LMHeadModel, ids: list[int], n_ctx: int, stride: int) -> float:
@@ -70,7 +70,7 @@ def test_bits_per_byte_equals_a_loop_over_tokens(model, tokenizer, n_ctx, stride
 
 
 def test_a_model_that_knows_nothing_pays_the_logarithm_of_its_vocabulary(tokenizer):
-    config = GPT2Config(vocab_size=257, n_positions=16, n_embd=8, n_layer=1, n_head=1)
+    config = GPT2Config(vocab_size=257, n_positions=16, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
     uniform = GPT2LMHeadModel(config)
     torch.nn.init.zeros_(uniform.lm_head.weight)
     assert bits_per_byte(uniform, tokenizer, TEXTS, n_ctx=16, stride=8, batch_rows=4) == pytest.approx(math.log2(257))

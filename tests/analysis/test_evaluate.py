@@ -1,0 +1,211 @@
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from core.analysis.evaluate import downstream_reference, evaluate_compat, evaluate_dictionaries, evaluate_dictionary
+from core.data.batch import InputNorm
+from core.kernels.codes import DenseCodes, SparseCodes
+from core.models.language_model import Edit, LanguageModel
+
+SITE, D, BOS, R, T = "resid_pre.1", 16, 0, 24, 8
+
+
+class Toy(nn.Module):
+    """Batch top k of relu(x W_enc^T + b) in training, a fixed threshold in evaluation; counts its calls in training."""
+
+    def __init__(self, W_enc: torch.Tensor, W_dec: torch.Tensor, b_dec: torch.Tensor, k: int, norm: str) -> None:
+        super().__init__()
+        self.W_enc, self.W_dec, self.b_dec = nn.Parameter(W_enc), nn.Parameter(W_dec), nn.Parameter(b_dec)
+        self.k, self.norm = k, InputNorm(norm)
+        self.register_buffer("threshold", torch.tensor(0.5))
+        self.register_buffer("n_calls", torch.tensor(0))
+
+    def encode(self, x: torch.Tensor) -> SparseCodes | DenseCodes:
+        a = (x @ self.W_enc.T).relu()
+        if not self.training:
+            return DenseCodes(a * (a > self.threshold))
+        self.n_calls += 1
+        self.threshold.mul_(0.9)
+        rows, cols = (a >= a.flatten().topk(self.k * len(a)).values[-1]).nonzero(as_tuple=True)
+        return SparseCodes(rows, cols, a[rows, cols], tuple(a.shape))
+
+    def decode(self, codes: SparseCodes | DenseCodes) -> torch.Tensor:
+        return codes.dense() @ self.W_dec + self.b_dec
+
+    def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
+        x_n, shift = self.norm(x)
+        x_hat = self.decode(self.encode(x_n.flatten(0, -2))).view(x.shape)
+        return self.norm.undo(x_hat, shift)
+
+
+def toy(seed: int = 0, norm: str = "token_std", k: int = 4) -> Toy:
+    g = torch.Generator().manual_seed(seed)
+    W = torch.randn(40, D, generator=g)
+    W = W / W.norm(dim=-1, keepdim=True)
+    return Toy(W, W.clone(), 0.1 * torch.randn(D, generator=g), k, norm)
+
+
+def constant(value: torch.Tensor) -> Toy:
+    return Toy(torch.zeros(3, D), torch.zeros(3, D), value, k=1, norm="none")
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        size = {"vocab_size": 50, "n_positions": T, "n_embd": D, "n_layer": 3, "n_head": 2}
+        config = GPT2Config(**size, initializer_range=0.3, bos_token_id=BOS, eos_token_id=BOS)
+        model = GPT2LMHeadModel(config)
+    words = {"<|endoftext|>": BOS, **{f"w{i}": i for i in range(1, 50)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    return LanguageModel(model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>"), "tiny")
+
+
+@pytest.fixture(scope="module")
+def rows() -> torch.Tensor:
+    rows = torch.randint(1, 50, (R, T), generator=torch.Generator().manual_seed(1))
+    rows[::3, 2] = BOS
+    return rows
+
+
+def test_figures_equal_those_computed_over_all_rows_at_once(lm, rows):
+    method = toy().eval()
+    found = evaluate_dictionary(method, lm, SITE, rows, n_downstream_rows=10, rows_per_batch=7).metrics()
+    with torch.no_grad():
+        x = lm.capture(rows, SITE).flatten(0, 1)
+        x_n, shift = method.norm(x)
+        codes = method.encode(x_n)
+        x_hat_n = method.decode(codes)
+        x_hat = method.norm.undo(x_hat_n, shift)
+    l0 = (codes.values > 0).sum(-1).double()
+    is_bos = rows.flatten() == BOS
+    expected = {
+        "n_tokens": R * T,
+        "nmse_token_std": (x_n - x_hat_n).square().mean().item(),
+        "fvu": ((x_n - x_hat_n).square().sum() / (x_n - x_n.mean(0)).square().sum()).item(),
+        "fve_raw": 1 - ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item(),
+        "nmse_raw_energy": ((x - x_hat).square().sum() / x.square().sum()).item(),
+        "cosine": torch.cosine_similarity(x_n, x_hat_n).mean().item(),
+        "l2_ratio_raw": (x_hat.norm(dim=-1) / x.norm(dim=-1)).mean().item(),
+        "l0_mean": l0.mean().item(),
+        "l0_std": l0.std(correction=0).item(),
+        "l0_mean_without_bos": l0[~is_bos].mean().item(),
+        "l0_bos_mean": l0[is_bos].mean().item(),
+        "dead_fraction": (~(codes.values > 0).any(0)).double().mean().item(),
+        "dense_fraction": ((codes.values > 0).double().mean(0) > 0.1).double().mean().item(),
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+    ten, edit = rows[:10], Edit(SITE, method.reconstruct)
+    clean, spliced = (lm.token_losses(ten, e).mean().item() for e in (None, edit))
+    zero = lm.token_losses(ten, Edit(SITE, torch.zeros_like)).mean().item()
+    at_mean = Edit(SITE, lambda a: a.mean((0, 1)).expand_as(a))
+    mean = lm.token_losses(ten, at_mean).mean().item()
+    p, q = (lm.logits(ten, e)[:, :-1].log_softmax(-1) for e in (None, edit))
+    expected = {
+        "ce_clean": clean,
+        "ce_spliced": spliced,
+        "ce_zero_ablated": zero,
+        "ce_mean_ablated": mean,
+        "ce_degradation": spliced - clean,
+        "ce_recovered_zero": (spliced - zero) / (clean - zero),
+        "ce_recovered_mean": (spliced - mean) / (clean - mean),
+        "kl_nats_per_token": (p.exp() * (p - q)).sum(-1).mean().item(),
+        "n_downstream_tokens": 10 * (T - 1),
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_histograms_count_every_token_with_and_without_beginnings_of_text(lm, rows):
+    found = evaluate_dictionary(toy(), lm, SITE, rows, n_downstream_rows=2, rows_per_batch=8)
+    assert found.l0_histogram.sum() == R * T
+    assert found.l0_histogram_without_bos.sum() == R * T - (rows == BOS).sum()
+    values = torch.arange(len(found.l0_histogram))
+    assert (found.l0_histogram * values).sum().item() / (R * T) == pytest.approx(found.metrics()["l0_mean"])
+
+
+def test_the_number_of_rows_per_batch_changes_nothing(lm, rows):
+    one, other = (evaluate_dictionary(toy(), lm, SITE, rows, 10, n).metrics() for n in (1, R))
+    assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_a_perfect_dictionary_loses_nothing(lm, rows):
+    both = torch.cat([torch.eye(D), -torch.eye(D)])
+    method = Toy(both, both, torch.zeros(D), k=1, norm="token_std")
+    method.threshold.zero_()
+    found = evaluate_dictionary(method, lm, SITE, rows, n_downstream_rows=R, rows_per_batch=8).metrics()
+    assert found["l0_mean"] == D
+    assert [found[name] for name in ("fve", "fve_raw", "cosine", "l2_ratio")] == pytest.approx([1] * 4)
+    assert found["ce_degradation"] == pytest.approx(0, abs=1e-5)
+    assert found["kl_nats_per_token"] == pytest.approx(0, abs=1e-5)
+    assert found["ce_recovered_zero"] == pytest.approx(1, abs=1e-4)
+
+
+def test_dictionaries_that_say_zero_or_the_mean_recover_nothing_from_that_ablation(lm, rows):
+    mean = lm.capture(rows, SITE).double().mean((0, 1)).float()
+    methods = {"zero": constant(torch.zeros(D)), "mean": constant(mean)}
+    found = evaluate_dictionaries(methods, lm, SITE, rows, n_downstream_rows=R, rows_per_batch=8)
+    zero, at_mean = found["zero"].metrics(), found["mean"].metrics()
+    assert zero["ce_recovered_zero"] == pytest.approx(0, abs=1e-5)
+    assert zero["nmse_raw_energy"] == pytest.approx(1)
+    assert at_mean["ce_recovered_mean"] == pytest.approx(0, abs=1e-5)
+    assert at_mean["fve_raw"] == pytest.approx(0, abs=1e-6)
+    assert at_mean["dead_fraction"] == 1
+
+
+def test_dictionaries_scored_together_and_alone_with_a_shared_reference_agree_exactly(lm, rows):
+    methods = {"a": toy(0), "b": toy(1, norm="none")}
+    reference = downstream_reference(lm, SITE, rows[:10], rows_per_batch=5)
+    together = evaluate_dictionaries(methods, lm, SITE, rows, 10, 5, reference)
+    for name, method in methods.items():
+        assert together[name].metrics() == evaluate_dictionary(method, lm, SITE, rows, 10, 5).metrics()
+
+
+def test_compat_scores_the_training_rule_on_one_batch(lm, rows):
+    method = toy(k=4).eval()
+    compat = evaluate_compat(method, lm, SITE, rows, n_tokens=10 * T + 3)
+    assert compat["n_tokens_compat"] == 10 * T
+    assert compat["l0_mean_compat"] == 4
+    with torch.no_grad():
+        x, _ = method.norm(lm.capture(rows[:10], SITE).flatten(0, 1))
+        method.train()
+        x_hat = method.decode(method.encode(x))
+    assert compat["nmse_token_std_compat"] == pytest.approx((x - x_hat).square().mean().item(), rel=1e-5)
+    inference = evaluate_dictionary(method, lm, SITE, rows[:10], 10, 10).metrics()
+    assert inference["l0_mean"] != 4
+    assert compat.keys() == {f"{name}_compat" for name in inference}
+
+
+def test_scoring_changes_neither_modes_nor_buffers_nor_random_state_nor_the_model(lm, rows):
+    method = toy()
+    method.norm.eval()  # a part in another mode than the whole
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    rng, logits = torch.get_rng_state(), lm.logits(rows)
+    evaluate_dictionary(method, lm, SITE, rows, n_downstream_rows=4, rows_per_batch=8)
+    evaluate_compat(method, lm, SITE, rows, n_tokens=32)
+    assert method.training and not method.norm.training
+    assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.equal(lm.logits(rows), logits)
+
+
+def test_a_reference_of_another_site_or_other_rows_is_refused(lm, rows):
+    reference = downstream_reference(lm, SITE, rows[:4], rows_per_batch=4)
+    for site, n_rows in (("resid_pre.2", 4), (SITE, 5)):
+        with pytest.raises(ValueError, match="reference"):
+            evaluate_dictionary(toy(), lm, site, rows, n_rows, 4, reference)
+
+
+def test_nan_stops_the_evaluation_and_names_the_dictionary(lm, rows):
+    method = toy()
+    method.b_dec.data[3] = torch.nan
+    with pytest.raises(FloatingPointError, match="'broken'"):
+        evaluate_dictionaries({"fine": toy(), "broken": method}, lm, SITE, rows, 4, 8)
+    assert method.training
+
+
+def test_too_few_rows_for_the_compat_batch_are_refused(lm, rows):
+    with pytest.raises(ValueError, match="there are 24"):
+        evaluate_compat(toy(), lm, SITE, rows)
