@@ -6,6 +6,7 @@ from `config.json` alone, by one request that fails at once where there is no ne
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,9 +19,11 @@ from huggingface_hub.errors import (
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    RevisionResolutionError,
 )
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.utils import logging as hf_logging
 
 from core.errors import UserError
 from core.models.sites import FAMILIES
@@ -71,26 +74,27 @@ def _value(cfg: Any, key: str) -> Any:
 
 def load_pretrained(settings: Settings) -> tuple[Any, Any, str, str | None]:
     """(model, tokenizer, name, commit)."""
-    source = _place(settings.source)
-    commit = _commit(settings, source)
-    revision = commit or "main"  # a commit, not a branch: configuration, weights and tokenizer are of one state
-    config = _checked_config(settings, source, revision)
+    source, commit = _resolved(settings, _place(settings.source))
+    # A commit, not a branch, so that configuration, weights and tokenizer are of one state of the repository.
+    where = {"revision": commit or "main", "trust_remote_code": False}
+    config = _checked_config(settings, source, where)
     device = _device(settings.device)
+    if not sys.stderr.isatty():
+        hf_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
-            revision=revision,
             dtype=DTYPES[settings.dtype],
             attn_implementation=settings.attn_implementation,
             use_safetensors=True,
-            trust_remote_code=False,
+            **where,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
     except ImportError as error:
         raise UserError(f"model.attn_implementation={settings.attn_implementation}: {error}") from error
     except OSError as error:
-        raise UserError(_reason(settings, error)) from error
+        raise UserError(_reason(settings, error, from_cache=commit is not None and Path(source).is_dir())) from error
     return model.to(device), tokenizer, settings.name, commit
 
 
@@ -107,24 +111,39 @@ def _place(source: str) -> str:
     return source
 
 
-def _commit(settings: Settings, source: str) -> str | None:
-    """The commit that `model.revision` means, None for a folder. Says no at once where the hub cannot be reached."""
+def _resolved(settings: Settings, source: str) -> tuple[str, str | None]:
+    """Where to load from, and the commit that `model.revision` means (None for a folder).
+
+    The hub is asked once, because transformers would try six times, over minutes. Where it does not answer, the copy in
+    the local cache is loaded as the folder that it is.
+    """
     if Path(source).is_dir():
-        return None
-    api = HfApi()
+        return source, None
+    api, revision = HfApi(), settings.revision or "main"
     try:
-        commit = api.resolve_revision(source, revision=settings.revision or "main").resolved
-        if not isinstance(try_to_load_from_cache(source, "config.json", revision=commit), str):
-            api.model_info(source, revision=commit, timeout=HUB_TIMEOUT_S)  # one try: downloads are tried six times
+        api.model_info(source, revision=revision, timeout=HUB_TIMEOUT_S)
+        return source, api.resolve_revision(source, revision=revision).resolved
     except Exception as error:  # the errors of the hub, of its HTTP client and of the system have no base in common
-        raise UserError(_reason(settings, error)) from error
-    return commit
+        folder = _cached(api, source, revision)
+        if folder is None:
+            raise UserError(_reason(settings, error)) from error
+        return str(folder), folder.name
 
 
-def _checked_config(settings: Settings, source: str, revision: str) -> Any:
+def _cached(api: HfApi, source: str, revision: str) -> Path | None:
+    """The folder in the local cache, named by its commit, or None."""
+    try:
+        commit = api.resolve_revision(source, revision=revision, local_files_only=True)
+        config = try_to_load_from_cache(source, "config.json", revision=commit.resolved)
+    except (RevisionResolutionError, HFValidationError):
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _checked_config(settings: Settings, source: str, where: dict[str, Any]) -> Any:
     """The model's configuration, if everything that `settings` says of it is right."""
     given = settings.source
-    model_type = _config_dict(settings, source, revision).get("model_type")
+    model_type = _config_dict(settings, source, where).get("model_type")
     if model_type not in FAMILIES:
         families = ", ".join(FAMILIES)
         raise UserError(f"model.source: {given} is of the family {model_type!r}; supported: {families}. {OFFLINE}")
@@ -135,7 +154,7 @@ def _checked_config(settings: Settings, source: str, revision: str) -> Any:
             f"model.attn_implementation=sdpa: {model_type} soft-caps its attention scores, which sdpa cannot do. "
             "Set model.attn_implementation=eager."
         )
-    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(source, **where)
     for key, stated, actual in (
         ("d_model", settings.d_model, config.hidden_size),
         ("n_layers", settings.n_layers, config.num_hidden_layers),
@@ -146,9 +165,9 @@ def _checked_config(settings: Settings, source: str, revision: str) -> Any:
     return config
 
 
-def _config_dict(settings: Settings, source: str, revision: str) -> Mapping[str, Any]:
+def _config_dict(settings: Settings, source: str, where: dict[str, Any]) -> Mapping[str, Any]:
     try:
-        found, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+        found, _ = PretrainedConfig.get_config_dict(source, **where)
     except OSError as error:
         raise UserError(_reason(settings, error)) from error
     if not found:
@@ -156,7 +175,7 @@ def _config_dict(settings: Settings, source: str, revision: str) -> Mapping[str,
     return found
 
 
-def _reason(settings: Settings, error: BaseException) -> str:
+def _reason(settings: Settings, error: BaseException, from_cache: bool = False) -> str:
     """One sentence on why a model could not be read, and the way out."""
     causes, source = _causes(error), settings.source
     if any(isinstance(cause, GatedRepoError) for cause in causes):
@@ -166,13 +185,13 @@ def _reason(settings: Settings, error: BaseException) -> str:
         return f"model.revision: {source} has no revision {settings.revision!r} on the hub."
     if any(isinstance(cause, RepositoryNotFoundError | HFValidationError) for cause in causes):
         return f"model.source: {source} is neither a folder here nor a model on the hub that can be read. {OFFLINE}"
-    if "safetensors" in str(error):
+    if "safetensors" in str(error) and not from_cache:
         return (
             f"model.source: {source} has no weights as safetensors, and pickled weights are not read, since they can "
             "run code. Convert them (`model.save_pretrained`), or use model=bundled."
         )
     said = str(error).strip().partition("\n")[0] or type(error).__name__
-    return f"model.source: {source} could not be reached, and is not in the local cache ({said}). {OFFLINE}"
+    return f"model.source: {source} could not be reached, and is not whole in the local cache ({said}). {OFFLINE}"
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

@@ -1,0 +1,206 @@
+"""Loading by name, from a hub that is a web server on this machine, and without any hub."""
+
+import json
+import socket
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+import transformers
+from huggingface_hub import constants
+from omegaconf import OmegaConf
+from tokenizers import Tokenizer, models
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from core.errors import UserError
+from core.models import loading
+from core.models.language_model import load_language_model
+from core.models.loading import SHIPPED, Settings
+from core.models.sites import FAMILIES
+
+CONF = Path(__file__).parents[2] / "conf" / "model"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def settings(source, **changed):
+    plain = {"name": "tiny", "source": source, "revision": "main", "dtype": "float32", "d_model": 8, "n_layers": 1}
+    return OmegaConf.create(plain | {"attn_implementation": "sdpa", "device": "cpu"} | changed)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does about lab/tiny, lab/pickled (no safetensors), lab/gated; nothing else exists."""
+
+    folder: Path
+
+    def do_HEAD(self):
+        self.serve()
+
+    def do_GET(self):
+        self.serve()
+
+    def serve(self):
+        _, owner, name, *rest = self.path.removeprefix("/api/models").split("?")[0].split("/")
+        if name not in ("tiny", "pickled", "gated"):
+            return self.refuse(404, "RepoNotFound")
+        if rest[1] not in ("main", COMMIT):
+            return self.refuse(404, "RevisionNotFound")
+        if rest[0] == "revision":
+            return self.answer(json.dumps({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": []}).encode())
+        if name == "gated":
+            return self.refuse(403, "GatedRepo")
+        if rest[0] == "tree":  # asked for further chat templates
+            return self.refuse(404, "EntryNotFound")
+        file = self.folder / "/".join(rest[2:])
+        if not file.is_file() or (name == "pickled" and file.suffix == ".safetensors"):
+            return self.refuse(404, "EntryNotFound")
+        return self.answer(file.read_bytes())
+
+    def answer(self, body):
+        self.send_response(200)
+        self.send_header("ETag", f'"{hash(body)}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def refuse(self, status, code):
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def endpoint(monkeypatch, tmp_path):
+    """Sets where the hub is believed to be; nothing is in the cache."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for proxy in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(proxy, raising=False)
+
+    def believe(url):
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # it keeps the address that it was made with
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+    return believe
+
+
+@pytest.fixture
+def hub(endpoint, tmp_path):
+    folder = tmp_path / "served"
+    config = GPT2Config(vocab_size=5, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(5)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0").save_pretrained(folder)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Served", (Hub,), {"folder": folder}))
+    Thread(target=server.serve_forever, daemon=True).start()
+    endpoint(f"http://127.0.0.1:{server.server_port}")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def closed_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_model_loads_by_name_and_says_which_commit_it_is(hub):
+    lm = load_language_model(settings("lab/tiny"))
+    assert lm.revision == COMMIT and lm.logits(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 5)
+
+
+def test_a_model_that_was_loaded_once_loads_again_without_the_hub(hub, endpoint):
+    load_language_model(settings("lab/tiny"))
+    endpoint(f"http://127.0.0.1:{closed_port()}")
+    started = time.monotonic()
+    for revision in ("main", COMMIT):
+        assert load_language_model(settings("lab/tiny", revision=revision)).revision == COMMIT
+    assert time.monotonic() - started < 10
+
+
+def test_a_download_that_was_cut_off_is_not_taken_for_a_model_without_weights(hub, endpoint):
+    hub.RequestHandlerClass.folder.joinpath("model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no weights as safetensors"):
+        load_language_model(settings("lab/tiny"))
+    endpoint(f"http://127.0.0.1:{closed_port()}")
+    with pytest.raises(UserError, match=r"lab/tiny could not be reached, and is not whole in the local cache"):
+        load_language_model(settings("lab/tiny"))
+
+
+@pytest.mark.parametrize(
+    ("source", "revision", "message"),
+    [
+        ("lab/unknown", "main", "model.source: lab/unknown is neither a folder here nor a model on the hub"),
+        ("lab/unknown", COMMIT, "model.source: lab/unknown is neither a folder here nor a model on the hub"),
+        ("not a name", "main", "model.source: not a name is neither a folder here nor a model on the hub"),
+        ("lab/tiny", "v9", "model.revision: lab/tiny has no revision 'v9'"),
+        (
+            "lab/gated",
+            "main",
+            "lab/gated is gated. Accept its licence at .*/lab/gated, set HF_TOKEN; or use model=bundled",
+        ),
+        ("lab/pickled", "main", "lab/pickled has no weights as safetensors.*model=bundled"),
+    ],
+)
+def test_what_the_hub_refuses_is_said_as_what_it_is(hub, source, revision, message):
+    with pytest.raises(UserError, match=message):
+        load_language_model(settings(source, revision=revision))
+
+
+@pytest.mark.parametrize("revision", ["main", COMMIT])
+def test_without_a_network_a_name_is_refused_at_once_with_the_offline_default(endpoint, revision):
+    endpoint(f"http://127.0.0.1:{closed_port()}")
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"model.source: lab/tiny could not be reached.*model=bundled needs no network"):
+        load_language_model(settings("lab/tiny", revision=revision))
+    assert time.monotonic() - started < 5
+
+
+def test_a_hub_that_does_not_answer_is_waited_for_once(endpoint, monkeypatch):
+    monkeypatch.setattr(loading, "HUB_TIMEOUT_S", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and says nothing
+        endpoint(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(UserError, match=r"lab/tiny could not be reached.*model=bundled"):
+            load_language_model(settings("lab/tiny"))
+    assert time.monotonic() - started < 5
+
+
+def test_offline_mode_is_refused_at_once_with_the_offline_default(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"model.source: lab/tiny could not be reached.*model=bundled needs no network"):
+        load_language_model(settings("lab/tiny"))
+
+
+def test_a_bundled_model_that_is_missing_says_how_it_is_made(monkeypatch, tmp_path):
+    monkeypatch.setitem(SHIPPED, "bundled", tmp_path / "gone")
+    with pytest.raises(UserError, match=r"model=bundled: .*gone is missing.*experiment=bundled_lm"):
+        load_language_model(settings("bundled"))
+
+
+@pytest.mark.parametrize("file", sorted(CONF.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_configuration_has_the_keys_that_loading_reads(file):
+    cfg = OmegaConf.load(file)
+    assert set(cfg) == set(settings("x")) and cfg.name == file.stem
+    assert cfg.dtype in loading.DTYPES and cfg.device == "auto"
+    if OmegaConf.is_missing(cfg, "source"):
+        with pytest.raises(UserError, match=r"model\.source is not set"):
+            Settings.of(cfg)
+    elif cfg.source not in SHIPPED:
+        assert len(cfg.revision) == 40  # a commit: a branch could move
+        assert Settings.of(cfg).d_model == cfg.d_model
+
+
+@pytest.mark.parametrize("source", [name for name, folder in SHIPPED.items() if folder.is_dir()])
+def test_a_shipped_model_is_as_its_configuration_says(source):
+    lm = load_language_model(OmegaConf.load(CONF / f"{source}.yaml"))
+    assert lm.family in FAMILIES and lm.token_losses(torch.zeros(1, 4, dtype=torch.long)).isfinite().all()
