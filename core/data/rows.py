@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Packing = Literal["concat", "per_document"]
 DOCUMENTS_PER_CALL = 64  # documents tokenised at a time; has no influence on the rows
+CHARS_PER_TOKEN = 6  # more than documents have on average
+UNUSED_TOKENS = 64  # at the cut end of a long document; more than a word has
 
 
 class RowStream:
@@ -108,10 +110,29 @@ class RowStream:
         if not texts:
             self._start_next_epoch()
             return torch.empty(0, dtype=torch.long)
-        ids = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        tokens = torch.tensor(list(itertools.chain.from_iterable(map(self._pack, ids))), dtype=torch.long)
+        packed = map(self._pack, self._encode(texts))
+        tokens = torch.tensor(list(itertools.chain.from_iterable(packed)), dtype=torch.long)
         self._epoch_tokens += len(tokens)
         return tokens
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of every text; of long ones perhaps only the beginning, but `max_document_tokens` at least.
+
+        What follows a word does not change its tokens. So a text is cut where it is surely long enough, and encoded
+        whole if it turns out that it was not; tokens near the cut are never used.
+        """
+        longest = self.max_document_tokens
+        cut = texts if longest is None else [text[: CHARS_PER_TOKEN * (longest + UNUSED_TOKENS)] for text in texts]
+        ids = self._tokenize(cut)
+        for index, (text, beginning) in enumerate(zip(texts, cut, strict=True)):
+            if longest is not None and len(beginning) < len(text) and len(ids[index]) < longest + UNUSED_TOKENS:
+                ids[index] = self._tokenize([text])[0]
+        return ids
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        # verbose=False: no warning for documents longer than the model's context
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return list(encoded["input_ids"])
 
     def _start_next_epoch(self) -> None:
         if not self._epoch_tokens:

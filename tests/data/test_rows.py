@@ -109,6 +109,18 @@ def test_documents_longer_than_the_model_are_tokenised_without_a_warning(caplog)
     assert not caplog.records
 
 
+@pytest.mark.parametrize("word_length", [1, 4, 30])  # in characters: the beginning that is tried holds enough or not
+def test_the_beginning_of_a_long_document_has_the_tokens_of_the_whole(word_length):
+    words = [letter * word_length for letter in LETTERS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*words, "<s>"])}, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    texts = [" ".join(words[(start + i) % 26] for i in range(700)) for start in range(5)]
+    rows = RowStream(Listed(texts), fast, "train", 0, 50, max_document_tokens=100).next_rows(10)
+    wanted = [[BOS, *((start + i) % 26 for i in range(99))] for start in range(5)]
+    assert rows.view(5, 100).tolist() == wanted
+
+
 def test_a_position_of_other_rows_is_refused():
     state = RowStream(Listed(["ab"]), TOKENIZER, "train", 0, 4).state_dict()
     RowStream(Listed(["ab"]), TOKENIZER, "train", 0, 4).load_state_dict(state)
