@@ -7,6 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from core.analysis.evaluate import downstream_reference, evaluate_compat, evaluate_dictionaries, evaluate_dictionary
 from core.data.batch import InputNorm
 from core.kernels.codes import DenseCodes, SparseCodes
+from core.methods.batchtopk import BatchTopK
 from core.models.language_model import Edit, LanguageModel
 
 SITE, D, BOS, R, T = "resid_pre.1", 16, 0, 24, 8
@@ -209,3 +210,37 @@ def test_nan_stops_the_evaluation_and_names_the_dictionary(lm, rows):
 def test_too_few_rows_for_the_compat_batch_are_refused(lm, rows):
     with pytest.raises(ValueError, match="there are 24"):
         evaluate_compat(toy(), lm, SITE, rows)
+
+
+def test_a_batchtopk_dictionary_is_scored_by_both_of_its_rules(lm, rows):
+    method = BatchTopK(
+        d_model=D,
+        dict_size=32,
+        k=3,
+        use_enc_bias=False,
+        threshold_rule="posthoc_mean",
+        threshold_ema_rate=0.1,
+        aux="none",
+        aux_coefficient=0.0,
+        k_aux=8,
+        lr=1e-3,
+        betas=(0.9, 0.99),
+        input_norm="token_std",
+        seed=0,
+        decoder_norm="after_step",
+        dead_after_tokens=100,
+        grad_clip=1.0,
+        warmup_steps=0,
+        decay_fraction=0.0,
+        path="auto",
+    )
+    method.threshold.fill_(1.0)
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    found = evaluate_dictionary(method, lm, SITE, rows, n_downstream_rows=8, rows_per_batch=8).metrics()
+    compat = evaluate_compat(method, lm, SITE, rows, n_tokens=R * T)
+    x, _ = method.norm(lm.capture(rows, SITE).flatten(0, 1))
+    l0 = ((x - method.b_dec) @ method.W_enc.T > 1.0).sum(-1).double().mean().item()
+    assert found["l0_mean"] == pytest.approx(l0)
+    assert compat["l0_mean_compat"] == pytest.approx(3)
+    torch.testing.assert_close(dict(method.state_dict()), before, rtol=0, atol=0, equal_nan=True)
+    assert method.training
