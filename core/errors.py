@@ -3,3 +3,14 @@
 
 class UserError(ValueError):
     """A wrong setting or input. Its message names the setting and the way out; run.py prints the message alone."""
+
+
+class NonFiniteLoss(RuntimeError):  # noqa: N818  (it names an event, not a mistake)
+    """Training met a NaN or an infinity. Parameters are those of the last finite step."""
+
+    def __init__(self, step: int, name: str) -> None:
+        super().__init__(
+            f"{name}: the loss or its gradient is not finite at optimiser step {step} (counted from 0). "
+            "Look for NaN in the activations, or lower method.lr."
+        )
+        self.step = step

@@ -1,0 +1,137 @@
+"""Encoding and decoding with k of m latents: one dense product, everything else on the entries that were kept.
+
+A dense step makes five products of 2 B d m operations (pre-activations, decoding, and their three gradients). Here the
+first is dense, and the rest costs 2 B d k each: sums of scaled rows (`embedding_bag`, on CPU and CUDA) and products
+sampled at the support. Pre-activations are not kept for the backward pass. `core.kernels.reference` says the same in
+plain autograd.
+
+Shapes: B rows in the batch, d = d_model, m = dict_size, n = entries kept.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
+
+from core.kernels import reference
+from core.kernels.codes import Codes, DenseCodes, SparseCodes, Support
+from core.kernels.select import Select, mask_of_largest, select_batchtopk, select_threshold, select_topk
+
+Path = Literal["auto", "sparse", "dense"]
+MIN_LATENTS_PER_ENTRY = 4  # `auto` is sparse from m = 4 k on: on a CPU, at d 192, there both are about equally fast
+
+
+def use_sparse(path: Path, dict_size: int, k: float) -> bool:
+    """Whether codes with k of `dict_size` latents per row are handled sparsely. Results are equal to rounding."""
+    return path == "sparse" or (path == "auto" and dict_size >= MIN_LATENTS_PER_ENTRY * k)
+
+
+def encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, centre: Tensor | None = None, path: Path = "sparse"
+) -> Codes:
+    """The k largest entries > 0 of every row of (x - centre) W_enc^T + b_enc, x `[B, d]`, W_enc `[m, d]`.
+
+    `centre` `[d]` may be left to the kernel because its gradient, - sum_ij df_ij W_enc_j, then costs one product of
+    a vector and a matrix. The selection is constant to the gradient.
+    """
+    if not use_sparse(path, W_enc.shape[0], k):
+        z = reference.pre_activations(x, W_enc, b_enc, centre)
+        return DenseCodes(z.where(mask_of_largest(z.detach(), k), 0))
+    return _encode(x, W_enc, b_enc, centre, partial(select_topk, k=k))
+
+
+def encode_batchtopk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, centre: Tensor | None = None, path: Path = "sparse"
+) -> Codes:
+    """The B k largest entries > 0 of the whole matrix (x - centre) W_enc^T + b_enc; fewer if fewer are > 0."""
+    if not use_sparse(path, W_enc.shape[0], k):
+        z = reference.pre_activations(x, W_enc, b_enc, centre)
+        return DenseCodes(z.where(mask_of_largest(z.detach().flatten(), k * z.shape[0]).view_as(z), 0))
+    return _encode(x, W_enc, b_enc, centre, partial(select_batchtopk, k=k))
+
+
+def encode_threshold(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, centre: Tensor | None = None
+) -> SparseCodes:
+    """The entries of (x - centre) W_enc^T + b_enc above `threshold >= 0` (a scalar, or `[m]`, one per latent)."""
+    return _encode(x, W_enc, b_enc, centre, partial(select_threshold, threshold=threshold.detach()))
+
+
+def decode(codes: Codes, W_dec: Tensor) -> Tensor:
+    """codes `[B, m]`, W_dec `[m, d]` -> `[B, d]`, without the decoder's bias."""
+    if isinstance(codes, DenseCodes):
+        return reference.decode(codes, W_dec)
+    return _Decode.apply(codes.values, W_dec, codes.support)
+
+
+def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, centre: Tensor | None, select: Select) -> SparseCodes:
+    values, support = _Encode.apply(x, W_enc, b_enc, centre, select)
+    return SparseCodes.on(support, values)
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, centre: Tensor | None, select: Select
+    ) -> tuple[Tensor, Support]:
+        x_centred = x if centre is None else x - centre
+        support, values = select(x_centred, W_enc, b_enc)
+        ctx.support = support
+        ctx.save_for_backward(x_centred, W_enc)
+        return values, support
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_values: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        x_centred, W_enc = ctx.saved_tensors
+        support: Support = ctx.support
+        order, offsets, rows = support.by_column
+        d_by_column = d_values[order]
+        wants_x, wants_W, wants_b, wants_centre, _select = ctx.needs_input_grad
+        d_x = d_W = d_b = d_centre = None
+        if wants_x:
+            d_x = _sums_of_rows(d_values, support.cols, support.offsets, W_enc)
+        if wants_W:
+            d_W = _sums_of_rows(d_by_column, rows, offsets, x_centred)
+        if wants_b or wants_centre:
+            d_b = torch.segment_reduce(d_by_column, "sum", offsets=offsets)
+            d_centre = -(d_b @ W_enc) if wants_centre else None
+        return d_x, d_W, d_b if wants_b else None, d_centre, None
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, support: Support) -> Tensor:
+        ctx.support = support
+        ctx.save_for_backward(values, W_dec)
+        return _sums_of_rows(values, support.cols, support.offsets, W_dec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        values, W_dec = ctx.saved_tensors
+        support: Support = ctx.support
+        d_values = d_W = None
+        if ctx.needs_input_grad[0]:
+            d_values = _sampled_product(d_out, W_dec, support)
+        if ctx.needs_input_grad[1]:
+            order, offsets, rows = support.by_column
+            d_W = _sums_of_rows(values[order], rows, offsets, d_out)
+        return d_values, d_W, None
+
+
+def _sums_of_rows(weights: Tensor, index: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
+    """out_i = sum of weights_e table[index_e] over e from offsets_i to offsets_{i + 1}."""
+    return embedding_bag(index, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
+def _sampled_product(left: Tensor, right: Tensor, support: Support) -> Tensor:
+    """`[n]`: left_i . right_j for every entry (i, j) of the support; left `[B, d]`, right `[m, d]`."""
+    zeros = left.new_zeros(support.cols.numel())
+    pattern = torch.sparse_csr_tensor(support.offsets, support.cols, zeros, support.shape, check_invariants=False)
+    return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()

@@ -1,0 +1,59 @@
+"""AuxK: the loss that brings dead latents back by letting them explain the reconstruction's error.
+
+L_aux = |e - e_hat|^2 with e = x - x_hat and e_hat = z_aux W_dec, where z_aux are the k_aux largest activations of each
+row among the dead latents. What the sources disagree on has names:
+  r1          Bussmann et al. 2024, authors' code: mean over entries; e keeps its gradient, so the term also weighs the
+              main residual a little more
+  normalized  the dictionary_learning library: e detached, the error divided by the variance of e over the batch; it
+              uses k_aux = d / 2 and far more patient dead_after_tokens
+  r2_compat   the meta-SAE authors' package: the codes handed over are already sparse, so those of dead latents are
+              zero; no dead latent learns and the term adds the mean of e^2 while any latent is dead
+  none        no such term
+Pre-activations are computed anew, of the dead latents alone: where none is dead the term costs nothing but looking.
+
+Shapes: B rows in the batch, d = d_model, m = dict_size.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from core.kernels import sparse
+from core.methods.sparsity import mean_square
+
+Aux = Literal["r1", "normalized", "r2_compat", "none"]
+
+
+def aux_loss(
+    kind: Aux,
+    x: Tensor,
+    x_hat: Tensor,
+    dead: Tensor,
+    k_aux: int,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor,
+    W_dec: Tensor,
+) -> Tensor:
+    """L_aux, a scalar, for x and x_hat `[B, d]` and the dead latents as bool `[m]`; 0 where none is dead."""
+    which = dead.nonzero().squeeze(1)  # [n_dead]; the device is waited for here
+    if kind == "none" or which.numel() == 0:
+        return x.new_zeros(())
+    e = x - x_hat
+    if kind == "r2_compat":
+        return mean_square(e)
+    codes = sparse.encode_topk(
+        x,
+        W_enc[which],
+        None if b_enc is None else b_enc[which],
+        min(k_aux, which.numel()),
+        centre=b_dec,
+        path="auto",
+    )
+    e_hat = sparse.decode(codes, W_dec[which])
+    if kind == "r1":
+        return mean_square(e - e_hat)
+    e = e.detach()
+    return mean_square(e - e_hat) / mean_square(e - e.mean(0)).clamp(min=1e-12)

@@ -1,0 +1,94 @@
+"""The ReLU dictionary with an L1 penalty, as in the family that Leask et al. 2025 stitch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from core.data.batch import Normalisation
+from core.kernels.codes import Codes, DenseCodes
+from core.kernels.reference import pre_activations
+from core.methods.base import DecoderNorm, DictionaryMethod, ramp
+from core.methods.checks import require, require_one_of
+from core.methods.sparsity import l1_penalty
+
+BDecInit = Literal["zero", "geometric_median"]
+
+
+class ReluL1(DictionaryMethod):
+    """f = ReLU(W_enc (x - b_dec) + b_enc), x_hat = W_dec f + b_dec; loss E[|x - x_hat|^2 + l1_coefficient sum_i f_i].
+
+    The squared error is summed over coordinates (Leask et al. 2025, the ReLU family), unlike in the k-sparse methods.
+
+    l1_warmup_steps  the coefficient rises linearly over this many steps
+    b_dec_init       `geometric_median`: b_dec starts at the geometric median of the first batch
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        dict_size: int,
+        l1_coefficient: float,
+        l1_warmup_steps: int,
+        b_dec_init: BDecInit,
+        lr: float,
+        betas: Sequence[float],
+        input_norm: Normalisation,
+        seed: int,
+        decoder_norm: DecoderNorm,
+        dead_after_tokens: int,
+        grad_clip: float,
+        warmup_steps: int,
+        decay_fraction: float,
+    ) -> None:
+        super().__init__(
+            d_model=d_model,
+            dict_size=dict_size,
+            lr=lr,
+            betas=betas,
+            input_norm=input_norm,
+            seed=seed,
+            decoder_norm=decoder_norm,
+            dead_after_tokens=dead_after_tokens,
+            grad_clip=grad_clip,
+            warmup_steps=warmup_steps,
+            decay_fraction=decay_fraction,
+        )
+        require(l1_coefficient >= 0, "l1_coefficient", l1_coefficient, "be 0 or more")
+        require(l1_warmup_steps >= 0, "l1_warmup_steps", l1_warmup_steps, "be 0 or more")
+        require_one_of(b_dec_init, "b_dec_init", BDecInit)
+        self.l1_coefficient, self.l1_warmup_steps = float(l1_coefficient), int(l1_warmup_steps)
+        self.b_dec_init: BDecInit = b_dec_init
+        self._options |= {
+            "l1_coefficient": self.l1_coefficient,
+            "l1_warmup_steps": self.l1_warmup_steps,
+            "b_dec_init": b_dec_init,
+        }
+
+    def start(self, x: Tensor) -> None:
+        if self.b_dec_init == "geometric_median":
+            self.b_dec.data.copy_(geometric_median(x))
+
+    def encode(self, x: Tensor) -> Codes:
+        return DenseCodes(pre_activations(x, self.W_enc, self.b_enc, self.b_dec).relu())
+
+    def losses(self, x: Tensor, codes: Codes) -> dict[str, Tensor]:
+        l1 = self.l1_coefficient * ramp(self.n_updates + 1, self.l1_warmup_steps)
+        return {
+            "reconstruction": (x - self.decode(codes)).square().sum(1).mean(),
+            "l1": l1 * l1_penalty(codes.dense()),
+        }
+
+
+@torch.no_grad()
+def geometric_median(x: Tensor, n_iterations: int = 50) -> Tensor:
+    """The point `[d]` whose distances to the rows of `[N, d]` have the smallest sum, by Weiszfeld's iteration from the
+    mean; approximate."""
+    median = x.mean(0)
+    for _ in range(n_iterations):
+        weights = 1 / (x - median).norm(dim=1).clamp(min=1e-6)
+        median = (weights @ x) / weights.sum()
+    return median
