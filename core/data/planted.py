@@ -25,8 +25,8 @@ ATTRIBUTES_PER_ENTITY = 3
 class PlantedEntities:
     """Rows `[B, d]` of entities and attributes.
 
-    entities_per_row       smallest and largest number of entities in a row, uniform; equal numbers make all rows equally
-                           complex (the negative control of the BatchTopK comparison)
+    entities_per_row       smallest and largest number of entities in a row, uniform; equal numbers make all rows
+                           equally complex (the negative control of the BatchTopK comparison)
     extra_attribute        probability of one more attribute, on its own, in a row
     noise                  standard deviation per coordinate
     seed                   of the directions; rows are drawn from generators of their own

@@ -200,24 +200,31 @@ class DictionaryMethod(pl.LightningModule, ABC):
             factor *= min(1.0, max(0, self.n_steps - self.n_updates) / (decay_fraction * self.n_steps))
         return factor
 
-    def training_step(self, chunk: list[Batch], batch_idx: int) -> None:
-        """One optimiser step per batch of the chunk; logs the chunk's means. The last step goes through Lightning's
-        wrapper, so that its `global_step` counts chunks."""
-        wrapped = self.optimizers()
-        assert isinstance(wrapped, pl.core.optimizer.LightningOptimizer)
+    def train_on(
+        self, chunk: Sequence[Batch], optimizer: ClippingAdam, last_step: Callable[[], object] | None = None
+    ) -> dict[str, Tensor]:
+        """One optimiser step per batch. Returns the means over the chunk of what `update` returns, on the device.
+
+        Raises `NonFiniteLoss` after the chunk if one of its losses or gradients was not finite. `last_step` is called in
+        the place of the last `optimizer.step`.
+        """
         first = self.n_updates
-        optimizer = wrapped.optimizer
-        assert isinstance(optimizer, ClippingAdam)
         steps = [self.update(batch, optimizer) for batch in chunk[:-1]]
-        steps.append(self.update(chunk[-1], optimizer, wrapped.step))
+        steps.append(self.update(chunk[-1], optimizer, last_step))
         table = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
         finite = (table["loss"].isfinite() & table["grad_norm"].isfinite()).cpu()
         if not finite.all():
             raise NonFiniteLoss(first + int((~finite).nonzero()[0]), type(self).__name__)
-        n_rows = len(chunk[0].x)
-        means = {name: values.mean() for name, values in table.items()}
-        self.log_dict({n: means.pop(n) for n in ("loss", "l0")}, prog_bar=True, batch_size=n_rows)
-        self.log_dict(means, batch_size=n_rows)
+        return {name: values.mean() for name, values in table.items()}
+
+    def training_step(self, chunk: list[Batch], batch_idx: int) -> None:
+        """`train_on` and logging; the last step goes through Lightning's wrapper, so `global_step` counts chunks."""
+        wrapped = self.optimizers()
+        assert isinstance(wrapped, pl.core.optimizer.LightningOptimizer)
+        assert isinstance(wrapped.optimizer, ClippingAdam)
+        means = self.train_on(chunk, wrapped.optimizer, last_step=wrapped.step)
+        for name, value in means.items():
+            self.log(name, value, prog_bar=name in ("loss", "l0"), batch_size=len(chunk[0].x))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["n_updates"] = self.n_updates
