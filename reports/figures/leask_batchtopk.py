@@ -1,0 +1,209 @@
+"""The figures of leask_batchtopk, drawn like figures 1 to 3 of Bussmann et al. 2024.
+
+For each language model and site: NMSE and cross-entropy degradation against the dictionary size at a fixed k and
+against the measured L0 at a fixed size; and the histogram of BatchTopK's L0 per token.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+
+from core.metrics.statistics import t_interval
+from reports.collect import HISTOGRAM, Cell
+from reports.matching import refined
+
+matplotlib.use("Agg")
+
+DICT_SIZE, K = "method.dict_size", "method.k"
+METRICS = {"nmse_token_std": "NMSE", "ce_degradation": "CE degradation (nats per token)"}
+
+
+FEWEST = 2e-5  # the histogram ends where a bin holds a smaller share of the tokens
+
+
+class Look(NamedTuple):
+    colour: str  # from the palette of Okabe and Ito, safe for the colour-blind
+    marker: str
+    aside: float  # factor on the dictionary size, so that bars do not hide one another
+
+
+METHODS = {
+    "TopK": Look("#E69F00", "s", 0.985),
+    "BatchTopK": Look("#0072B2", "o", 1.015),
+    "JumpReLU": Look("#009E73", "^", 1.0),
+}
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.hashsalt": "leask_batchtopk",  # the same file from the same numbers
+}
+
+
+def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
+    """Two figures for each model and site, as PNG and SVG. A figure for which there is no cell is left out."""
+    groups: dict[tuple[str, str], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        groups[str(cell.get("model.name")), str(cell.get("stream.site"))].append(cell)
+    written = []
+    with matplotlib.rc_context(STYLE):
+        for (model, site), group in sorted(groups.items()):
+            title = f"{model}, {site}, {group[0].scale} scale"
+            name = f"leask_batchtopk_{group[0].scale}_{model}_{site}"
+            written += _save(curves(group, title), folder / f"{name}_curves")
+            written += _save(histogram(group, title), folder / f"{name}_l0_histogram")
+    return written
+
+
+def curves(cells: Sequence[Cell], title: str) -> Figure:
+    """Two rows (NMSE, cross-entropy degradation) by two columns (dictionary size, measured L0)."""
+    figure = Figure(figsize=(8.2, 5.8), layout="constrained")
+    axes = figure.subplots(2, 2, sharex="col")
+    k, size = _fixed(cells, K, DICT_SIZE), _fixed(cells, DICT_SIZE, "metrics.l0_mean")
+    at_k = [cell for cell in cells if cell.get(K) is not None and cell.get(K) == k]
+    at_size = [cell for cell in cells if cell.get(DICT_SIZE) == size]
+    for row, (metric, label) in zip(axes, METRICS.items(), strict=True):
+        _lines(row[0], at_k, DICT_SIZE, metric)
+        _lines(row[1], at_size, "metrics.l0_mean", metric)
+        row[0].set_ylabel(label)
+    _log_axis(axes[1, 0], {cell.get(DICT_SIZE) for cell in at_k}, "dictionary size")
+    _log_axis(axes[1, 1], {cell.get(K) for cell in at_size} - {None}, "measured L0 (mean active latents per token)")
+    axes[0, 0].set_title(f"k = {k}" if at_k else "no cell yet", fontsize=10)
+    axes[0, 1].set_title(f"dictionary size {size}", fontsize=10)
+    axes[0, 1].legend()
+    figure.suptitle(f"{title}, held-out text, {_seeds(cells)}", fontsize=10)
+    return figure
+
+
+def histogram(cells: Sequence[Cell], title: str) -> Figure | None:
+    """L0 per token of BatchTopK under its threshold, all seeds together, beside the one value that TopK gives."""
+    drawn = [cell for cell in cells if cell.method == "BatchTopK" and (cell.folder / HISTOGRAM).is_file()]
+    size, k = _fixed(drawn, DICT_SIZE, K), _fixed(drawn, K, DICT_SIZE)
+    chosen = [cell for cell in drawn if (cell.get(DICT_SIZE), cell.get(K)) == (size, k)]
+    if not chosen or k is None:
+        return None
+    figure = Figure(figsize=(8.2, 3.4), layout="constrained")
+    axes = figure.subplots()
+    _bars(axes, _summed_histograms(chosen))
+    look = METHODS["TopK"]
+    axes.axvline(k, color=look.colour, linestyle="--", linewidth=1.8, label=f"k = {k}, what TopK gives every token")
+    axes.set_xlabel("L0 of a token (active latents)")
+    axes.set_ylabel("share of tokens")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    axes.grid(axis="x", visible=False)
+    axes.legend()
+    figure.suptitle(f"{title}, held-out text: BatchTopK with {size} latents under its threshold", fontsize=10)
+    return figure
+
+
+def _fixed(cells: Sequence[Cell], key: str, varied: str) -> int | None:
+    """The value of `key` at which most different values of `varied` were measured; of equals the middle one."""
+    values: dict[int, set[object]] = defaultdict(set)
+    for cell in cells:
+        if cell.get(key) is not None:
+            values[cell.get(key)].add((cell.method, cell.get(varied)))
+    best = sorted(value for value, seen in values.items() if len(seen) == max(map(len, values.values())))
+    return best[len(best) // 2] if best else None
+
+
+def _lines(axes: Axes, cells: Sequence[Cell], x: str, metric: str) -> None:
+    """One line for each method, a point for each setting: means over seeds, and the t interval of the metric."""
+    settings = refined(cells, (DICT_SIZE, K, "method.l0_coefficient"))
+    for method, look in METHODS.items():
+        points: dict[tuple[object, ...], list[Cell]] = defaultdict(list)
+        for cell in cells:
+            if cell.method == method and metric in cell.metrics:
+                points[tuple(cell.get(key) for key in settings)].append(cell)
+        if not points or (x == DICT_SIZE and method == "JumpReLU"):
+            continue
+        aside = look.aside if x == DICT_SIZE else 1.0
+        drawn = sorted((aside * _mean(group, x), *_interval(group, metric)) for group in points.values())
+        at, mean, half = (list(column) for column in zip(*drawn, strict=True))
+        axes.errorbar(
+            at,
+            mean,
+            yerr=half,
+            label=method,
+            color=look.colour,
+            linewidth=1.6,
+            elinewidth=1.0,
+            capsize=2.5,
+            marker=look.marker,
+            markersize=6,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+        )
+
+
+def _mean(cells: Sequence[Cell], key: str) -> float:
+    return float(np.mean([cell.get(key) for cell in cells]))
+
+
+def _interval(cells: Sequence[Cell], metric: str) -> tuple[float, float]:
+    """Mean over seeds and half the width of its interval; 0 where one seed gives none."""
+    values = [cell.metrics[metric] for cell in cells]
+    if len(values) == 1:
+        return values[0], 0.0
+    interval = t_interval(values)
+    return interval.mean, interval.high - interval.mean
+
+
+def _summed_histograms(cells: Sequence[Cell]) -> pd.DataFrame:
+    """Columns `count` and `count_without_bos` over the index `l0`, summed over the cells."""
+    tables = [pd.read_parquet(cell.folder / HISTOGRAM).set_index("l0") for cell in cells]
+    return pd.concat(tables).groupby(level=0).sum()
+
+
+def _bars(axes: Axes, table: pd.DataFrame) -> None:
+    """Shares of all tokens; those that begin a text stand on top of the others."""
+    n_tokens = table["count"].sum()
+    without_bos, everything = table["count_without_bos"] / n_tokens, table["count"] / n_tokens
+    at = table.index.to_numpy()
+    bos = everything - without_bos
+    axes.set_xlim(-1, at[everything > FEWEST].max(initial=1) + 1)
+    axes.bar(at, without_bos, width=1.0, color="#7fb3d5", label="tokens inside a text")
+    axes.bar(
+        at,
+        bos,
+        width=1.0,
+        bottom=without_bos,
+        color="#D55E00",
+        label=f"beginnings of text (BOS), {bos.sum():.2%} of all tokens",
+    )
+
+
+def _seeds(cells: Sequence[Cell]) -> str:
+    n_seeds = len({cell.seed for cell in cells})
+    return f"{n_seeds} seeds (bars: 95 % t intervals)" if n_seeds > 1 else "one seed"
+
+
+def _save(figure: Figure | None, path: Path) -> list[Path]:
+    if figure is None:
+        return []
+    written = [path.with_name(f"{path.name}.{ending}") for ending in ("png", "svg")]
+    for file in written:
+        figure.savefig(file, dpi=160, metadata={"Date": None} if file.suffix == ".svg" else None)
+    return written
+
+
+def _log_axis(axes: Axes, ticks: Iterable[float], label: str) -> None:
+    axes.set_xscale("log", base=2)
+    if values := sorted(ticks):
+        axes.xaxis.set_major_locator(FixedLocator(values))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel(label)

@@ -1,0 +1,123 @@
+"""The tables of the report."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+from core.metrics.statistics import t_interval
+from reports.claims import SCALES, ExperimentRows, Judgement, Paper, Scale
+from reports.collect import Cell, Failure, grid_size
+from reports.matching import order, refined
+from reports.render import Table
+
+Judgements = Mapping[str, Mapping[Scale, Judgement]]
+
+
+def finished(
+    experiments: Sequence[str],
+    cells: Callable[[str, Scale], list[Cell]],
+    failed: Callable[[str, Scale], list[Failure]],
+) -> Table:
+    """How many cells of each grid are there."""
+    rows = []
+    for experiment in experiments:
+        for scale in SCALES:
+            n_cells, n_failed = len(cells(experiment, scale)), len(failed(experiment, scale))
+            if n_cells or n_failed:
+                rows.append([experiment, scale, str(n_cells), str(n_failed), str(grid_size(experiment, scale) or "?")])
+    return Table(["experiment", "scale", "cells finished", "failed", "in the grid"], rows)
+
+
+def claims(paper: Paper, judgements: Judgements) -> Table:
+    """One row for each claim of a paper."""
+    header = ["claim", "statement", "where", "paper", "source, confidence"]
+    header += [title for scale in SCALES for title in (f"ours, {scale} scale", f"verdict, {scale} scale")]
+    rows = []
+    for claim in paper.claims:
+        row = [claim.id, claim.statement, claim.where, claim.paper_says, f"{claim.source}; {claim.confidence}"]
+        for scale in SCALES:
+            judgement = judgements[claim.id][scale]
+            row += [judgement.ours, judgement.verdict]
+        rows.append(row)
+    return Table(header, rows)
+
+
+def details(papers: Sequence[Paper], experiment: str, scale: Scale, judgements: Judgements) -> Table:
+    """One row for each comparison behind the claims of an experiment."""
+    rows = []
+    for claim in (claim for paper in papers for claim in paper.claims if claim.experiment == experiment):
+        judgement = judgements[claim.id][scale]
+        for comparison, held, effect in zip(judgement.comparisons, judgement.holds, judgement.effects, strict=True):
+            if held is None:
+                values = ["", "", f"not judged: {comparison.note}", "0", ""]
+            else:
+                a, b = comparison.values
+                values = [f"{a:.4g}", f"{b:.4g}", effect, str(len(comparison.pairs)), "yes" if held else "no"]
+            rows.append([claim.id, comparison.label, *values])
+    return Table(["claim", "setting", "measured", "compared with", "difference or ratio", "seeds", "as claimed"], rows)
+
+
+def rows_of(papers: Sequence[Paper], experiment: str) -> ExperimentRows | None:
+    """How an experiment's table is made, if a paper's file says so."""
+    return next((paper.experiments[experiment] for paper in papers if experiment in paper.experiments), None)
+
+
+def results(cells: Sequence[Cell], rows: ExperimentRows | None) -> Table:
+    """Means over seeds with their intervals: one row for each method and setting, or each metric if nothing is said."""
+    groups: dict[tuple[str, ...], list[Cell]] = defaultdict(list)
+    if rows is None:
+        for cell in cells:
+            groups[(_name(cell),)].append(cell)
+        metrics = list(dict.fromkeys(metric for cell in cells for metric in cell.metrics))
+        body = [[metric, *(mean(group, metric) for group in groups.values())] for metric in metrics]
+        return Table(["metric", *(name for (name,) in groups)], body)
+    match = ("method", *refined(cells, tuple(rows.match)))
+    for cell in sorted(cells, key=lambda cell: order([cell.get(key) for key in match])):
+        groups[tuple(_text(cell.get(key)) for key in match)].append(cell)
+    header = [*(key.rpartition(".")[2] or key for key in match), "seeds", *rows.columns]
+    body = [
+        [*key, str(len({cell.seed for cell in group})), *(mean(group, metric) for metric in rows.columns)]
+        for key, group in groups.items()
+    ]
+    return Table(header, body)
+
+
+def mean(cells: Sequence[Cell], metric: str) -> str:
+    """`0.291 [0.285, 0.297]`; without an interval where there is one value."""
+    values = [cell.metrics[metric] for cell in cells if metric in cell.metrics]
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.4g}"
+    interval = t_interval(values)
+    return f"{interval.mean:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
+
+
+def failures(failed: Sequence[Failure]) -> Table:
+    rows = [[failure.folder.name, failure.error, failure.message] for failure in failed]
+    return Table(["cell", "error", "message"], rows)
+
+
+def circumstances(cells: Sequence[Cell]) -> list[str]:
+    """Hardware, commits, versions and time of the cells."""
+    records = [cell.record for cell in cells]
+    versions = sorted({f"{name} {version}" for record in records for name, version in record["versions"].items()})
+    seconds = [record["seconds"] for record in records]
+    return [
+        f"device: {', '.join(sorted({record['device'] for record in records}))}",
+        f"commit: {', '.join(sorted({record['commit'] for record in records}))}",
+        f"versions: {', '.join(versions)}",
+        f"time: {sum(seconds):,.0f} s in {len(cells)} cells, {statistics.median(seconds):,.1f} s in the median one "
+        "(dictionaries that were trained together before the cells, or found in the store, are not in it)",
+    ]
+
+
+def _name(cell: Cell) -> str:
+    """The cell's folder without its seed."""
+    return ",".join(part for part in cell.folder.name.split(",") if not part.startswith("seed=")) or "base"
+
+
+def _text(value: object) -> str:
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
