@@ -10,6 +10,7 @@ Shapes: B rows in the batch, d = d_model, m = dict_size, n = entries kept.
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any, Literal
 
@@ -21,6 +22,9 @@ from torch.nn.functional import embedding_bag
 from core.kernels import reference
 from core.kernels.codes import Codes, DenseCodes, SparseCodes, Support
 from core.kernels.select import Select, mask_of_largest, select_batchtopk, select_threshold, select_topk
+
+# PyTorch says this once for every program that makes a CSR tensor; only `_sampled_product` does here.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 Path = Literal["auto", "sparse", "dense"]
 MIN_LATENTS_PER_ENTRY = 4  # `auto` is sparse from m = 4 k on: on a CPU, at d 192, there both are about equally fast

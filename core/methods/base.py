@@ -205,8 +205,8 @@ class DictionaryMethod(pl.LightningModule, ABC):
     ) -> dict[str, Tensor]:
         """One optimiser step per batch. Returns the means over the chunk of what `update` returns, on the device.
 
-        Raises `NonFiniteLoss` after the chunk if one of its losses or gradients was not finite. `last_step` is called in
-        the place of the last `optimizer.step`.
+        Raises `NonFiniteLoss` after the chunk if one of its losses or gradients was not finite. `last_step` is called
+        in the place of the last `optimizer.step`.
         """
         first = self.n_updates
         steps = [self.update(batch, optimizer) for batch in chunk[:-1]]
