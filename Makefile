@@ -1,0 +1,62 @@
+# Every target makes .venv first where there is none. `make help` lists the targets.
+SHELL := /bin/bash
+PYTHON ?= python3
+SCALE ?= demo
+
+PY := .venv/bin/python
+READY := .venv/.installed
+PAPERS := leask oneill minder paulo song
+EXPERIMENTS := $(basename $(notdir $(foreach paper,$(PAPERS),$(sort $(wildcard conf/experiment/$(paper)_*.yaml)))))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-quick check report clean reproduce-all $(PAPERS:%=reproduce-%)
+
+help: ## this list
+	@grep -hE '^[a-z<>-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
+	@printf 'reproduce-<paper>     all experiments of one paper: %s (SCALE=demo|paper)\n' '$(PAPERS)'
+
+demo: $(READY) ## the main experiment on the bundled model, then the report: minutes on a laptop, no network
+	@status=0; HF_HUB_OFFLINE=1 $(PY) run.py experiment=leask_batchtopk scale=demo || status=$$?; \
+	$(PY) -m reports.compare || status=$$?; exit $$status
+
+test: $(READY) ## the whole test suite
+	$(PY) -m pytest
+
+test-quick: $(READY) ## the tests that take no more than a few seconds each
+	$(PY) -m pytest -m "not slow"
+
+check: $(READY) ## format, lint and types
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+report: $(READY) ## compare all results in outputs/ with the papers' claims
+	$(PY) -m reports.compare
+
+reproduce-all: $(READY) ## all experiments of all papers (SCALE=demo|paper), one process each, then the report
+	@$(call run_each,$(EXPERIMENTS))
+
+$(PAPERS:%=reproduce-%): reproduce-%: $(READY)
+	@$(call run_each,$(filter $*_%,$(EXPERIMENTS)))
+
+# A failing experiment does not stop the others; it is named at the end, and the target fails.
+define run_each
+	test -n "$(strip $(1))" || { echo "error: no experiment yet for $@ (see conf/experiment)" >&2; exit 1; }; \
+	failed=; for name in $(1); do \
+		echo "== $$name, $(SCALE) scale" >&2; \
+		$(PY) run.py experiment=$$name scale=$(SCALE) || failed="$$failed $$name"; \
+	done; \
+	$(PY) -m reports.compare || failed="$$failed report"; \
+	test -z "$$failed" || { echo "error: failed:$$failed" >&2; exit 1; }
+endef
+
+clean: ## remove .venv and caches; results (outputs/) and what was trained (artifacts/) stay
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed ($(PYTHON) is older or missing): make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
