@@ -27,7 +27,6 @@ from torch import Tensor
 
 from core.artifacts import Store, content_key
 from core.data.activations import ActivationStream
-from core.data.batch import InputNorm
 from core.data.module import ActivationData, Chunk
 from core.data.rows import RowStream
 from core.errors import NonFiniteLoss, UserError
@@ -127,7 +126,6 @@ def open_stream(request: Request, split: str = "train") -> ActivationStream:
         lm,
         s["site"],
         rows,
-        InputNorm(s["input_norm"]),
         s["batch_size"],
         s["buffer_tokens"],
         s["rows_per_forward"],
@@ -172,7 +170,6 @@ def _train(
     for index, request in enumerate(requests):
         if index not in fleet.stopped:
             method = methods[request.key].to(stream.lm.device)
-            method.norm.load_state_dict(stream.norm.state_dict())
             method.finish(calibration)
             training = {**fleet.last(index), "seconds_together": time.time() - started, "together": len(requests)}
             store.put(KIND, request.spec, lambda path, m=method, t=training: save_dictionary(m, path, t))
@@ -190,6 +187,13 @@ class Fleet(pl.LightningModule):
         self.data = data
         self.stopped: dict[int, NonFiniteLoss] = {}
         self._last: dict[int, dict[str, Tensor]] = {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["n_updates"] = [method.n_updates for method in self.methods]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for method, n_updates in zip(self.methods, checkpoint["n_updates"], strict=True):
+            method.n_updates = n_updates
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return [method.configure_optimizers() for method in self.methods]

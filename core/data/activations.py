@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.data.batch import Batch, InputNorm
+from core.data.batch import Batch
 from core.data.rows import RowStream
 from core.errors import UserError
 from core.models.language_model import LanguageModel
@@ -25,7 +25,8 @@ from core.seeding import generator
 
 
 class ActivationStream:
-    """An endless iterator of `Batch`es with normalised `x` `[batch_size, d]` in fp32.
+    """An endless iterator of `Batch`es with `x` `[batch_size, d]` in fp32, as the model has it: normalising is a
+    dictionary's own affair. `dtype` is what the buffer holds; the model's own loses nothing.
 
     `buffer_tokens` must be a multiple of `batch_size` and of `n_ctx`; its memory is allocated once, and said before.
     Raises UserError for sizes that do not fit together and FloatingPointError for activations that are not finite.
@@ -36,7 +37,6 @@ class ActivationStream:
         lm: LanguageModel,
         site: str,
         rows: RowStream,
-        norm: InputNorm,
         batch_size: int,
         buffer_tokens: int,
         rows_per_forward: int,
@@ -48,13 +48,12 @@ class ActivationStream:
                 f"stream.buffer_tokens ({buffer_tokens:,}) must be a multiple of stream.batch_size ({batch_size}) "
                 f"and of stream.n_ctx ({rows.n_ctx})."
             )
-        self.lm, self.site, self.rows, self.norm = lm, site, rows, norm.to(lm.device)
+        self.lm, self.site, self.rows = lm, site, rows
         self.batch_size, self.buffer_tokens, self.rows_per_forward = batch_size, buffer_tokens, rows_per_forward
         self.seed, self.dtype = seed, dtype
         self.batches_per_fill = buffer_tokens // batch_size
         self.fill, self.served = 0, 0  # fills begun before the current one; batches served of the current one
         self._rows_at_fill = rows.state_dict()
-        self._norm_is_fit = norm.kind != "scalar"
         self._buffer: Tensor | None = None  # [N, d], allocated by the first fill
 
     def __iter__(self) -> Iterator[Batch]:
@@ -75,15 +74,11 @@ class ActivationStream:
             "fill": self.fill + used_up,
             "served": 0 if used_up else self.served,
             "rows": self.rows.state_dict() if used_up else self._rows_at_fill,
-            "norm": {name: value.clone() for name, value in self.norm.state_dict().items()},
-            "norm_is_fit": self._norm_is_fit,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.fill, self.served = state["fill"], state["served"]
         self._rows_at_fill = state["rows"]
-        self.norm.load_state_dict(state["norm"])
-        self._norm_is_fit = state["norm_is_fit"]
         self.rows.load_state_dict(state["rows"])
         if self._buffer is not None:
             self._refill(advance=False)
@@ -121,10 +116,7 @@ class ActivationStream:
                 f"Activations at stream.site={self.site} are not finite (fill {self.fill}, row {start + first // self.rows.n_ctx}, "
                 f"position {first % self.rows.n_ctx}). Try model.dtype=float32, or another site."
             )
-        if not self._norm_is_fit:
-            self.norm.fit(x)
-            self._norm_is_fit = True
         begin = start * self.rows.n_ctx
         assert self._buffer is not None
-        self._buffer[begin : begin + len(x)] = self.norm(x)[0].to(self.dtype)
+        self._buffer[begin : begin + len(x)] = x.to(self.dtype)
         self._tokens[begin : begin + len(x)] = tokens.flatten()

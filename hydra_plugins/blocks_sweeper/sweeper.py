@@ -14,12 +14,13 @@ axis of any block holds in all cells (`method.lr=0.001`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -40,28 +41,32 @@ class BlocksSweeper(BasicSweeper):
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
-        results = self.launcher.launch(self.cells(arguments), initial_job_idx=0)
+        cells = cells_of(self.blocks, arguments, self.hydra_context.config_loader)
+        results = self.launcher.launch(cells, initial_job_idx=0)
         for result in results:
             _ = result.return_value  # raises what the cell raised
         return [results]
 
-    def cells(self, arguments: Sequence[str]) -> list[list[str]]:
-        """The overrides of every cell, without repetitions, block after block."""
-        given = self._axes(arguments)
-        blocks = [self._axes([f"{key}={value}" for key, value in block.items()]) for block in self.blocks]
-        cells = {cell: None for block in narrowed(blocks, given) for cell in product(*block.values())}
-        if not cells:
-            raise UserError(f"The grid has no cell with {' '.join(arguments)}: see `grid` in the experiment's YAML.")
-        return [list(cell) for cell in cells]
 
-    def _axes(self, overrides: Sequence[str]) -> dict[str, Axis]:
-        assert self.hydra_context is not None
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        axes: dict[str, Axis] = {}
-        for override in parser.parse_overrides(list(overrides)):
-            [[*cells]] = self.split_arguments([override], None)
-            axes[override.get_key_element()] = [assignment for [assignment] in cells]
-        return axes
+def cells_of(
+    blocks: Iterable[Mapping[str, Any]], arguments: Sequence[str], config_loader: ConfigLoader | None = None
+) -> list[list[str]]:
+    """The overrides of every cell, without repetitions, block after block. Raises UserError if there is none."""
+    given = _axes(arguments, config_loader)
+    parsed = [_axes([f"{key}={value}" for key, value in block.items()], config_loader) for block in blocks]
+    cells = {cell: None for block in narrowed(parsed, given) for cell in product(*block.values())}
+    if not cells:
+        raise UserError(f"The grid has no cell with {' '.join(arguments)}: see `grid` in the experiment's YAML.")
+    return [list(cell) for cell in cells]
+
+
+def _axes(overrides: Sequence[str], config_loader: ConfigLoader | None) -> dict[str, Axis]:
+    parser = OverridesParser.create(config_loader=config_loader)
+    axes: dict[str, Axis] = {}
+    for override in parser.parse_overrides(list(overrides)):
+        [cells] = BasicSweeper.split_arguments([override], None)
+        axes[override.get_key_element()] = [assignment for [assignment] in cells]
+    return axes
 
 
 def narrowed(blocks: list[dict[str, Axis]], given: dict[str, Axis]) -> list[dict[str, Axis]]:

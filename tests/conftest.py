@@ -1,0 +1,74 @@
+"""What several test files need: a small tokenizer, a random GPT-2 as a folder, and text that needs no installation."""
+
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.data.text import CountedDocuments, Document, Split, split_of
+
+
+class WordSource:
+    """Documents of random words, some held out by their content."""
+
+    name = "words"
+
+    def __init__(self, n_documents: int = 400, words_per_document: int = 40) -> None:
+        rng = random.Random(0)
+        vocabulary = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(120)]
+        self.texts = [" ".join(rng.choices(vocabulary, k=words_per_document)) for _ in range(n_documents)]
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return {"words": len(self.texts)}
+
+    def documents(self, split: Split, seed: int, state: Mapping[str, Any] | None = None) -> CountedDocuments:
+        chosen = [Document(text) for text in self.texts if split_of(text, 0.2) == split]
+        random.Random(seed).shuffle(chosen)
+        return CountedDocuments(iter(chosen), state)
+
+
+@pytest.fixture(scope="session")
+def words() -> WordSource:
+    return WordSource()
+
+
+@pytest.fixture(scope="session")
+def tiny_lm_folder(tmp_path_factory: pytest.TempPathFactory, words: WordSource) -> Path:
+    """A random GPT-2 (d_model 32, 3 layers, context 64) with a trained tokenizer, in Hugging Face's format."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from core.models.pretrain import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny_lm")
+    tokenizer = train_tokenizer(words.texts, vocab_size=300)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)
+        GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_lm_folder: Path) -> dict[str, Any]:
+    """The group `model` for the tiny model."""
+    return {
+        "name": "tiny",
+        "source": str(tiny_lm_folder),
+        "revision": None,
+        "dtype": "float32",
+        "d_model": 32,
+        "n_layers": 3,
+        "attn_implementation": "sdpa",
+        "device": "cpu",
+    }
+
+
+@pytest.fixture(autouse=True)
+def _few_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield

@@ -1,0 +1,91 @@
+"""Every YAML composes, at every scale, and says what its head must say."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from core.cells import cell_name
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
+METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml"))
+DATA = sorted(path.stem for path in (ROOT / "conf/data").glob("*.yaml"))
+SCALES = ("smoke", "demo", "paper")
+
+
+def composed(*overrides: str) -> DictConfig:
+    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_at_every_scale(name: str, scale: str):
+    cfg = composed(f"experiment={name}", f"scale={scale}")
+    OmegaConf.resolve(cfg)
+    assert cfg.name == name and cfg.scale == scale
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_one_module_with_run(name: str):
+    tree = ast.parse((ROOT / f"experiments/{name}.py").read_text())
+    assert "run" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_head_of_an_experiment_says_source_command_and_deviations(name: str):
+    head = (ROOT / f"conf/experiment/{name}.yaml").read_text().split("defaults:")[0]
+    assert "# @package _global_" in head and f"experiment={name}" in head and "# deviations:" in head
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_builds_from_its_yaml(method: str):
+    from hydra.utils import instantiate
+
+    cfg = composed("experiment=leask_batchtopk", "scale=smoke", f"method={method}", "method.dict_size=64")
+    built = instantiate(cfg.method)
+    assert built.dict_size == 64 and built.d_model == cfg.model.d_model
+
+
+@pytest.mark.parametrize("data", [name for name in DATA if name != "local"])
+def test_every_text_source_builds_without_a_network(data: str):
+    from hydra.utils import instantiate
+
+    cfg = composed("experiment=leask_batchtopk", f"data={data}")
+    assert instantiate(cfg.data).spec
+
+
+def test_a_misspelt_key_in_any_part_is_refused():
+    from hydra.errors import ConfigCompositionException
+
+    for key in ("sed=1", "method.kk=3", "stream.sight=resid_pre.0", "evaluation.rows=3", "model.nam=x"):
+        with pytest.raises(ConfigCompositionException, match="Could not override"):
+            composed("experiment=leask_batchtopk", key)
+
+
+def test_the_paper_grid_of_leask_batchtopk_has_the_papers_24_cells():
+    from hydra_plugins.blocks_sweeper.sweeper import cells_of
+
+    cfg = composed("experiment=leask_batchtopk", "scale=paper")
+    cells = [dict(pair.split("=", 1) for pair in cell) for cell in cells_of(cfg.grid.paper, [])]
+    by_model = {model: [c for c in cells if c["model"] == model] for model in ("gpt2_small", "gemma2_2b")}
+    assert {model: len(group) for model, group in by_model.items()} == {"gpt2_small": 15, "gemma2_2b": 9}
+    jumprelu = [c["method.l0_coefficient"] for c in by_model["gemma2_2b"] if c["method"] == "jumprelu"]
+    assert jumprelu == ["0.02", "0.005", "0.001"]
+    sizes = {(c["method.dict_size"], c["method.k"]) for c in by_model["gpt2_small"] if c["method"] == "topk"}
+    assert sizes == {("12288", "16"), ("12288", "32"), ("12288", "64"), ("3072", "32"), ("6144", "32"), ("24576", "32")}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_cell_of_a_grid_composes_and_has_a_folder_of_its_own(scale: str):
+    from hydra_plugins.blocks_sweeper.sweeper import cells_of
+
+    cfg = composed("experiment=leask_batchtopk", f"scale={scale}")
+    cells = cells_of(cfg.grid[scale], [])
+    for cell in cells[:: max(1, len(cells) // 6)]:
+        OmegaConf.resolve(composed("experiment=leask_batchtopk", f"scale={scale}", *cell))
+    assert len({cell_name(",".join(sorted(cell))) for cell in cells}) == len(cells)

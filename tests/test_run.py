@@ -1,0 +1,112 @@
+"""The command line as a user meets it: cells, skipping, exit codes, messages."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import run as runner
+
+ROOT = Path(__file__).parents[1]
+SMOKE = ["experiment=leask_batchtopk", "scale=smoke", "logging=none", "stream.n_tokens=1024"]
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: dict[str, Any], words: Any):
+    """Run the command line in this process on the tiny model and a local text; returns (exit code, outputs folder)."""
+    text = tmp_path / "words.jsonl"
+    text.write_text("\n".join(json.dumps({"text": t}) for t in words.texts))
+    outputs = tmp_path / "outputs"
+    fixed = [
+        f"output_dir={outputs}",
+        f"artifacts_dir={tmp_path / 'artifacts'}",
+        "data=local",
+        f"data.path={text}",
+        "model=local",
+        *[f"model.{key}={'null' if value is None else value}" for key, value in tiny_model.items()],
+        "stream.site=resid_pre.1",
+        "stream.n_ctx=32",
+        "evaluation.compat_tokens=512",
+    ]
+
+    def call(*arguments: str) -> tuple[int, Path]:
+        monkeypatch.setattr(sys, "argv", ["run.py", *fixed, *arguments])
+        return runner.main(), outputs / "leask_batchtopk" / "smoke"
+
+    return call
+
+
+def read(folder: Path, name: str = "results.json") -> dict[str, dict[str, Any]]:
+    return {path.parent.name: json.loads(path.read_text()) for path in folder.rglob(name)}
+
+
+def test_without_arguments_the_experiments_are_listed_in_under_two_seconds():
+    done = subprocess.run([sys.executable, "run.py"], cwd=ROOT, capture_output=True, text=True, timeout=2)
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert {p.stem for p in (ROOT / "conf/experiment").glob("*.yaml")} == {line.split()[0] for line in lines[2:]}
+    assert all(len(line.split()) > 4 for line in lines[2:])
+
+
+def test_a_sweep_leaves_one_folder_with_results_for_each_cell_and_skips_them_the_next_time(cli, capsys):
+    code, folder = cli(*SMOKE)
+    first = read(folder)
+    assert code == 0 and len(first) == 3
+    assert all(0 < r["metrics"]["nmse_token_std"] for r in first.values())
+    assert all((folder / cell / "l0_histogram.parquet").exists() for cell in first)
+    capsys.readouterr()
+    assert cli(*SMOKE)[0] == 0
+    err = capsys.readouterr().err
+    assert "3 cells, 0 to run" in err and err.count("finished before, skipped") == 3
+    assert read(folder) == first
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_gives_others(cli, tmp_path):
+    one = ["method=batchtopk", "force=true"]
+    metrics = []
+    for i, seed in enumerate(("seed=0", "seed=0", "seed=1")):
+        _, folder = cli(*SMOKE, *one, seed)
+        [result] = [r for r in read(folder).values() if f"seed={r['seed']}" == seed]
+        metrics.append(result["metrics"])
+        if i == 0:
+            (tmp_path / "artifacts" / "dictionary").rename(tmp_path / "set-aside")
+    assert metrics[0] == metrics[1]
+    assert metrics[0]["nmse_token_std"] != metrics[2]["nmse_token_std"]
+
+
+def test_a_failing_cell_leaves_its_error_and_does_not_stop_the_others(cli, capsys):
+    code, folder = cli(*SMOKE, "method=batchtopk,topk", "method.k=8,1000")
+    assert code == 1
+    assert len(read(folder)) == 2 and len(read(folder, "failed.json")) == 2
+    for record in read(folder, "failed.json").values():
+        assert "method.k" in record["message"] and "method.dict_size" in record["message"]
+    err = capsys.readouterr().err
+    assert "2 of 4 cells failed" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words_of_the_message"),
+    [
+        (["experiment=nope"], ["experiment/nope", "leask_batchtopk"]),
+        ([*SMOKE, "method.kk=3"], ["method.kk"]),
+        ([*SMOKE, "stream.site=resid_mid.1"], ["site", "resid_pre"]),
+        ([*SMOKE, "stream.site=resid_pre.7"], ["site", "3"]),
+        ([*SMOKE, "stream.buffer_tokens=1000"], ["stream.buffer_tokens", "stream.batch_size"]),
+        ([*SMOKE, "data.path=/nowhere/at/all.txt"], ["/nowhere/at/all.txt"]),
+        ([*SMOKE, "data.text_field=body"], ["body", "text"]),
+        ([*SMOKE, "model.source=/nowhere/model"], ["model.source", "bundled"]),
+        ([*SMOKE, "model.d_model=48"], ["model.d_model", "32"]),
+        ([*SMOKE, "logging.logger=paper"], ["logging.logger", "tensorboard"]),
+    ],
+)
+def test_a_wrong_setting_ends_with_one_message_that_names_it(cli, capsys, arguments, words_of_the_message):
+    code, folder = cli("method=batchtopk", *arguments)
+    err = capsys.readouterr().err
+    assert code != 0
+    assert "Traceback" not in err
+    for word in words_of_the_message:
+        assert word in err
+    assert read(folder) == {}
