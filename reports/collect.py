@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -92,24 +91,13 @@ def read_failures(outputs: Path) -> list[Failure]:
 
 def grid_size(experiment: str, scale: str, conf: Path = CONF) -> int | None:
     """How many cells the experiment's YAML asks for at this scale; None without such a YAML."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra_plugins.blocks_sweeper.sweeper import cells_of
 
     path = conf / "experiment" / f"{experiment}.yaml"
     if not path.is_file():
         return None
-    content = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(content, dict)
-    grid = content.get("grid") or {}
-    parser = OverridesParser.create()
-    cells: set[tuple[str, ...]] = set()
-    for block in grid.get(scale) or [{}]:
-        axes = []
-        for override in parser.parse_overrides([f"{key}={value}" for key, value in sorted(block.items())]):
-            key = override.get_key_element()
-            values = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
-            axes.append([f"{key}={value}" for value in values])
-        cells.update(product(*axes))
-    return len(cells)
+    blocks = OmegaConf.select(OmegaConf.load(path), f"grid.{scale}")
+    return len(cells_of(blocks or [{}], []))
 
 
 def deviations(experiment: str, conf: Path = CONF) -> list[str]:
