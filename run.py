@@ -49,19 +49,18 @@ def task(cfg: DictConfig) -> None:
 def main() -> int:
     """Hand over to Hydra; an error that the user can mend is printed as its message alone."""
     import hydra
-    from hydra.core.config_store import ConfigStore  # noqa: F401  (imported early: plugins need it)
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     from core.cells import cell_name
-    from core.errors import UserError
+    from core.errors import NonFiniteLoss, UserError
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us here instead of ending the process
     OmegaConf.register_new_resolver("cell", cell_name, replace=True)
     try:
         hydra.main(version_base="1.3", config_path="conf", config_name="config")(task)()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except (UserError, NonFiniteLoss, FloatingPointError, OSError, HydraException, OmegaConfBaseException) as error:
         cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
         print(f"error: {error}{cause}", file=sys.stderr)
         return 1

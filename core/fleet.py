@@ -32,7 +32,8 @@ from core.data.rows import RowStream
 from core.errors import NonFiniteLoss, UserError
 from core.methods.base import DictionaryMethod
 from core.methods.saved import load_dictionary, save_dictionary
-from core.models.language_model import load_language_model, model_identity
+from core.models.identity import model_identity
+from core.models.language_model import load_language_model
 from core.training import Checkpoints, TokenProgress, make_trainer
 
 KIND = "dictionary"

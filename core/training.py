@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,9 @@ class Checkpoints(Callback):
 
 def make_trainer(cfg: DictConfig, folder: Path, name: str, n_batches: int, callbacks: list[Callback]) -> pl.Trainer:
     """A trainer for `n_batches` calls of `training_step`, logging below `folder` as `cfg.logging` says."""
+    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # what it found and which tips it has
+    warnings.filterwarnings("ignore", message=".*treespec|.*transfer_batch_to_device|.*dataloader is not resumable")
     return pl.Trainer(
         accelerator=cfg.trainer.accelerator,
         devices=1,
@@ -110,7 +115,6 @@ def make_trainer(cfg: DictConfig, folder: Path, name: str, n_batches: int, callb
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        barebones=False,
     )
 
 

@@ -24,8 +24,12 @@ Made = TypeVar("Made")
 
 def request(cfg: DictConfig) -> Request:
     """The dictionary that a cell's `method`, `stream`, `model` and `data` describe."""
-    plain = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("method", "stream", "model", "data")}
+    plain = {key: _plain(cfg[key]) for key in ("method", "stream", "model", "data")}
     return Request(precision=cfg.trainer.precision, seed=cfg.seed, **plain)
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
 def once_per(*keys: str) -> Callable[[Callable[[DictConfig], Made]], Callable[[DictConfig], Made]]:
@@ -36,8 +40,7 @@ def once_per(*keys: str) -> Callable[[Callable[[DictConfig], Made]], Callable[[D
 
         @wraps(make)
         def remembered(cfg: DictConfig) -> Made:
-            used: dict[str, Any] = {key: OmegaConf.to_container(OmegaConf.create({"_": OmegaConf.select(cfg, key)}), resolve=True) for key in keys}
-            name = json.dumps(used, sort_keys=True)
+            name = json.dumps([_plain(OmegaConf.select(cfg, key)) for key in keys], sort_keys=True)
             if name not in latest:
                 latest.clear()
                 latest[name] = make(cfg)

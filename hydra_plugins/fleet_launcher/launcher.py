@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, open_dict
 
@@ -40,6 +41,7 @@ class FleetLauncher(BasicLauncher):
             cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
             with open_dict(cfg):
                 cfg.hydra.job.id = cfg.hydra.job.num = index
+            HydraConfig.instance().set_config(cfg)  # the folder's name is made from the cell's own overrides
             folder = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
             with open_dict(cfg):
                 del cfg["hydra"]
