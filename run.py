@@ -65,7 +65,9 @@ def main() -> int:
         print(f"error: {error}{cause}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: finished cells and checkpoints are kept; the same command goes on from there", file=sys.stderr)
+        print(
+            "interrupted: finished cells and checkpoints are kept; the same command goes on from there", file=sys.stderr
+        )
         return 130
     return 0
 

@@ -36,8 +36,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -70,10 +70,10 @@ class Store:
         try:
             make(temporary)
             write_atomically(temporary / MANIFEST, json.dumps({"kind": kind, "spec": spec}, indent=1, sort_keys=True))
-            os.chmod(temporary, 0o755)
+            temporary.chmod(0o755)
             if path.exists():
                 shutil.rmtree(path)
-            os.replace(temporary, path)
+            temporary.replace(path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from core.data.module import ActivationData, Chunk
 from core.data.rows import RowStream
 from core.errors import NonFiniteLoss, UserError
 from core.methods.base import DictionaryMethod
+from core.methods.optimizer import ClippingAdam
 from core.methods.saved import load_dictionary, save_dictionary
 from core.models.identity import model_identity
 from core.models.language_model import load_language_model
@@ -97,7 +98,7 @@ def prefetch(requests: Sequence[Request], cfg: DictConfig) -> None:
         try:
             failed: dict[str, Exception] = train_together(list(group.values()), cfg)
         except (UserError, OSError, FloatingPointError) as error:
-            failed = {key: error for key in group}
+            failed = dict.fromkeys(group, error)
         for message in sorted({str(error) for error in failed.values()}):
             print(f"not trained together: {message}", file=sys.stderr)
 
@@ -116,12 +117,18 @@ def train_together(requests: Sequence[Request], cfg: DictConfig) -> dict[str, Ex
     return failed
 
 
-def open_stream(request: Request, split: str = "train") -> ActivationStream:
-    """The stream of activations that a request asks for."""
+def open_stream(request: Request) -> ActivationStream:
+    """The stream of training activations that a request asks for."""
     s = request.stream
     lm = load_language_model(DictConfig(request.model))
     rows = RowStream(
-        instantiate(request.data), lm.tokenizer, split, request.seed, s["n_ctx"], s["packing"], s["max_document_tokens"]
+        instantiate(request.data),
+        lm.tokenizer,
+        "train",
+        request.seed,
+        s["n_ctx"],
+        s["packing"],
+        s["max_document_tokens"],
     )
     return ActivationStream(
         lm,
@@ -173,7 +180,7 @@ def _train(
             method = methods[request.key].to(stream.lm.device)
             method.finish(calibration)
             training = {**fleet.last(index), "seconds_together": time.time() - started, "together": len(requests)}
-            store.put(KIND, request.spec, lambda path, m=method, t=training: save_dictionary(m, path, t))
+            store.put(KIND, request.spec, partial(save_dictionary, method, training))
     shutil.rmtree(checkpoints.folder, ignore_errors=True)
     return {requests[index].key: error for index, error in fleet.stopped.items()}
 
@@ -184,7 +191,8 @@ class Fleet(pl.LightningModule):
     def __init__(self, methods: Sequence[DictionaryMethod], data: ActivationData) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.methods = torch.nn.ModuleList(methods)
+        self.methods = list(methods)
+        self._registered = torch.nn.ModuleList(methods)
         self.data = data
         self.stopped: dict[int, NonFiniteLoss] = {}
         self._last: dict[int, dict[str, Tensor]] = {}
@@ -203,8 +211,7 @@ class Fleet(pl.LightningModule):
         return batch  # the stream lives on the device
 
     def training_step(self, chunk: Chunk, batch_idx: int) -> None:
-        optimizers = self.optimizers(use_pl_optimizer=False)
-        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        optimizers = [o for o in self.trainer.optimizers if isinstance(o, ClippingAdam)]
         for index, (method, optimizer) in enumerate(zip(self.methods, optimizers, strict=True)):
             if index in self.stopped:
                 continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 import warnings
@@ -92,7 +91,7 @@ class Checkpoints(Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".part")
         trainer.save_checkpoint(temporary, weights_only=False)
-        os.replace(temporary, path)
+        temporary.replace(path)
         for old in sorted(self.folder.glob("[0-9]*.ckpt"))[: -self.KEPT]:
             old.unlink()
         self.saved = time.monotonic()

@@ -47,7 +47,9 @@ def tiny_lm_folder(tmp_path_factory: pytest.TempPathFactory, words: WordSource) 
     tokenizer = train_tokenizer(words.texts, vocab_size=300)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)
+        config = GPT2Config(
+            vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0
+        )
         GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

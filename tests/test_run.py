@@ -55,7 +55,7 @@ def test_a_sweep_leaves_one_folder_with_results_for_each_cell_and_skips_them_the
     code, folder = cli(*SMOKE)
     first = read(folder)
     assert code == 0 and len(first) == 3
-    assert all(0 < r["metrics"]["nmse_token_std"] for r in first.values())
+    assert all(r["metrics"]["nmse_token_std"] > 0 for r in first.values())
     assert all((folder / cell / "l0_histogram.parquet").exists() for cell in first)
     capsys.readouterr()
     assert cli(*SMOKE)[0] == 0

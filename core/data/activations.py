@@ -112,9 +112,10 @@ class ActivationStream:
         x = self.lm.capture(tokens, self.site).flatten(0, 1)  # [R T, d]
         if not torch.isfinite(x).all():
             first = int((~torch.isfinite(x)).any(-1).nonzero()[0])
+            row, position = divmod(first, self.rows.n_ctx)
             raise FloatingPointError(
-                f"Activations at stream.site={self.site} are not finite (fill {self.fill}, row {start + first // self.rows.n_ctx}, "
-                f"position {first % self.rows.n_ctx}). Try model.dtype=float32, or another site."
+                f"Activations at stream.site={self.site} are not finite: fill {self.fill} of the buffer, "
+                f"row {start + row}, position {position}. Try model.dtype=float32, or another site."
             )
         begin = start * self.rows.n_ctx
         assert self._buffer is not None

@@ -8,6 +8,7 @@ import json
 import random
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +16,37 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from core.artifacts import Store
-from core.data.harvest import harvest, locked_names
+from core.data.harvest import Harvested, harvest, locked_names
 from core.data.text import CountedDocuments, Document, Split
 from core.seeding import derived_seed
 
-HARVEST_VERSION = 1  # raise it when harvesting changes: caches made before are not used then
+HARVEST_VERSION = 2  # raise it when harvesting changes: caches made before are not used then
 
 
 class BundledText:
-    """The bundled corpus. `mb_per_package` bounds what is read of each installed package, in MB of files."""
+    """The bundled corpus.
+
+    mb_per_package      bounds what is read of each installed package, in MB of files
+    include_repetitive  give also the documents that harvesting marked as repetitive
+    """
 
     name = "bundled"
 
-    def __init__(self, mb_per_package: float, artifacts_dir: str | Path = "artifacts") -> None:
+    def __init__(
+        self, mb_per_package: float, include_repetitive: bool = False, artifacts_dir: str | Path = "artifacts"
+    ) -> None:
         if mb_per_package <= 0:
             raise ValueError(f"data.mb_per_package must be positive, not {mb_per_package}.")
-        self.mb_per_package = float(mb_per_package)
+        self.mb_per_package, self.include_repetitive = float(mb_per_package), include_repetitive
         self.store = Store(artifacts_dir)
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What decides the corpus' content: the packages' versions, Python's, and how much is read of each."""
+        """What decides the documents: the packages' versions, Python's, and how much is read and given of each."""
+        return {**self._harvest_spec, "include_repetitive": self.include_repetitive}
+
+    @property
+    def _harvest_spec(self) -> dict[str, Any]:
         return {
             "version": HARVEST_VERSION,
             "python": ".".join(map(str, sys.version_info[:3])),
@@ -45,7 +56,7 @@ class BundledText:
 
     def folder(self) -> Path:
         """The cached corpus: `documents.parquet` and `card.json`. Harvests on the first call (10 to 60 s)."""
-        return self.store.get_or_make("corpus", self.spec, self._harvest_into)
+        return self.store.get_or_make("corpus", self._harvest_spec, self._harvest_into)
 
     def card(self) -> dict[str, Any]:
         """Size and hash of the corpus, per split and tag, for reports."""
@@ -53,26 +64,30 @@ class BundledText:
 
     def documents(self, split: Split, seed: int, state: Mapping[str, Any] | None = None) -> CountedDocuments:
         """All documents of a split, once, in an order that depends on the seed."""
-        table = pq.read_table(self.folder() / "documents.parquet", filters=[("split", "=", split)])
+        filters: list[tuple[str, str, Any]] = [("split", "=", split)]
+        if not self.include_repetitive:
+            filters.append(("repetitive", "=", False))
+        table = pq.read_table(self.folder() / "documents.parquet", filters=filters)
         rows = list(zip(table["text"].to_pylist(), table["tag"].to_pylist(), strict=True))
         random.Random(derived_seed(seed, "bundled", split)).shuffle(rows)
         return CountedDocuments((Document(text, tag) for text, tag in rows), state)
 
     def _harvest_into(self, folder: Path) -> None:
         documents = harvest(self.mb_per_package)
-        columns = {name: [getattr(d, name) for d in documents] for name in ("text", "tag", "split", "source")}
+        columns = {name: [getattr(d, name) for d in documents] for name in Harvested.__slots__}
         pq.write_table(pa.table(columns), folder / "documents.parquet", compression="zstd")
         digest = hashlib.sha256()
         n_bytes: dict[str, int] = {}
         for document in documents:
             encoded = document.text.encode()
             digest.update(encoded)
-            group = f"{document.split}/{document.tag}"
+            group = f"{document.split}/{'repetitive' if document.repetitive else document.tag}"
             n_bytes[group] = n_bytes.get(group, 0) + len(encoded)
         card = {"documents": len(documents), "sha256": digest.hexdigest(), "bytes": dict(sorted(n_bytes.items()))}
         (folder / "card.json").write_text(json.dumps(card, indent=1))
 
 
+@cache
 def _installed_version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)

@@ -8,6 +8,9 @@ Four kinds of documents, which play the part of a corpus' subsets:
 Only the standard library and the distributions named in `requirements.lock` are read, so that one lock gives one
 corpus (up to the version of Python). Nothing is redistributed.
 
+Text that deflate shrinks to under a fifth is marked as repetitive: generated tables, code kept twice.
+Compressors do well on it, and language models of our size learn little from it.
+
 Everything made from one file goes to the same side of the split, which depends on the file's content alone. Lines seen
 before are counted: a document most of whose long lines occurred in earlier ones is dropped as a near-duplicate.
 """
@@ -19,6 +22,7 @@ import hashlib
 import importlib.metadata
 import re
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,16 +39,18 @@ MIN_DOCUMENT_CHARS = 200
 MAX_MEAN_LINE_CHARS = 160  # longer lines on average: data, not text
 LONG_LINE_CHARS = 30  # only lines of at least this length are compared for near-duplicates
 MAX_SEEN_FRACTION = 0.5
+REPETITIVE_BELOW = 0.2  # deflated bytes per byte
 
 
 @dataclass(frozen=True, slots=True)
 class Harvested:
-    """A document with its tag, its side of the split and where it was found (`package/path`)."""
+    """A document with its tag, its side of the split, where it was found, and whether it is repetitive."""
 
     text: str
     tag: str
     split: str
     source: str
+    repetitive: bool
 
 
 def harvest(mb_per_package: float) -> list[Harvested]:
@@ -138,7 +144,9 @@ def _checked(parts: list[tuple[str, str]], content: str, source: str) -> Iterato
     for tag, text in parts:
         text = text.strip()
         if len(text) >= MIN_DOCUMENT_CHARS and len(text) <= MAX_MEAN_LINE_CHARS * (text.count("\n") + 1):
-            yield Harvested(text, tag, split_of(content), source)
+            encoded = text.encode()
+            repetitive = len(zlib.compress(encoded, 9)) < REPETITIVE_BELOW * len(encoded)
+            yield Harvested(text, tag, split_of(content), source, repetitive)
 
 
 def split_python(source: str, module: str) -> list[tuple[str, str]]:
@@ -157,9 +165,7 @@ def split_python(source: str, module: str) -> list[tuple[str, str]]:
         entries.append(f"{_signature(node, qualified)}\n{ast.get_docstring(node)}")
         assert statement.end_lineno is not None
         if len(node.body) > 1 and not (lines[statement.end_lineno - 1] or "").rstrip().endswith(";"):
-            lines[statement.lineno - 1 : statement.end_lineno] = [None] * (
-                statement.end_lineno - statement.lineno + 1
-            )
+            lines[statement.lineno - 1 : statement.end_lineno] = [None] * (statement.end_lineno - statement.lineno + 1)
     code = "\n".join(line for line in lines if line is not None)
     return [("docstring", "\n\n".join(entries)), ("code", code)]
 

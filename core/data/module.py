@@ -1,4 +1,4 @@
-"""The Lightning data module of activation streams: batches in chunks, so that one Lightning step covers many of ours."""
+"""The Lightning data module of activation streams: chunks of batches, so that one Lightning step covers many."""
 
 from __future__ import annotations
 

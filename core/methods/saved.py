@@ -16,7 +16,7 @@ from core.methods.base import DictionaryMethod
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
 
 
-def save_dictionary(method: DictionaryMethod, folder: Path, training: Mapping[str, Any] | None = None) -> None:
+def save_dictionary(method: DictionaryMethod, training: Mapping[str, Any], folder: Path) -> None:
     """Write all parameters and buffers (fp32, on the CPU), the class, its arguments and how it was trained."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in method.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -24,7 +24,7 @@ def save_dictionary(method: DictionaryMethod, folder: Path, training: Mapping[st
     manifest = {
         "class": f"{type(method).__module__}.{type(method).__qualname__}",
         "hyperparameters": method.hyperparameters(),
-        "training": dict(training or {}),
+        "training": dict(training),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 

@@ -128,9 +128,7 @@ class Pretraining(pl.LightningModule):
         inner_ids = {id(p) for p in inner}
         rest = [p for p in self.lm.parameters() if id(p) not in inner_ids]
         return [
-            torch.optim.Muon(
-                inner, lr=self.lr_muon, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw"
-            ),
+            torch.optim.Muon(inner, lr=self.lr_muon, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, lr=self.lr_adam, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
         ]
 

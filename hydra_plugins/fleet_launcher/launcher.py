@@ -1,4 +1,4 @@
-"""The default launcher of sweeps: compose every cell, train the missing dictionaries together, run the cells one by one.
+"""The default launcher of sweeps: compose every cell, train missing dictionaries together, run the cells one by one.
 
 Composing all cells first finds a misspelt key before hours are spent. Training first is only a prefetch: a cell never
 depends on it, since `load_or_train` trains what it does not find.
@@ -30,7 +30,7 @@ class FleetLauncher(BasicLauncher):
         returns = super().launch(job_overrides, initial_job_idx)
         failed = [r for r in returns if r.status != JobStatus.COMPLETED]
         if failed:
-            raise CellsFailed(len(returns), failed)
+            raise CellsFailedError(len(returns), failed)
         return returns
 
     def _pending(self, job_overrides: Sequence[Sequence[str]]) -> list[DictConfig]:
@@ -61,7 +61,7 @@ class FleetLauncher(BasicLauncher):
         prefetch([request for cfg in pending for request in module.dictionaries(cfg)], pending[0])
 
 
-class CellsFailed(UserError):
+class CellsFailedError(UserError):
     """Names every failed cell with its error; the whole traceback of each is in its failed.json."""
 
     def __init__(self, n_cells: int, failed: Sequence[JobReturn]) -> None:
@@ -70,4 +70,6 @@ class CellsFailed(UserError):
             error = job._return_value
             name = " ".join(job.overrides or ())
             lines.append(f"  {name}\n    {type(error).__name__}: {error}")
-        super().__init__(f"{len(failed)} of {n_cells} cells failed (see failed.json in their folders):\n" + "\n".join(lines))
+        super().__init__(
+            f"{len(failed)} of {n_cells} cells failed (see failed.json in their folders):\n" + "\n".join(lines)
+        )

@@ -13,7 +13,16 @@ from core.models.pretrain import Pretraining, RowBatches, RowData, train_tokeniz
 from core.training import Checkpoints
 
 TEXTS = ["def f(x):\n    return x + 1\n", "the cat sat on the mat " * 5, "naïve café — 你好 🙂"]
-CONFIG = {"vocab_size": 64, "n_positions": 8, "n_embd": 16, "n_layer": 1, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+CONFIG = {
+    "vocab_size": 64,
+    "n_positions": 8,
+    "n_embd": 16,
+    "n_layer": 1,
+    "n_head": 2,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
 
 
 @given(st.text(max_size=80))
