@@ -1,0 +1,170 @@
+"""Dictionaries on demand: alone or together, resumed or not, they come out the same."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from core import fleet
+from core.artifacts import Store
+from core.errors import NonFiniteLoss, UserError
+from core.fleet import KIND, Request, load_or_train, prefetch, train_together
+from core.methods.saved import load_dictionary
+
+COMMON = {
+    "d_model": 32, "dict_size": 64, "lr": 1e-3, "betas": [0.9, 0.99], "input_norm": "token_std", "seed": 0,
+    "decoder_norm": "before_step", "dead_after_tokens": 256, "grad_clip": 1e5, "warmup_steps": 0, "decay_fraction": 0.5,
+}  # fmt: skip
+AUX = {"use_enc_bias": False, "aux": "r1", "aux_coefficient": 1 / 32, "k_aux": 16, "path": "auto"}
+METHODS: dict[str, dict[str, Any]] = {
+    "topk": {"_target_": "core.methods.topk.TopK", "k": 4, **AUX, **COMMON},
+    "batchtopk": {
+        "_target_": "core.methods.batchtopk.BatchTopK", "k": 4, "threshold_rule": "posthoc_mean",
+        "threshold_ema_rate": 0.01, **AUX, **COMMON,
+    },
+    "jumprelu": {
+        "_target_": "core.methods.jumprelu.JumpReLU", "l0_coefficient": 0.01, "l0_warmup_steps": 0, "bandwidth": 0.1,
+        "ste": "correct", "initial_threshold": 1.0, "subtract_b_dec": False, "lr_threshold": 0.01, **COMMON,
+    },
+}  # fmt: skip
+STREAM = {
+    "site": "resid_pre.1", "n_tokens": 1536, "n_ctx": 16, "packing": "concat", "max_document_tokens": 64,
+    "batch_size": 64, "buffer_tokens": 512, "buffer_dtype": "float32", "rows_per_forward": 8, "batches_per_chunk": 4,
+    "calibration_batches": 3,
+}  # fmt: skip
+
+
+@pytest.fixture
+def setting(tmp_path: Path, tiny_model: dict[str, Any], words: Any):
+    """(configuration for a store of its own, request maker)."""
+    text = tmp_path / "words.jsonl"
+    text.write_text("\n".join(json.dumps({"text": t}) for t in words.texts))
+    data = {"_target_": "core.data.local.LocalText", "path": str(text)}
+
+    def cfg(name: str) -> DictConfig:
+        return OmegaConf.create({
+            "name": name, "artifacts_dir": str(tmp_path / name), "output_dir": str(tmp_path / "outputs"),
+            "trainer": {"accelerator": "cpu", "precision": "32-true", "checkpoint_every_seconds": 0},
+            "logging": {"logger": "none", "quiet_seconds": 1000},
+        })  # fmt: skip
+
+    def request(method: str, stream: dict[str, Any] | None = None, **changes: Any) -> Request:
+        settings = {**METHODS[method], **changes}
+        return Request(settings, {**STREAM, **(stream or {})}, tiny_model, data, "32-true", seed=0)
+
+    return cfg, request
+
+
+def weights(request: Request, cfg: DictConfig) -> dict[str, torch.Tensor]:
+    return load_dictionary(Store(cfg.artifacts_dir).path(KIND, request.spec)).state_dict()
+
+
+def test_a_dictionary_trained_in_a_fleet_equals_bitwise_the_one_trained_alone(setting):
+    cfg, request = setting
+    requests = [request(name) for name in METHODS] + [request("batchtopk", k=8)]
+    assert train_together(requests, cfg("together")) == {}
+    for one in requests:
+        load_or_train(one, cfg("alone"))
+        a, b = weights(one, cfg("together")), weights(one, cfg("alone"))
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_one_stream_serves_a_group_and_what_is_stored_is_not_trained_again(setting, monkeypatch):
+    cfg, request = setting
+    opened = []
+    original = fleet.open_stream
+    monkeypatch.setattr(fleet, "open_stream", lambda r: opened.append(r.key) or original(r))
+    load_or_train(request("topk"), cfg("store"))
+    prefetch([request(name) for name in METHODS], cfg("store"))
+    assert len(opened) == 2
+    prefetch([request(name) for name in METHODS], cfg("store"))
+    load_or_train(request("jumprelu"), cfg("store"))
+    assert len(opened) == 2
+
+
+def test_requests_on_different_streams_train_in_different_groups(setting, monkeypatch):
+    cfg, request = setting
+    groups = []
+    monkeypatch.setattr(fleet, "train_together", lambda rs, cfg: groups.append(len(rs)) or {})
+    prefetch([request("topk"), request("batchtopk"), request("topk", {"site": "resid_pre.2"})], cfg("store"))
+    assert sorted(groups) == [1, 2]
+
+
+def test_a_method_that_cannot_be_built_leaves_the_others_alone(setting):
+    cfg, request = setting
+    bad, good = request("topk", k=65), request("topk")
+    failed = train_together([bad, good], cfg("store"))
+    assert isinstance(failed[bad.key], UserError) and "method.k" in str(failed[bad.key])
+    assert failed.keys() == {bad.key} and Store(cfg("store").artifacts_dir).has(KIND, good.spec)
+    with pytest.raises(UserError, match=r"method\.k is 65"):
+        load_or_train(bad, cfg("store"))
+
+
+def test_a_dictionary_that_diverges_stops_alone_and_is_not_stored(setting):
+    cfg, request = setting
+    wild, calm = request("topk", lr=1e30, decoder_norm="none"), request("batchtopk")
+    failed = train_together([wild, calm], cfg("store"))
+    assert isinstance(failed[wild.key], NonFiniteLoss) and "step" in str(failed[wild.key])
+    store = Store(cfg("store").artifacts_dir)
+    assert store.has(KIND, calm.spec) and not store.has(KIND, wild.spec)
+    load_or_train(calm, cfg("alone"))
+    a, b = weights(calm, cfg("store")), weights(calm, cfg("alone"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Interrupted(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize("after_chunk", [1, 4])
+def test_a_stopped_fleet_goes_on_to_the_same_parameters_bit_for_bit(setting, monkeypatch, after_chunk):
+    cfg, request = setting
+    requests = [request(name) for name in METHODS]
+    assert train_together(requests, cfg("whole")) == {}
+    stopped = cfg("stopped")
+    stopped.trainer.checkpoint_every_seconds = 1e-9
+    original = fleet.Fleet.training_step
+
+    def breaking(self: fleet.Fleet, chunk: Any, batch_idx: int) -> None:
+        if batch_idx == after_chunk:
+            raise Interrupted
+        original(self, chunk, batch_idx)
+
+    monkeypatch.setattr(fleet.Fleet, "training_step", breaking)
+    with pytest.raises(Interrupted):
+        train_together(requests, stopped)
+    monkeypatch.setattr(fleet.Fleet, "training_step", original)
+    steps = []
+    monkeypatch.setattr(pl.Trainer, "save_checkpoint", lambda self, path, **_: Path(path).touch())
+    monkeypatch.setattr(fleet.Fleet, "training_step", lambda self, c, i: steps.append(i) or original(self, c, i))
+    assert train_together(requests, stopped) == {}
+    assert steps == list(range(after_chunk, 6))
+    for one in requests:
+        a, b = weights(one, cfg("whole")), weights(one, stopped)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_stored_dictionary_computes_what_the_trained_one_did(setting):
+    cfg, request = setting
+    method = load_or_train(request("batchtopk"), cfg("store"))
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
+    again = load_or_train(request("batchtopk"), cfg("store"))
+    assert not again.training and float(again.threshold) > 0
+    assert torch.equal(again.reconstruct(x), method.reconstruct(x))
+
+
+def test_a_manifest_may_name_only_methods_of_this_project(setting, tmp_path):
+    cfg, request = setting
+    load_or_train(request("topk"), cfg("store"))
+    folder = Store(cfg("store").artifacts_dir).path(KIND, request("topk").spec)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in ("os.system", "core.fleet.Fleet", "core.methods.base.nn"):
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "class": name}))
+        with pytest.raises(UserError, match="manifest names"):
+            load_dictionary(folder)
+    with pytest.raises(UserError, match="no trained dictionary"):
+        load_dictionary(tmp_path)
