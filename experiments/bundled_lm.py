@@ -116,8 +116,8 @@ installation has. Made by `python run.py experiment=bundled_lm scale={cfg.scale}
   {a.n_positions}, byte-level BPE vocabulary of {a.vocab_size}; {m["weights_megabytes"]:.1f} MB in half precision.
 - **Data** the harvested corpus (`core/data/harvest.py`, at most {cfg.data.mb_per_package} MB of files per package):
   {train_mb:.1f} MB of training text, {corpus["documents"]:,} documents in all, sha256 `{corpus["sha256"][:16]}`.
-- **Training** {m["n_train_tokens"]:,.0f} tokens, {n_steps:,} steps of {cfg.lm.rows_per_step} x {a.n_positions}; Muon for
-  the matrices inside the blocks, AdamW for the rest; seed {cfg.seed}.
+- **Training** {m["n_train_tokens"]:,.0f} tokens, {n_steps:,} steps of {cfg.lm.rows_per_step} x {a.n_positions}; Muon
+  for the matrices inside the blocks, AdamW for the rest; seed {cfg.seed}.
 
 | held-out bits per byte | documents ({sizes[0]}) | with repetitive ones ({sizes[1]}) |
 |---|---|---|

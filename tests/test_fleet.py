@@ -116,7 +116,7 @@ def test_a_dictionary_that_diverges_stops_alone_and_is_not_stored(setting):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-class Interrupted(RuntimeError):
+class InterruptedTrainingError(RuntimeError):
     pass
 
 
@@ -131,11 +131,11 @@ def test_a_stopped_fleet_goes_on_to_the_same_parameters_bit_for_bit(setting, mon
 
     def breaking(self: fleet.Fleet, chunk: Any, batch_idx: int) -> None:
         if batch_idx == after_chunk:
-            raise Interrupted
+            raise InterruptedTrainingError
         original(self, chunk, batch_idx)
 
     monkeypatch.setattr(fleet.Fleet, "training_step", breaking)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedTrainingError):
         train_together(requests, stopped)
     monkeypatch.setattr(fleet.Fleet, "training_step", original)
     steps = []
