@@ -59,7 +59,7 @@ def main() -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us here instead of ending the process
     OmegaConf.register_new_resolver("cell", cell_name, replace=True)
     try:
-        hydra.main(version_base="1.3", config_path="conf", config_name="config")(task)()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
     except (UserError, NonFiniteLoss, FloatingPointError, OSError, HydraException, OmegaConfBaseException) as error:
         cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
         print(f"error: {error}{cause}", file=sys.stderr)

@@ -38,6 +38,7 @@ from core.models.language_model import load_language_model
 from core.training import Checkpoints, TokenProgress, make_trainer
 
 KIND = "dictionary"
+_failed_here: dict[tuple[str, str], Exception] = {}  # by store and key: what this process need not try again
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +81,9 @@ def load_or_train(request: Request, cfg: DictConfig) -> DictionaryMethod:
     """The dictionary from the store; trained first, alone, if it is not there. Raises what stopped its training."""
     store = Store(cfg.artifacts_dir)
     if not store.has(KIND, request.spec):
-        failed = train_together([request], cfg)
+        failed = _failed_here.get((cfg.artifacts_dir, request.key)) or train_together([request], cfg).get(request.key)
         if failed:
-            raise failed[request.key]
+            raise failed
     return load_dictionary(store.path(KIND, request.spec))
 
 
@@ -97,7 +98,7 @@ def prefetch(requests: Sequence[Request], cfg: DictConfig) -> None:
         print(f"stream {number} of {len(groups)}: {len(group)} dictionaries to train", file=sys.stderr)
         try:
             failed: dict[str, Exception] = train_together(list(group.values()), cfg)
-        except (UserError, OSError, FloatingPointError) as error:
+        except (UserError, FloatingPointError) as error:  # not OSError: on a full disk every cell would train in vain
             failed = dict.fromkeys(group, error)
         for message in sorted({str(error) for error in failed.values()}):
             print(f"not trained together: {message}", file=sys.stderr)
@@ -114,6 +115,7 @@ def train_together(requests: Sequence[Request], cfg: DictConfig) -> dict[str, Ex
         methods, failed = _build(missing)
         if methods:
             failed |= _train([r for r in missing if r.key in methods], methods, store, cfg)
+    _failed_here.update({(cfg.artifacts_dir, key): error for key, error in failed.items()})
     return failed
 
 
@@ -181,7 +183,10 @@ def _train(
             method.finish(calibration)
             training = {**fleet.last(index), "seconds_together": time.time() - started, "together": len(requests)}
             store.put(KIND, request.spec, partial(save_dictionary, method, training))
-    shutil.rmtree(checkpoints.folder, ignore_errors=True)
+    if fleet.stopped and checkpoints.newest():
+        print(f"the last checkpoint is kept: {checkpoints.newest()}", file=sys.stderr)
+    else:
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)
     return {requests[index].key: error for index, error in fleet.stopped.items()}
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import platform
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -75,7 +76,10 @@ def run_cell(cfg: DictConfig, folder: Path, run: Callable[[DictConfig], Metrics]
             "message": str(error),
             "traceback": traceback.format_exc(),
         }
-        write_atomically(folder / FAILED, json.dumps(record, indent=1))
+        try:
+            write_atomically(folder / FAILED, json.dumps(record, indent=1))
+        except OSError as unwritable:  # a full disk: the error itself must still be heard
+            print(f"could not write {folder / FAILED}: {unwritable}", file=sys.stderr)
         raise
 
 

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from core.errors import UserError
@@ -34,7 +36,7 @@ class TokenProgress(Callback):
         self.first = self.done = trainer.fit_loop.epoch_loop.batch_progress.current.ready * self.tokens_per_batch
         if sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
-            self.bar = Progress(*columns, TimeRemainingColumn(), transient=True)
+            self.bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
             self.task = self.bar.add_task(self.title, total=self.n_tokens, completed=self.done, note="")
             self.bar.start()
 
@@ -123,6 +125,8 @@ def _logger(kind: str, folder: Path, name: str) -> Logger | bool:
     if kind == "tensorboard":
         return TensorBoardLogger(save_dir=folder, name=name, version="")
     if kind == "wandb":
+        if find_spec("wandb") is None:
+            raise UserError("logging=wandb needs `pip install -e .[wandb]`; logging=tensorboard needs nothing.")
         from pytorch_lightning.loggers import WandbLogger
 
         folder.mkdir(parents=True, exist_ok=True)

@@ -111,7 +111,7 @@ def test_the_readmes_example_of_a_method_learns_and_can_be_stored(relu_log, tmp_
     x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
     losses = [float(relu_log.update(Batch(x), optimizer)["loss"]) for _ in range(60)]
     assert losses[-1] < 0.9 * losses[0]
-    save_dictionary(relu_log, tmp_path / "stored")
+    save_dictionary(relu_log, {}, tmp_path / "stored")
     again = load_dictionary(tmp_path / "stored")
     assert torch.equal(again.reconstruct(x), relu_log.eval().reconstruct(x))
 
@@ -119,7 +119,7 @@ def test_the_readmes_example_of_a_method_learns_and_can_be_stored(relu_log, tmp_
 def test_the_readmes_code_for_a_trained_dictionary_runs(relu_log, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     [code] = [block for block in blocks("python") if "load_dictionary" in block]
     monkeypatch.chdir(tmp_path)
-    save_dictionary(relu_log, tmp_path / "artifacts/dictionary/<key>")
+    save_dictionary(relu_log, {}, tmp_path / "artifacts/dictionary/<key>")
     names: dict[str, torch.Tensor] = {}
     exec(compile(code, "README.md", "exec"), names)
     assert names["x_hat"].shape == (4, 16)

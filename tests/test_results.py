@@ -57,3 +57,17 @@ def test_a_truncated_results_file_is_not_taken_for_a_finished_cell(tmp_path: Pat
     (tmp_path / results.RESULTS).write_text(whole[: len(whole) // 2])
     assert not results.is_finished(tmp_path, config())
     assert list(results.read_all(tmp_path)) == []
+
+
+def test_on_a_full_disk_the_error_of_the_cell_is_still_raised(tmp_path: Path, monkeypatch, capsys):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def run(cfg: DictConfig) -> dict[str, float]:
+        raise UserError("method.k=9 is too large")
+
+    monkeypatch.setattr(results, "write_atomically", full)
+    with pytest.raises(UserError, match=r"method\.k=9"):
+        results.run_cell(config(), tmp_path, run)
+    assert "No space left" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

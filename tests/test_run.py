@@ -110,3 +110,33 @@ def test_a_wrong_setting_ends_with_one_message_that_names_it(cli, capsys, argume
     for word in words_of_the_message:
         assert word in err
     assert read(folder) == {}
+
+
+def test_a_full_disk_ends_with_its_message_and_no_result_and_what_was_trained_stays(cli, capsys, monkeypatch):
+    from core.artifacts import Store
+
+    put, calls = Store.put, []
+
+    def full_after_the_first(self: Store, kind: str, *arguments: Any) -> Path:
+        calls.append(kind)
+        if calls.count("dictionary") > 1:
+            raise OSError(28, "No space left on device")
+        return put(self, kind, *arguments)
+
+    monkeypatch.setattr(Store, "put", full_after_the_first)
+    code, folder = cli(*SMOKE)
+    err = capsys.readouterr().err
+    assert code == 1 and "No space left on device" in err and "Traceback" not in err
+    assert read(folder) == {}
+    monkeypatch.setattr(Store, "put", put)
+    assert cli(*SMOKE)[0] == 0
+    assert "2 dictionaries to train" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_fails_its_cell_with_the_step_and_leaves_the_others(cli, capsys):
+    code, folder = cli(*SMOKE, "method=batchtopk", "method.decoder_norm=none", "method.lr=1e30,0.001")
+    assert code == 1
+    [record] = read(folder, "failed.json").values()
+    assert record["error"] == "NonFiniteLoss" and "optimiser step" in record["message"]
+    assert len(read(folder)) == 1
+    assert "Traceback" not in capsys.readouterr().err

@@ -8,8 +8,8 @@ a sparsity coefficient instead of k. Each such part is a block:
       - {method: jumprelu, method.dict_size: 768, method.l0_coefficient: "0.1,0.2"}
 
 A setting given on the command line narrows the grid. If blocks have it as an axis, the other blocks fall out, and of
-those only the given values stay; values that are nowhere in the grid replace the axis (`seed=7`). A setting that is no
-axis of any block holds in all cells (`method.lr=0.001`).
+those only the given values stay; values that are nowhere in the grid go to every block that has the axis (`seed=7`). A
+setting that is no axis of any block holds in all cells (`method.lr=0.001`).
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def narrowed(blocks: list[dict[str, Axis]], given: dict[str, Axis]) -> list[dict
     axes = {key for block in blocks for key in block}
     for key, values in given.items():
         having = [block for block in blocks if key in block or key not in axes]
-        known = {value for block in having for value in block.get(key, ()) if value in values}
+        new = [value for value in values if not any(value in block.get(key, ()) for block in having)]
         kept = []
         for block in having:
-            own = [value for value in block.get(key, ()) if value in known] if known else values
+            own = [value for value in values if value in new or value in block.get(key, ())]
             if own:
                 kept.append({**block, key: own})
         blocks = kept

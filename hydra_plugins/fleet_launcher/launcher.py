@@ -7,7 +7,8 @@ depends on it, since `load_or_train` trains what it does not find.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -27,7 +28,11 @@ class FleetLauncher(BasicLauncher):
         pending = self._pending(job_overrides)
         print(f"{len(job_overrides)} cells, {len(pending)} to run", file=sys.stderr)
         self._prefetch(pending)
-        returns = super().launch(job_overrides, initial_job_idx)
+        returns: list[JobReturn] = []
+        with cells_bar(len(job_overrides)) as advance:
+            for index, overrides in enumerate(job_overrides, initial_job_idx):
+                returns += super().launch([overrides], index)
+                advance()
         failed = [r for r in returns if r.status != JobStatus.COMPLETED]
         if failed:
             raise CellsFailedError(len(returns), failed)
@@ -59,6 +64,21 @@ class FleetLauncher(BasicLauncher):
         from core.fleet import prefetch
 
         prefetch([request for cfg in pending for request in module.dictionaries(cfg)], pending[0])
+
+
+@contextmanager
+def cells_bar(n_cells: int) -> Iterator[Callable[[], None]]:
+    """A bar over cells on a terminal, with the time left; calling what it yields moves it on. Nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("cells", total=n_cells)
+        yield lambda: bar.advance(task)
 
 
 class CellsFailedError(UserError):

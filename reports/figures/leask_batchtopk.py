@@ -204,6 +204,8 @@ def _log_axis(axes: Axes, ticks: Iterable[float], label: str) -> None:
     axes.set_xscale("log", base=2)
     if values := sorted(ticks):
         axes.xaxis.set_major_locator(FixedLocator(values))
+    if len(values) == 1:
+        axes.set_xlim(values[0] / 2, values[0] * 2)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel(label)

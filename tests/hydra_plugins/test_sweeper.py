@@ -18,6 +18,10 @@ def test_a_value_that_no_block_has_replaces_the_axis_where_there_is_one():
     assert narrowed(GRID, {"k": ["k=4"]}) == [{"method": ["method=topk", "method=batchtopk"], "k": ["k=4"]}]
 
 
+def test_no_given_value_is_lost_when_some_are_in_the_grid_and_some_are_not():
+    assert [block["k"] for block in narrowed(GRID, {"k": ["k=8", "k=4"]})] == [["k=8", "k=4"]]
+
+
 def test_a_setting_that_is_no_axis_is_added_to_every_block():
     assert all(block["seed"] == ["seed=1", "seed=2"] for block in narrowed(GRID, {"seed": ["seed=1", "seed=2"]}))
 

@@ -68,6 +68,12 @@ def write_failure(outputs, name="method=TopK,seed=7", scale="demo"):
     (folder / "failed.json").write_text(json.dumps(record))
 
 
+@pytest.fixture(autouse=True)
+def _figures_only_where_a_test_looks_at_them(request, monkeypatch):
+    if "figures" not in request.node.name and "page" not in request.node.name and "enough" not in request.node.name:
+        monkeypatch.setattr(compare.figures, "draw", lambda *_: [])
+
+
 def report_of(outputs, capsys):
     assert compare.main(["--outputs", str(outputs)]) == 0
     claims = json.loads((outputs / "report" / "claims.json").read_text())
