@@ -19,20 +19,18 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import Tensor
 
 from core.artifacts import Store, content_key
 from core.data.activations import ActivationStream
-from core.data.module import ActivationData, Chunk
+from core.data.module import ActivationData
 from core.data.rows import RowStream
-from core.errors import NonFiniteLoss, UserError
+from core.errors import UserError
 from core.methods.base import DictionaryMethod
-from core.methods.optimizer import ClippingAdam
 from core.methods.saved import load_dictionary, save_dictionary
+from core.methods.together import Fleet
 from core.models.identity import model_identity
 from core.models.language_model import load_language_model
 from core.training import Checkpoints, TokenProgress, make_trainer
@@ -164,7 +162,7 @@ def _train(
     started, settings, n_batches = time.time(), requests[0].stream, requests[0].n_batches
     stream = open_stream(requests[0])
     data = ActivationData(stream, n_batches, settings["batches_per_chunk"])
-    fleet = Fleet([methods[request.key] for request in requests], data)
+    fleet = Fleet([methods[request.key] for request in requests], data, cfg.logging.log_every_steps)
     run_key = content_key({"requests": [request.key for request in requests]})
     checkpoints = Checkpoints(store.root / "training" / run_key, cfg.trainer.checkpoint_every_seconds)
     progress = TokenProgress(
@@ -188,58 +186,3 @@ def _train(
     else:
         shutil.rmtree(checkpoints.folder, ignore_errors=True)
     return {requests[index].key: error for index, error in fleet.stopped.items()}
-
-
-class Fleet(pl.LightningModule):
-    """Several dictionaries on the same batches, each with its own optimiser. One that diverges stops alone."""
-
-    def __init__(self, methods: Sequence[DictionaryMethod], data: ActivationData) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.methods = list(methods)
-        self._registered = torch.nn.ModuleList(methods)
-        self.data = data
-        self.stopped: dict[int, NonFiniteLoss] = {}
-        self._last: dict[int, dict[str, Tensor]] = {}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["n_updates"] = [method.n_updates for method in self.methods]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for method, n_updates in zip(self.methods, checkpoint["n_updates"], strict=True):
-            method.n_updates = n_updates
-
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [method.configure_optimizers() for method in self.methods]
-
-    def transfer_batch_to_device(self, batch: Chunk, device: torch.device, dataloader_idx: int) -> Chunk:
-        return batch  # the stream lives on the device
-
-    def training_step(self, chunk: Chunk, batch_idx: int) -> None:
-        optimizers = [o for o in self.trainer.optimizers if isinstance(o, ClippingAdam)]
-        for index, (method, optimizer) in enumerate(zip(self.methods, optimizers, strict=True)):
-            if index in self.stopped:
-                continue
-            try:
-                self._last[index] = method.train_on(chunk.batches, optimizer)
-            except NonFiniteLoss as error:
-                self.stopped[index] = error
-        self.data.trained_on(chunk)
-        if not self._last or len(self.stopped) == len(self.methods):
-            self.trainer.should_stop = True
-            return
-        self._log(batch_idx)
-
-    def last(self, index: int) -> dict[str, float]:
-        """The means over the last chunk of what a method logs."""
-        return {name: float(value) for name, value in self._last[index].items()}
-
-    def _log(self, batch_idx: int) -> None:
-        running = [index for index in self._last if index not in self.stopped]
-        for name in ("loss", "l0"):
-            mean = torch.stack([self._last[index][name] for index in running]).mean()
-            self.log(name, mean, prog_bar=True, logger=False)
-        if self.logger is not None:
-            labels = {index: f"{index}-{type(self.methods[index]).__name__}" for index in running}
-            metrics = {f"{label}/{n}": float(v) for i, label in labels.items() for n, v in self._last[i].items()}
-            self.logger.log_metrics(metrics, step=self.data.trained_batches)

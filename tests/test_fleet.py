@@ -49,7 +49,7 @@ def setting(tmp_path: Path, tiny_model: dict[str, Any], words: Any):
         return OmegaConf.create({
             "name": name, "artifacts_dir": str(tmp_path / name), "output_dir": str(tmp_path / "outputs"),
             "trainer": {"accelerator": "cpu", "precision": "32-true", "checkpoint_every_seconds": 0},
-            "logging": {"logger": "none", "quiet_seconds": 1000},
+            "logging": {"logger": "none", "quiet_seconds": 1000, "log_every_steps": 50},
         })  # fmt: skip
 
     def request(method: str, stream: dict[str, Any] | None = None, **changes: Any) -> Request:
@@ -71,6 +71,18 @@ def test_a_dictionary_trained_in_a_fleet_equals_bitwise_the_one_trained_alone(se
         load_or_train(one, cfg("alone"))
         a, b = weights(one, cfg("together")), weights(one, cfg("alone"))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_dictionary_comes_out_the_same_whatever_the_number_of_threads_in_its_fleet(setting):
+    cfg, request = setting
+    requests = [request(name) for name in METHODS]
+    for n_threads in (1, 2):
+        torch.set_num_threads(n_threads)
+        train_together(requests, cfg(f"threads{n_threads}"))
+        assert torch.get_num_threads() == n_threads
+    for one in requests:
+        a, b = weights(one, cfg("threads1")), weights(one, cfg("threads2"))
+        assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_one_stream_serves_a_group_and_what_is_stored_is_not_trained_again(setting, monkeypatch):

@@ -27,6 +27,7 @@ class PlantedEntities:
 
     entities_per_row       smallest and largest number of entities in a row, uniform; equal numbers make all rows
                            equally complex (the negative control of the BatchTopK comparison)
+    weights                smallest and largest weight of an entity in a row, uniform
     extra_attribute        probability of one more attribute, on its own, in a row
     noise                  standard deviation per coordinate
     seed                   of the directions; rows are drawn from generators of their own
@@ -40,6 +41,7 @@ class PlantedEntities:
         n_attributes: int = 40,
         n_entities: int = 200,
         entities_per_row: Sequence[int] = (1, 6),
+        weights: Sequence[float] = (0.5, 1.5),
         extra_attribute: float = 0.5,
         noise: float = 0.03,
         seed: int = 0,
@@ -47,6 +49,7 @@ class PlantedEntities:
         if not 1 <= entities_per_row[0] <= entities_per_row[1] <= n_entities:
             raise ValueError(f"entities_per_row: {tuple(entities_per_row)} must be two counts in 1..{n_entities}.")
         self.entities_per_row = (int(entities_per_row[0]), int(entities_per_row[1]))
+        self.weights = (float(weights[0]), float(weights[1]))
         self.extra_attribute, self.noise, self.seed = extra_attribute, noise, seed
         g = generator(seed, "planted", "directions")
         self.attributes = normalize(torch.randn(n_attributes, d_model, generator=g), dim=1)  # [A, d]
@@ -57,13 +60,13 @@ class PlantedEntities:
         self.frequencies = 1 / torch.arange(1.0, n_entities + 1)  # [E], not normalised
 
     def rows(self, n: int, g: torch.Generator) -> Batch:
-        """`n` rows. Truth: `entities` `[n, E]` and `attributes` `[n, A]`, how often each is in the row."""
+        """`n` rows. Truth: `entities` `[n, E]` and `attributes` `[n, A]`, the weight of each in the row."""
         low, high = self.entities_per_row
         count = torch.randint(low, high + 1, (n, 1), generator=g)
         race = torch.rand(n, len(self.frequencies), generator=g).log() / self.frequencies  # the largest: a draw each
         order = race.topk(high, dim=1).indices
-        present = (torch.arange(high) < count).float()
-        entities = torch.zeros(n, len(self.frequencies)).scatter(1, order, present)
+        weight = torch.empty(n, high).uniform_(*self.weights, generator=g) * (torch.arange(high) < count)
+        entities = torch.zeros(n, len(self.frequencies)).scatter(1, order, weight)
         extra = torch.randint(len(self.attributes), (n, 1), generator=g)
         extra = torch.zeros(n, len(self.attributes)).scatter(1, extra, 1.0)
         extra = extra * (torch.rand(n, 1, generator=g) < self.extra_attribute)

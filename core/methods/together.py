@@ -1,0 +1,112 @@
+"""Several dictionaries in one Lightning run on the same batches. Nothing else is shared, so each comes out as if alone.
+
+On the CPU a step of a small dictionary is a series of small operations that gain little from a second thread and lose
+much to waiting for it. So small ones are trained one thread each, as many at once as there are threads; that depends on
+the dictionary's own size only, and its numbers therefore not on the company it is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from core.data.batch import Batch
+from core.data.module import ActivationData, Chunk
+from core.errors import NonFiniteLoss
+from core.methods.base import DictionaryMethod
+from core.methods.optimizer import ClippingAdam
+
+SMALL_PRODUCT = 1 << 30  # B d m of the encoder, below which one thread does a step
+
+Outcome = dict[str, Tensor] | NonFiniteLoss
+
+
+class Fleet(pl.LightningModule):
+    """Dictionaries on the same batches, each with its own optimiser. One that diverges stops alone."""
+
+    def __init__(self, methods: Sequence[DictionaryMethod], data: ActivationData, log_every_steps: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.methods = list(methods)
+        self._registered = torch.nn.ModuleList(methods)
+        self.data = data
+        self.log_every_chunks = max(1, log_every_steps // data.batches_per_chunk)
+        self.stopped: dict[int, NonFiniteLoss] = {}
+        self._last: dict[int, dict[str, Tensor]] = {}
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [method.configure_optimizers() for method in self.methods]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["n_updates"] = [method.n_updates for method in self.methods]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for method, n_updates in zip(self.methods, checkpoint["n_updates"], strict=True):
+            method.n_updates = n_updates
+
+    def transfer_batch_to_device(self, batch: Chunk, device: torch.device, dataloader_idx: int) -> Chunk:
+        return batch  # the stream lives on the device
+
+    def training_step(self, chunk: Chunk, batch_idx: int) -> None:
+        running = [index for index in range(len(self.methods)) if index not in self.stopped]
+        optimizers = [o for o in self.trainer.optimizers if isinstance(o, ClippingAdam)]
+
+        def train(index: int) -> Outcome:
+            try:
+                return self.methods[index].train_on(chunk.batches, optimizers[index])
+            except NonFiniteLoss as error:
+                return error
+
+        small = [index for index in running if is_small(self.methods[index], chunk.batches[0])]
+        outcomes = dict(zip(small, one_thread_each(train, small), strict=True))
+        outcomes |= {index: train(index) for index in running if index not in outcomes}
+        for index, outcome in outcomes.items():
+            if isinstance(outcome, NonFiniteLoss):
+                self.stopped[index] = outcome
+            else:
+                self._last[index] = outcome
+        self.data.trained_on(chunk)
+        if len(self.stopped) == len(self.methods):
+            self.trainer.should_stop = True
+        else:
+            self._log(batch_idx)
+
+    def last(self, index: int) -> dict[str, float]:
+        """The means over the last chunk of what a method logs."""
+        return {name: float(value) for name, value in self._last[index].items()}
+
+    def _log(self, batch_idx: int) -> None:
+        running = [index for index in self._last if index not in self.stopped]
+        for name in ("loss", "l0"):
+            mean = torch.stack([self._last[index][name] for index in running]).mean()
+            self.log(name, mean, prog_bar=True, logger=False)
+        if self.logger is not None and batch_idx % self.log_every_chunks == 0:
+            labels = {index: f"{index}-{type(self.methods[index]).__name__}" for index in running}
+            metrics = {f"{label}/{n}": float(v) for i, label in labels.items() for n, v in self._last[i].items()}
+            self.logger.log_metrics(metrics, step=self.data.trained_batches)
+
+
+def is_small(method: DictionaryMethod, batch: Batch) -> bool:
+    """Whether one CPU thread should do a step of this dictionary."""
+    return batch.x.device.type == "cpu" and len(batch.x) * method.d_model * method.dict_size < SMALL_PRODUCT
+
+
+def one_thread_each(train: Callable[[int], Outcome], indices: Sequence[int]) -> list[Outcome]:
+    """`train` of every index, on one thread each; torch's own number of threads is as before afterwards."""
+    if not indices:
+        return []
+    n_threads = torch.get_num_threads()
+
+    def alone(index: int) -> Outcome:
+        torch.set_num_threads(1)  # of this worker, and of the matrix library as a whole
+        return train(index)
+
+    with ThreadPoolExecutor(min(n_threads, len(indices))) as workers:
+        outcomes = list(workers.map(alone, indices))
+    torch.set_num_threads(n_threads)
+    return outcomes
