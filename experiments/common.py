@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra.utils import instantiate
@@ -15,8 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from core.analysis.evaluate import DownstreamReference, downstream_reference
+from core.artifacts import Store, write_atomically
 from core.data.rows import RowStream
-from core.fleet import Request
+from core.fleet import KIND, Request, load_or_train
+from core.methods.base import DictionaryMethod
 from core.models.language_model import LanguageModel, load_language_model
 
 Made = TypeVar("Made")
@@ -26,6 +29,19 @@ def request(cfg: DictConfig) -> Request:
     """The dictionary that a cell's `method`, `stream`, `model` and `data` describe."""
     plain = {key: _plain(cfg[key]) for key in ("method", "stream", "model", "data")}
     return Request(precision=cfg.trainer.precision, seed=cfg.seed, **plain)
+
+
+def trained(cfg: DictConfig) -> DictionaryMethod:
+    """The cell's dictionary, on the model's device; `dictionary.json` in its folder says where it lies and how it was
+    trained."""
+    wanted = request(cfg)
+    method = load_or_train(wanted, cfg)
+    stored = Store(cfg.artifacts_dir).path(KIND, wanted.spec)
+    manifest = json.loads((stored / "manifest.json").read_text())
+    write_atomically(
+        Path(cfg.cell_folder) / "dictionary.json", json.dumps({"folder": str(stored), **manifest}, indent=1)
+    )
+    return method.to(language_model(cfg).device)
 
 
 def _plain(node: Any) -> Any:

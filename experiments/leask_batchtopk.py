@@ -10,8 +10,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from core.analysis.evaluate import Evaluation, evaluate_compat, evaluate_dictionary
-from core.fleet import Request, load_or_train
-from experiments.common import held_out_rows, language_model, reference_losses, request
+from core.fleet import Request
+from experiments.common import held_out_rows, language_model, reference_losses, request, trained
 
 
 def dictionaries(cfg: DictConfig) -> list[Request]:
@@ -24,9 +24,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
     Claims: leask/batchtopk-1 to -4 compare these cells with each other.
     """
-    method = load_or_train(request(cfg), cfg)
+    method = trained(cfg)
     lm, site, rows = language_model(cfg), cfg.stream.site, held_out_rows(cfg)
-    method = method.to(lm.device)
     e = cfg.evaluation
     evaluation = evaluate_dictionary(
         method, lm, site, rows, e.n_downstream_rows, e.rows_per_batch, reference_losses(cfg)

@@ -74,10 +74,12 @@ def test_batchtopk_beats_topk_on_rows_of_unequal_complexity():
 
 @pytest.mark.slow
 def test_batchtopk_wins_8_of_8_and_its_gain_needs_rows_of_unequal_complexity():
+    """At (256, 6) the gain is only about 3 %, and with weights all equal the two are level there: k then covers most rows
+    completely, and there is little to move from simple rows to complex ones."""
     unequal = [pair for seed in (0, 1) for pair in heldout_fvu(seed, GRID, 1500, PlantedEntities(seed=seed))]
     assert sum(batch < top for top, batch, _ in unequal) == 8
     assert all(abs(l0 / k - 1) < 0.05 for (*_, l0), (_, k) in zip(unequal, GRID * 2, strict=True))
-    control = PlantedEntities(entities_per_row=(3, 3), extra_attribute=0.0, seed=0)
+    control = PlantedEntities(entities_per_row=(3, 3), weights=(1.0, 1.0), extra_attribute=0.0, seed=0)
     equal = heldout_fvu(0, [(128, 3), (256, 3)], 1500, control)
     assert gain(equal) < 0.5 * gain([unequal[0], unequal[2]])
 
@@ -88,8 +90,10 @@ def test_a_planted_row_is_the_sum_that_its_truth_says():
     entities, attributes = batch.truth["entities"], batch.truth["attributes"]
     extra = attributes - entities @ source.attributes_of
     torch.testing.assert_close(batch.x, entities @ source.entities + 0.6 * extra @ source.attributes)
-    count = entities.sum(1)
-    assert count.min() == 1 and count.max() == 6 and set(extra.sum(1).tolist()) == {0.0, 1.0}
+    count = (entities > 0).sum(1)
+    assert count.min() == 1 and count.max() == 6
+    assert entities[entities > 0].min() >= 0.5 and entities.max() <= 1.5
+    assert ((extra - extra.round()).abs() < 1e-5).all() and set(extra.round().sum(1).tolist()) == {0.0, 1.0}
     assert abs(float(extra.sum(1).mean()) - 0.5) < 0.1
     assert (source.attributes_of.sum(1) == 3).all()
     assert entities[:, 0].sum() > 5 * entities[:, 100:].sum(0).max()  # Zipf
