@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.artifacts import Store, content_key
@@ -17,6 +17,7 @@ from core.data.harvest import TAGS
 from core.metrics.language import Trigram, by_tag, score_texts, total, xz_bits_per_byte
 from core.models.pretrain import Pretraining, RowData, token_stream, train_tokenizer
 from core.training import Checkpoints, TokenProgress, make_trainer
+from experiments.common import plain
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
@@ -26,20 +27,21 @@ def run(cfg: DictConfig) -> dict[str, float]:
     tokenizer = train_tokenizer(texts, cfg.lm.architecture.vocab_size)
     tokens = token_stream(source, source.spec, tokenizer, "train", store)
     folder = Path(cfg.lm.export_dir or Path(cfg.cell_folder) / "model")
-    train(cfg, tokens, len(tokenizer)).export(folder, tokenizer)
+    train(cfg, source, tokens, len(tokenizer)).export(folder, tokenizer)
     metrics = heldout_metrics(cfg, folder, source, tokens)
     (folder / "README.md").write_text(card(cfg, source.card(), metrics))
     return metrics
 
 
-def train(cfg: DictConfig, tokens: Any, vocab_size: int) -> Pretraining:
+def train(cfg: DictConfig, source: BundledText, tokens: Any, vocab_size: int) -> Pretraining:
     """The Lightning run; goes on from the newest checkpoint of the same settings."""
     n_ctx, rows = cfg.lm.architecture.n_positions, cfg.lm.rows_per_step
     n_steps = cfg.lm.n_tokens // (n_ctx * rows)
     architecture = {**cfg.lm.architecture, "vocab_size": vocab_size}
     module = Pretraining(architecture, n_steps, seed=cfg.seed, compile=cfg.lm.compile, **cfg.lm.optimiser)
     data = RowData(tokens, n_ctx, rows, cfg.seed)
-    identity = {"lm": OmegaConf.to_container(cfg.lm, resolve=True), "tokens": len(tokens), "seed": cfg.seed}
+    decisive = {name: plain(cfg.lm[name]) for name in ("architecture", "optimiser", "rows_per_step", "n_tokens")}
+    identity = {**decisive, "corpus": source.spec, "tokens": len(tokens), "seed": cfg.seed}
     checkpoints = Checkpoints(
         Store(cfg.artifacts_dir).path("pretraining", identity), cfg.trainer.checkpoint_every_seconds
     )

@@ -27,8 +27,8 @@ Made = TypeVar("Made")
 
 def request(cfg: DictConfig) -> Request:
     """The dictionary that a cell's `method`, `stream`, `model` and `data` describe."""
-    plain = {key: _plain(cfg[key]) for key in ("method", "stream", "model", "data")}
-    return Request(precision=cfg.trainer.precision, seed=cfg.seed, **plain)
+    parts = {key: plain(cfg[key]) for key in ("method", "stream", "model", "data")}
+    return Request(precision=cfg.trainer.precision, seed=cfg.seed, **parts)
 
 
 def trained(cfg: DictConfig) -> DictionaryMethod:
@@ -44,7 +44,8 @@ def trained(cfg: DictConfig) -> DictionaryMethod:
     return method.to(language_model(cfg).device)
 
 
-def _plain(node: Any) -> Any:
+def plain(node: Any) -> Any:
+    """A part of the configuration without interpolations, as JSON can hold it."""
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
@@ -56,7 +57,7 @@ def once_per(*keys: str) -> Callable[[Callable[[DictConfig], Made]], Callable[[D
 
         @wraps(make)
         def remembered(cfg: DictConfig) -> Made:
-            name = json.dumps([_plain(OmegaConf.select(cfg, key)) for key in keys], sort_keys=True)
+            name = json.dumps([plain(OmegaConf.select(cfg, key)) for key in keys], sort_keys=True)
             if name not in latest:
                 latest.clear()
                 latest[name] = make(cfg)
