@@ -79,6 +79,7 @@ def on_rows_of_unequal_complexity(seed: int) -> list[tuple]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_batchtopk_wins_for_every_size_and_k(seed: int):
     """At (256, 6) by about 3 % only, and with weights all equal the two are level there: k then covers most rows
@@ -89,6 +90,7 @@ def test_batchtopk_wins_for_every_size_and_k(seed: int):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_most_of_the_gain_goes_when_all_rows_are_equally_complex():
     control = PlantedEntities(entities_per_row=(3, 3), weights=(1.0, 1.0), extra_attribute=0.0, seed=0)
     equal = heldout_fvu(0, [(128, 3), (256, 3)], 1500, control)
