@@ -73,8 +73,9 @@ class InputNorm(nn.Module):
         mean = x.mean(-1, keepdim=True)
         if self.kind == "token_center":
             return x - mean, Shift(mean, one)
-        std = x.std(-1, keepdim=True) + 1e-5
-        return (x - mean) / std, Shift(mean, std)
+        centred = x - mean
+        std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(x.shape[-1] - 1) + 1e-5
+        return centred / std, Shift(mean, std)
 
     @staticmethod
     def undo(x: Tensor, shift: Shift) -> Tensor:
