@@ -11,11 +11,12 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from core.analysis.evaluate import DownstreamReference, downstream_reference
+from core.analysis.evaluate import DownstreamReference, compat_rows, downstream_reference
 from core.artifacts import Store, write_atomically
 from core.data.rows import RowStream
 from core.fleet import KIND, Request, load_or_train
@@ -83,8 +84,27 @@ def held_out_rows(cfg: DictConfig) -> Tensor:
     return rows.next_rows(cfg.evaluation.n_rows).to(lm.device)
 
 
-@once_per("model", "data", "stream.site", "stream.n_ctx", "stream.packing", "stream.max_document_tokens", "evaluation")
+SITE = ("model", "data", "stream.site", "stream.n_ctx", "stream.packing", "stream.max_document_tokens", "evaluation")
+
+
+@once_per(*SITE)
 def reference_losses(cfg: DictConfig) -> DownstreamReference:
     """Clean, zero-ablated and mean-ablated losses on the first `evaluation.n_downstream_rows` held-out rows."""
     rows = held_out_rows(cfg)[: cfg.evaluation.n_downstream_rows]
     return downstream_reference(language_model(cfg), cfg.stream.site, rows, cfg.evaluation.rows_per_batch)
+
+
+@once_per(*SITE)
+def compat_reference_losses(cfg: DictConfig) -> DownstreamReference:
+    """The same on the first `evaluation.compat_tokens` held-out tokens, in one batch."""
+    rows = compat_rows(held_out_rows(cfg), cfg.evaluation.compat_tokens)
+    return downstream_reference(language_model(cfg), cfg.stream.site, rows, len(rows))
+
+
+@once_per(*SITE)
+def held_out_activations(cfg: DictConfig) -> Tensor | None:
+    """The held-out rows' activations `[R, n_ctx, d]` at the site, if `evaluation.keep_activations` says so."""
+    if not cfg.evaluation.keep_activations:
+        return None
+    lm, rows = language_model(cfg), held_out_rows(cfg)
+    return torch.cat([lm.capture(part, cfg.stream.site) for part in rows.split(cfg.evaluation.rows_per_batch)])

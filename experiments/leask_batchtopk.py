@@ -11,7 +11,15 @@ from torch import Tensor
 
 from core.analysis.evaluate import Evaluation, evaluate_compat, evaluate_dictionary
 from core.fleet import Request
-from experiments.common import held_out_rows, language_model, reference_losses, request, trained
+from experiments.common import (
+    compat_reference_losses,
+    held_out_activations,
+    held_out_rows,
+    language_model,
+    reference_losses,
+    request,
+    trained,
+)
 
 
 def dictionaries(cfg: DictConfig) -> list[Request]:
@@ -28,9 +36,9 @@ def run(cfg: DictConfig) -> dict[str, float]:
     lm, site, rows = language_model(cfg), cfg.stream.site, held_out_rows(cfg)
     e = cfg.evaluation
     evaluation = evaluate_dictionary(
-        method, lm, site, rows, e.n_downstream_rows, e.rows_per_batch, reference_losses(cfg)
+        method, lm, site, rows, e.n_downstream_rows, e.rows_per_batch, reference_losses(cfg), held_out_activations(cfg)
     )
-    compat = evaluate_compat(method, lm, site, rows, e.compat_tokens)
+    compat = evaluate_compat(method, lm, site, rows, e.compat_tokens, compat_reference_losses(cfg))
     save_histogram(evaluation, Path(cfg.cell_folder) / "l0_histogram.parquet")
     kept = ("nmse_token_std_compat", "ce_degradation_compat", "l0_mean_compat")
     return {**evaluation.metrics(), **{name: compat[name] for name in kept}}

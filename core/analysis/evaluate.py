@@ -102,9 +102,10 @@ def evaluate_dictionary(
     n_downstream_rows: int,
     rows_per_batch: int,
     reference: DownstreamReference | None = None,
+    captured: Tensor | None = None,
 ) -> Evaluation:
     """Score one dictionary under its inference rule; see `evaluate_dictionaries`."""
-    found = evaluate_dictionaries({"": method}, lm, site, rows, n_downstream_rows, rows_per_batch, reference)
+    found = evaluate_dictionaries({"": method}, lm, site, rows, n_downstream_rows, rows_per_batch, reference, captured)
     return found[""]
 
 
@@ -117,12 +118,14 @@ def evaluate_dictionaries(
     n_downstream_rows: int,
     rows_per_batch: int,
     reference: DownstreamReference | None = None,
+    captured: Tensor | None = None,
 ) -> dict[str, Evaluation]:
     """Score dictionaries at one site under their inference rules; they share the language model's passes.
 
     Reconstruction and sparsity are measured on all tokens of `rows` `[R, T]`, downstream effects on the first
-    `n_downstream_rows` of them, with the reconstruction in place of the activation at every position. `reference`
-    saves the ablations where it was made before, on those same rows. The methods end in the mode they came in.
+    `n_downstream_rows`, with the reconstruction in place of the activation at every position. `reference` saves the
+    ablations where it was made before, on those same rows; `captured` `[R, T, d]`, the activations of `rows` at the
+    site, saves the passes that make them. The methods end in the mode they came in.
     """
     downstream_rows = rows[:n_downstream_rows]
     if reference is None:
@@ -130,7 +133,7 @@ def evaluate_dictionaries(
     elif reference.site != site or not torch.equal(reference.rows.cpu(), downstream_rows.cpu()):
         raise ValueError(f"The reference was made at {reference.site} on other rows or for another site than {site}.")
     with _mode(methods, training=False):
-        reconstructions = _reconstruct_rows(methods, lm, site, rows.split(rows_per_batch))
+        reconstructions = _reconstruct_rows(methods, lm, site, rows, rows_per_batch, captured)
         spliced = _splice_rows(methods, lm, site, downstream_rows.split(rows_per_batch))
     found = {name: Evaluation(*reconstructions[name], spliced[name], reference) for name in methods}
     for name, evaluation in found.items():
@@ -140,25 +143,36 @@ def evaluate_dictionaries(
 
 @torch.no_grad()
 def evaluate_compat(
-    method: DictionaryMethod, lm: LanguageModel, site: str, rows: Tensor, n_tokens: int = COMPAT_TOKENS
+    method: DictionaryMethod,
+    lm: LanguageModel,
+    site: str,
+    rows: Tensor,
+    n_tokens: int = COMPAT_TOKENS,
+    reference: DownstreamReference | None = None,
 ) -> dict[str, float]:
     """The figures as the BatchTopK authors' code takes them: training rule, one batch of `n_tokens` tokens.
 
     BatchTopK then selects its latents over the whole batch, as in training, where `evaluate_dictionary` applies the
     threshold. Rows beyond `n_tokens` are not looked at. The method's mode and buffers are as before afterwards.
     """
-    n_rows = n_tokens // rows.shape[1]
-    if not 0 < n_rows <= len(rows):
-        raise ValueError(f"{n_tokens} tokens need {n_rows} rows of {rows.shape[1]} tokens; there are {len(rows)}.")
-    rows = rows[:n_rows]
+    rows = compat_rows(rows, n_tokens)
     methods = {"": method}
-    reference = downstream_reference(lm, site, rows, n_rows)
+    if reference is None:
+        reference = downstream_reference(lm, site, rows, len(rows))
     with _mode(methods, training=True):
-        reconstructions = _reconstruct_rows(methods, lm, site, [rows])
+        reconstructions = _reconstruct_rows(methods, lm, site, rows, len(rows))
         spliced = _splice_rows(methods, lm, site, [rows])
     evaluation = Evaluation(*reconstructions[""], spliced[""], reference)
     _check_finite("", site, evaluation)
     return {f"{name}_compat": value for name, value in evaluation.metrics().items()}
+
+
+def compat_rows(rows: Tensor, n_tokens: int = COMPAT_TOKENS) -> Tensor:
+    """The first rows `[R, T]` that have `n_tokens` tokens together."""
+    n_rows = n_tokens // rows.shape[1]
+    if not 0 < n_rows <= len(rows):
+        raise ValueError(f"{n_tokens} tokens need {n_rows} rows of {rows.shape[1]} tokens; there are {len(rows)}.")
+    return rows[:n_rows]
 
 
 class _RowSums(NamedTuple):
@@ -179,11 +193,19 @@ def _row_sums(method: DictionaryMethod, x: Tensor, is_bos: Tensor) -> _RowSums: 
 
 
 def _reconstruct_rows(
-    methods: Mapping[str, DictionaryMethod], lm: LanguageModel, site: str, batches: Sequence[Tensor]
+    methods: Mapping[str, DictionaryMethod],
+    lm: LanguageModel,
+    site: str,
+    rows: Tensor,
+    rows_per_batch: int,
+    captured: Tensor | None = None,
 ) -> dict[str, _RowSums]:
     sums: dict[str, _RowSums] = {}
-    for tokens in batches:  # [R, T]
-        x = lm.capture(tokens, site).flatten(0, 1).float()  # [R T, d]
+    for start in range(0, len(rows), rows_per_batch):
+        here = slice(start, start + rows_per_batch)
+        tokens = rows[here]  # [R, T]
+        activations = lm.capture(tokens, site) if captured is None else captured[here]
+        x = activations.flatten(0, 1).float()  # [R T, d]
         is_bos = tokens.flatten().to(x.device) == lm.bos_token_id
         for name, method in methods.items():
             new, old = _row_sums(method, x, is_bos), sums.get(name)

@@ -244,3 +244,25 @@ def test_a_batchtopk_dictionary_is_scored_by_both_of_its_rules(lm, rows):
     assert compat["l0_mean_compat"] == pytest.approx(3)
     torch.testing.assert_close(dict(method.state_dict()), before, rtol=0, atol=0, equal_nan=True)
     assert method.training
+
+
+def test_activations_and_reference_made_before_change_no_figure(tiny_model, words):
+    from core.analysis.evaluate import compat_rows
+    from core.data.rows import RowStream
+    from core.methods.topk import TopK
+    from core.models.language_model import load_language_model
+
+    lm, site = load_language_model(tiny_model), "resid_pre.1"
+    rows = RowStream(words, lm.tokenizer, "heldout", 0, 16, "concat", 64).next_rows(10)
+    method = TopK(
+        d_model=32, dict_size=64, k=4, use_enc_bias=False, aux="none", aux_coefficient=0.0, k_aux=1, path="auto",
+        lr=1e-3, betas=(0.9, 0.99), input_norm="token_std", seed=0, decoder_norm="before_step", dead_after_tokens=100,
+        grad_clip=1.0, warmup_steps=0, decay_fraction=0.0,
+    )  # fmt: skip
+    plain = evaluate_dictionary(method, lm, site, rows, 4, 3).metrics()
+    reference = downstream_reference(lm, site, rows[:4], 3)
+    kept = evaluate_dictionary(method, lm, site, rows, 4, 3, reference, lm.capture(rows, site)).metrics()
+    assert kept == pytest.approx(plain, rel=1e-9)
+    first = compat_rows(rows, 64)
+    reference = downstream_reference(lm, site, first, len(first))
+    assert evaluate_compat(method, lm, site, rows, 64, reference) == evaluate_compat(method, lm, site, rows, 64)
