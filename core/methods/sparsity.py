@@ -35,8 +35,7 @@ def jumprelu(z: Tensor, log_threshold: Tensor, bandwidth: float, ste: STE) -> Te
 
 def l0_penalty(codes: Tensor, z: Tensor, log_threshold: Tensor, bandwidth: float, ste: STE) -> Tensor:
     """Mean over rows of sum_i H(z_i - theta_i), with a gradient for log theta only."""
-    steps = _Step.apply(codes if ste == "r1_compat" else z, log_threshold, bandwidth, ste)
-    return steps.sum(1).mean()
+    return _MeanL0.apply(codes if ste == "r1_compat" else z, log_threshold, bandwidth, ste)
 
 
 def l1_penalty(codes: Tensor) -> Tensor:
@@ -49,31 +48,31 @@ class _JumpReLU(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, log_threshold: Tensor, bandwidth: float, ste: STE) -> Tensor:
         ctx.save_for_backward(z, log_threshold)
         ctx.bandwidth, ctx.ste = bandwidth, ste
-        return z * (z > log_threshold.exp())
+        return torch.where(z <= log_threshold.exp(), 0, z)  # a NaN stays one
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_f: Tensor) -> tuple[Tensor | None, ...]:
         z, log_threshold = ctx.saved_tensors
         theta = log_threshold.exp()
-        d_theta = -theta / ctx.bandwidth * (d_f * _kernel(z, theta, ctx.bandwidth)).sum(0)
-        return d_f * (z > theta), d_theta * _chain(theta, ctx.ste), None, None
+        d_theta = -theta / ctx.bandwidth * torch.where(_kernel(z, theta, ctx.bandwidth), d_f, 0).sum(0)
+        return torch.where(z <= theta, 0, d_f), d_theta * _chain(theta, ctx.ste), None, None
 
 
-class _Step(torch.autograd.Function):
+class _MeanL0(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, log_threshold: Tensor, bandwidth: float, ste: STE) -> Tensor:
         ctx.save_for_backward(z, log_threshold)
         ctx.bandwidth, ctx.ste = bandwidth, ste
-        return (z > log_threshold.exp()).to(z.dtype)
+        return (z > log_threshold.exp()).sum() / z.shape[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_step: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_mean: Tensor) -> tuple[Tensor | None, ...]:
         z, log_threshold = ctx.saved_tensors
         theta = log_threshold.exp()
-        d_theta = -(d_step * _kernel(z, theta, ctx.bandwidth)).sum(0) / ctx.bandwidth
-        return None, d_theta * _chain(theta, ctx.ste), None, None
+        within = torch.where(_kernel(z, theta, ctx.bandwidth), d_mean / z.shape[0], 0).sum(0)
+        return None, -within / ctx.bandwidth * _chain(theta, ctx.ste), None, None
 
 
 def _kernel(z: Tensor, theta: Tensor, bandwidth: float) -> Tensor:

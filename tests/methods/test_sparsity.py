@@ -62,3 +62,8 @@ def test_penalties_by_hand():
     x = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
     assert l1_penalty(x) == 3.0
     assert mean_square(x) == (1 + 4 + 9) / 4
+
+
+def test_a_nan_is_not_hidden_by_the_threshold():
+    z = torch.tensor([[float("nan"), 2.0]])
+    assert jumprelu(z, torch.zeros(2), 0.1, "correct").isnan().tolist() == [[True, False]]
