@@ -1,3 +1,4 @@
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from core.models.pretrain import Pretraining, RowBatches, RowData, train_tokenizer
 from core.training import Checkpoints
@@ -25,16 +26,19 @@ CONFIG = {
 }
 
 
+@cache
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(TEXTS, 300)
+
+
 @given(st.text(max_size=80))
 def test_any_text_survives_the_tokenizer(text: str):
-    if not hasattr(test_any_text_survives_the_tokenizer, "tokenizer"):
-        test_any_text_survives_the_tokenizer.tokenizer = train_tokenizer(TEXTS, 300)
-    tokenizer = test_any_text_survives_the_tokenizer.tokenizer
+    tokenizer = small_tokenizer()
     assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
 
 
 def test_the_role_tokens_are_single_tokens_and_end_of_text_is_first():
-    tokenizer = train_tokenizer(TEXTS, 300)
+    tokenizer = small_tokenizer()
     assert tokenizer.bos_token_id == tokenizer.eos_token_id == 0
     assert [tokenizer.encode(t) for t in ("<|user|>", "<|assistant|>", "<|end|>")] == [[1], [2], [3]]
 
