@@ -15,7 +15,7 @@ def cell_name(override_dirname: str) -> str:
     `base` if nothing is left. A name too long for a folder ends in a hash of the whole.
     """
     overrides = re.split(r",(?=[^,=]+=)", override_dirname) if override_dirname else []
-    named = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in (*UNNAMED_KEYS, "logging")]
+    named = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in (*UNNAMED_KEYS, "logging", "cache")]
     name = ",".join(named).replace("/", "_") or "base"
     if len(name.encode()) > MAX_NAME_BYTES:
         digest = hashlib.sha256(name.encode()).hexdigest()[:12]

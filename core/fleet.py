@@ -8,7 +8,6 @@ store under the key of their request.
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections import defaultdict
@@ -24,7 +23,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from core.artifacts import Store, content_key
-from core.data.activations import ActivationStream
+from core.data.activations import ActivationStream, Stream
+from core.data.cache import CachedStream, Shards, fill_spec
 from core.data.module import ActivationData
 from core.data.rows import RowStream
 from core.errors import UserError
@@ -33,6 +33,7 @@ from core.methods.saved import load_dictionary, save_dictionary
 from core.methods.together import Fleet
 from core.models.identity import model_identity
 from core.models.language_model import load_language_model
+from core.models.loading import chosen_device
 from core.training import Checkpoints, TokenProgress, make_trainer
 
 KIND = "dictionary"
@@ -142,6 +143,20 @@ def open_stream(request: Request) -> ActivationStream:
     )
 
 
+def training_stream(request: Request, cfg: DictConfig) -> Stream:
+    """The stream of a request; with `cache.dir`, read from disk as far as it is there, and written where it is not."""
+    cache, s = cfg.get("cache"), request.stream
+    if cache is None or cache.dir is None:
+        return open_stream(request)
+    return CachedStream(
+        Shards(cache.dir, fill_spec(request.stream_spec), cache.max_gb, cache.keep_free_gb),
+        partial(open_stream, request),
+        s,
+        request.n_batches + s["calibration_batches"],
+        chosen_device(request.model["device"]),
+    )
+
+
 def _build(requests: Sequence[Request]) -> tuple[dict[str, DictionaryMethod], dict[str, Exception]]:
     """The methods that can be built, and what was wrong with the others, by key."""
     methods: dict[str, DictionaryMethod] = {}
@@ -160,11 +175,13 @@ def _train(
 ) -> dict[str, Exception]:
     """The Lightning run over one stream, then calibration and storing. The requests are missing, and locked."""
     started, settings, n_batches = time.time(), requests[0].stream, requests[0].n_batches
-    stream = open_stream(requests[0])
+    stream = training_stream(requests[0], cfg)
     data = ActivationData(stream, n_batches, settings["batches_per_chunk"])
-    fleet = Fleet([methods[request.key] for request in requests], data, cfg.logging.log_every_steps)
-    run_key = content_key({"requests": [request.key for request in requests]})
-    checkpoints = Checkpoints(store.root / "training" / run_key, cfg.trainer.checkpoint_every_seconds)
+    keys = [request.key for request in requests]
+    fleet = Fleet([methods[request.key] for request in requests], data, cfg.logging.log_every_steps, keys)
+    run_key = content_key({"requests": keys})
+    folder = store.root / "training" / content_key(requests[0].stream_spec) / run_key
+    checkpoints = Checkpoints(folder, cfg.trainer.checkpoint_every_seconds, keys)
     progress = TokenProgress(
         f"{len(requests)} dictionaries" if len(requests) > 1 else type(fleet.methods[0]).__name__,
         n_batches * settings["batch_size"],
@@ -173,16 +190,15 @@ def _train(
     )
     name = f"{cfg.name}-{run_key}"
     trainer = make_trainer(cfg, Path(cfg.output_dir) / "logs", name, data.n_chunks, [progress, checkpoints])
-    trainer.fit(fleet, datamodule=data, ckpt_path=checkpoints.newest(), weights_only=False)
+    checkpoints.fit(trainer, fleet, data)
     calibration = [next(stream) for _ in range(settings["calibration_batches"])]
     for index, request in enumerate(requests):
         if index not in fleet.stopped:
-            method = methods[request.key].to(stream.lm.device)
+            method = methods[request.key].to(stream.device)
             method.finish(calibration)
             training = {**fleet.last(index), "seconds_together": time.time() - started, "together": len(requests)}
             store.put(KIND, request.spec, partial(save_dictionary, method, training))
-    if fleet.stopped and checkpoints.newest():
-        print(f"the last checkpoint is kept: {checkpoints.newest()}", file=sys.stderr)
-    else:
-        shutil.rmtree(checkpoints.folder, ignore_errors=True)
+    checkpoints.discard(lambda key: (store.root / KIND / key).is_dir())
+    if fleet.stopped and (kept := checkpoints.newest()):
+        print(f"the last checkpoint is kept: {kept}", file=sys.stderr)
     return {requests[index].key: error for index, error in fleet.stopped.items()}

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from core.artifacts import write_atomically
 
 RESULTS, FAILED = "results.json", "failed.json"
-IGNORED_KEYS = ("force", "output_dir", "artifacts_dir", "logging", "grid", "cell_folder")
+IGNORED_KEYS = ("force", "output_dir", "artifacts_dir", "logging", "cache", "grid", "cell_folder")
 REPORTED_PACKAGES = ("torch", "pytorch-lightning", "transformers", "datasets", "hydra-core", "numpy", "scikit-learn")
 
 Metrics = Mapping[str, float]

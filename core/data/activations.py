@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,26 @@ from core.data.rows import RowStream
 from core.errors import UserError
 from core.models.language_model import LanguageModel
 from core.seeding import generator
+
+
+class Stream(Protocol):
+    """An endless iterator of batches on `device`, whose state says how to go on with the batch that comes next."""
+
+    @property
+    def device(self) -> torch.device: ...
+    def __iter__(self) -> Iterator[Batch]: ...
+    def __next__(self) -> Batch: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def check_sizes(batch_size: int, buffer_tokens: int, n_ctx: int) -> None:
+    """Raises UserError if the buffer is not a whole number of batches and of rows."""
+    if buffer_tokens % batch_size or buffer_tokens % n_ctx:
+        raise UserError(
+            f"stream.buffer_tokens ({buffer_tokens:,}) must be a multiple of stream.batch_size ({batch_size}) "
+            f"and of stream.n_ctx ({n_ctx})."
+        )
 
 
 class ActivationStream:
@@ -43,11 +63,7 @@ class ActivationStream:
         seed: int,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if buffer_tokens % batch_size or buffer_tokens % rows.n_ctx:
-            raise UserError(
-                f"stream.buffer_tokens ({buffer_tokens:,}) must be a multiple of stream.batch_size ({batch_size}) "
-                f"and of stream.n_ctx ({rows.n_ctx})."
-            )
+        check_sizes(batch_size, buffer_tokens, rows.n_ctx)
         self.lm, self.site, self.rows = lm, site, rows
         self.batch_size, self.buffer_tokens, self.rows_per_forward = batch_size, buffer_tokens, rows_per_forward
         self.seed, self.dtype = seed, dtype
@@ -59,13 +75,34 @@ class ActivationStream:
     def __iter__(self) -> Iterator[Batch]:
         return self
 
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
+
+    @property
+    def width(self) -> int:
+        return self.lm.width(self.site)
+
     def __next__(self) -> Batch:
-        if self._buffer is None or self.served == self.batches_per_fill:
-            self._refill(advance=self.served == self.batches_per_fill)
+        self.prepare()
         chosen = self._order[self.served * self.batch_size : (self.served + 1) * self.batch_size]
         self.served += 1
         assert self._buffer is not None
         return Batch(self._buffer[chosen].float(), self._tokens[chosen], self._positions[chosen])
+
+    def prepare(self) -> None:
+        """Fill the buffer, unless it holds the batch that comes next."""
+        if self._buffer is None or self.served == self.batches_per_fill:
+            self._refill(advance=self.served == self.batches_per_fill)
+
+    def in_order(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The whole current fill as it is served, on the CPU: x `[N, d]` in the buffer's dtype, tokens, positions."""
+        self.prepare()
+        assert self._buffer is not None
+        x = torch.empty(self._buffer.shape, dtype=self.dtype)
+        for part, chosen in zip(x.split(self.batch_size), self._order.split(self.batch_size), strict=True):
+            part.copy_(self._buffer[chosen])
+        return x, self._tokens[self._order].cpu(), self._positions[self._order].cpu()
 
     def state_dict(self) -> dict[str, Any]:
         """Enough to go on with exactly the batch that would have come next."""
@@ -96,7 +133,7 @@ class ActivationStream:
         self._order = torch.randperm(self.buffer_tokens, generator=g).to(self.lm.device)
 
     def _allocate(self) -> None:
-        width, device = self.lm.width(self.site), self.lm.device
+        width, device = self.width, self.device
         n_bytes = self.buffer_tokens * width * self.dtype.itemsize
         print(
             f"shuffle buffer on {device}: {self.buffer_tokens:,} tokens x {width} x {self.dtype.itemsize} bytes "

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
-from core.data.activations import ActivationStream
+from core.data.activations import Stream
 from core.data.batch import Batch
 
 
-@dataclass
-class Chunk:
+class Chunk(list[Batch]):
     """Consecutive batches, and the state of the stream after them."""
 
-    batches: list[Batch]
-    state_after: dict[str, Any]
+    def __init__(self, batches: Iterable[Batch], state_after: dict[str, Any]) -> None:
+        super().__init__(batches)
+        self.state_after = state_after
 
 
 class ActivationData(pl.LightningDataModule):
@@ -26,7 +26,7 @@ class ActivationData(pl.LightningDataModule):
     A checkpoint holds the stream's position after the last chunk that was trained on, whatever was read ahead.
     """
 
-    def __init__(self, stream: ActivationStream, n_batches: int, batches_per_chunk: int) -> None:
+    def __init__(self, stream: Stream, n_batches: int, batches_per_chunk: int) -> None:
         super().__init__()
         self.stream, self.n_batches, self.batches_per_chunk = stream, n_batches, batches_per_chunk
         self.trained_batches = 0
@@ -39,10 +39,12 @@ class ActivationData(pl.LightningDataModule):
     def train_dataloader(self) -> Chunks:
         return Chunks(self)
 
-    def trained_on(self, chunk: Chunk) -> None:
-        """To be called when a chunk has been trained on."""
-        self.trained_batches += len(chunk.batches)
-        self.state_after = chunk.state_after
+    def transfer_batch_to_device(self, batch: Chunk, device: torch.device, dataloader_idx: int) -> Chunk:
+        """Lightning calls this when a chunk's training begins; checkpoints are written when it has ended. The batches
+        stay where they are: the stream lives on the device."""
+        self.trained_batches += len(batch)
+        self.state_after = batch.state_after
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         return {"trained_batches": self.trained_batches, "stream": self.state_after}

@@ -78,7 +78,7 @@ def load_pretrained(settings: Settings) -> tuple[Any, Any, str, str | None]:
     # A commit, not a branch, so that configuration, weights and tokenizer are of one state of the repository.
     where = {"revision": commit or "main", "trust_remote_code": False}
     config = _checked_config(settings, source, where)
-    device = _device(settings.device)
+    device = chosen_device(settings.device)
     if not sys.stderr.isatty():
         hf_logging.disable_progress_bar()
     try:
@@ -155,6 +155,8 @@ def _checked_config(settings: Settings, source: str, where: dict[str, Any]) -> A
             "Set model.attn_implementation=eager."
         )
     config = AutoConfig.from_pretrained(source, **where)
+    if getattr(config, "activation_function", None) == "gelu_new":
+        config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel instead of eight
     for key, stated, actual in (
         ("d_model", settings.d_model, config.hidden_size),
         ("n_layers", settings.n_layers, config.num_hidden_layers),
@@ -202,7 +204,8 @@ def _causes(error: BaseException | None) -> list[BaseException]:
     return chain
 
 
-def _device(name: str) -> torch.device:
+def chosen_device(name: str) -> torch.device:
+    """What `model.device` means here. Raises UserError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
