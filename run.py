@@ -47,7 +47,19 @@ def task(cfg: DictConfig) -> None:
 
 
 def main() -> int:
-    """Hand over to Hydra; an error that the user can mend is printed as its message alone."""
+    """Hand over to Hydra; SIGINT and SIGTERM end the run, whatever it is at, with what is finished kept."""
+    from core.interrupts import Interrupted, handled_by, stop_at_once
+
+    try:
+        with handled_by(stop_at_once):
+            return run_hydra()
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
+
+
+def run_hydra() -> int:
+    """Compose and run all cells; an error that the user can mend is printed as its message alone."""
     import hydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -64,11 +76,6 @@ def main() -> int:
         cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
         print(f"error: {error}{cause}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(
-            "interrupted: finished cells and checkpoints are kept; the same command goes on from there", file=sys.stderr
-        )
-        return 130
     return 0
 
 

@@ -1,8 +1,13 @@
 """The store of everything that is expensive to make and worth keeping: corpora, tokens, dictionaries.
 
 An artifact is a folder `<root>/<kind>/<key>/`, keyed by the content of its specification. It is written under a
-temporary name and renamed when complete, so a folder that has its final name is whole. A lock per key makes two
-processes that want the same artifact share one making of it; the operating system frees the lock of a dead process.
+temporary name and renamed when all of it is on the disk, so a folder that has its final name is whole. `artifact.json`
+in it has the size and the sha256 of every other file; they are checked when a process first asks for the artifact, and
+one that is damaged is made again. A lock per key makes two processes that want the same artifact share its making.
+
+The locks are `flock`'s: the operating system frees those of a dead process. On a network filesystem they hold between
+nodes only where its `flock` does (NFS 4 and Lustre mounted with `flock` do); where there is none at all, asking for a
+lock raises OSError.
 """
 
 from __future__ import annotations
@@ -11,14 +16,22 @@ import hashlib
 import json
 import os
 import shutil
+import socket
+import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 MANIFEST = "artifact.json"
+PATIENCE_SECONDS = 1.0  # of waiting for a lock before it is said
+
+Signature = tuple[tuple[str, int, int], ...]  # names, sizes and times of modification
+_checked_here: dict[Path, tuple[Signature, bool]] = {}  # what this process found whole, or not
 
 
 def content_key(spec: Mapping[str, Any]) -> str:
@@ -38,9 +51,24 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
+        sync(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Store:
@@ -54,26 +82,65 @@ class Store:
         return self.root / kind / content_key(spec)
 
     def has(self, kind: str, spec: Mapping[str, Any]) -> bool:
-        return (self.path(kind, spec) / MANIFEST).is_file()
+        """Whether the artifact is there and whole. The first call in a process reads all of it (about 1 GB/s); a
+        damaged one is reported on standard error, and `put` sets it aside."""
+        folder = self.path(kind, spec)
+        if not (folder / MANIFEST).is_file():
+            return False
+        known, whole = _checked_here.get(folder, (None, False))
+        try:
+            signature = _signature(folder)
+            wrong = damage(folder) if known != signature else None
+        except FileNotFoundError:  # another process is setting it aside
+            return False
+        if known != signature:
+            if wrong:
+                print(f"{folder} is not used and will be made again: {wrong}", file=sys.stderr)
+            whole = wrong is None
+            _checked_here[folder] = signature, whole
+        return whole
 
-    def lock(self, kind: str, spec: Mapping[str, Any]) -> FileLock:
-        """The lock that whoever makes this artifact holds."""
+    @contextmanager
+    def lock(self, kind: str, spec: Mapping[str, Any]) -> Iterator[None]:
+        """The lock that whoever makes this artifact holds. Waiting for it is said, with who holds it; what a dead
+        process left half-made is removed."""
         path = self.path(kind, spec)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(path.with_suffix(".lock"))
+        lock = FileLock(path.with_suffix(".lock"), fallback_to_soft=False)
+        holder = path.with_suffix(".holder")
+        try:
+            lock.acquire(timeout=PATIENCE_SECONDS)
+        except Timeout:
+            who = holder.read_text() if holder.exists() else "another process"
+            print(f"waiting for {who}, which makes {path}", file=sys.stderr)
+            lock.acquire()
+        try:
+            with suppress(OSError):  # a full disk: the lock holds all the same
+                holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            for abandoned in path.parent.glob(f".{path.name}.*"):
+                shutil.rmtree(abandoned, ignore_errors=True)
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
 
     def put(self, kind: str, spec: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
-        """Make the artifact in a temporary folder, then give it its name. `make` fills the folder it is handed."""
+        """Make the artifact in a temporary folder, then give it its name. `make` fills the folder it is handed.
+
+        To be called under `lock`, and where `has` says no: a folder that has the name already is set aside.
+        """
         path = self.path(kind, spec)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
             make(temporary)
-            write_atomically(temporary / MANIFEST, json.dumps({"kind": kind, "spec": spec}, indent=1, sort_keys=True))
+            manifest = {"kind": kind, "spec": spec, "files": _described(temporary)}
+            write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
             temporary.chmod(0o755)
             if path.exists():
-                shutil.rmtree(path)
+                _set_aside(path)
             temporary.replace(path)
+            sync(path.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -86,3 +153,43 @@ class Store:
                 if not self.has(kind, spec):
                     self.put(kind, spec, make)
         return self.path(kind, spec)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with an artifact, in a few words; None if it is whole. Reads all of it."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        expected = {name: (told["bytes"], told["sha256"]) for name, told in manifest["files"].items()}
+        if content_key(manifest["spec"]) != folder.name:
+            return f"its {MANIFEST} is that of another artifact"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MANIFEST} cannot be read, or has no hashes"
+    for name, (n_bytes, digest) in expected.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (folder / name).stat().st_size != n_bytes:
+            return f"{name} has {(folder / name).stat().st_size:,} bytes where {n_bytes:,} were written"
+        if sha256(folder / name) != digest:
+            return f"{name} is not what was written (its sha256 differs)"
+    return None
+
+
+def _described(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file below a folder, by its name within it; all of it is on the disk afterwards."""
+    paths = sorted(folder.rglob("*"))
+    for path in [*paths, folder]:
+        sync(path)
+    files = [path for path in paths if path.is_file()]
+    return {f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
+
+
+def _signature(folder: Path) -> Signature:
+    stats = ((path, path.stat()) for path in sorted(folder.rglob("*")))
+    return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+
+
+def _set_aside(path: Path) -> None:
+    names = (path.with_name(f"{path.name}.damaged-{number}") for number in count(1))
+    aside = next(name for name in names if not name.exists())
+    path.rename(aside)
+    print(f"{path} is set aside as {aside.name}", file=sys.stderr)

@@ -69,7 +69,7 @@ def run_cell(cfg: DictConfig, folder: Path, run: Callable[[DictConfig], Metrics]
         record = {**_provenance(cfg, started), "metrics": metrics, "config": comparable(cfg)}
         write_atomically(folder / RESULTS, json.dumps(record, indent=1))
         (folder / FAILED).unlink(missing_ok=True)
-    except BaseException as error:
+    except Exception as error:
         record = {
             **_provenance(cfg, started),
             "error": type(error).__name__,

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
+import os
+import shutil
+import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from core.artifacts import sha256, sync, write_atomically
 from core.errors import UserError
+from core.interrupts import Deferred, Interrupted, handled_by
 
 
 class TokenProgress(Callback):
@@ -64,39 +75,191 @@ class TokenProgress(Callback):
 
 
 class Checkpoints(Callback):
-    """Writes `<folder>/<batches>.ckpt` every `every_seconds`, between two batches, and keeps the two newest.
+    """Checkpoints `<folder>/<chunks>.ckpt` every `every_seconds` and on SIGINT or SIGTERM, between two chunks; the two
+    newest are kept, each with its sha256 beside it.
 
-    A file is written under a temporary name and renamed when it is whole.
+    A signal (0 seconds: only a signal) is answered when the current chunk is done: a checkpoint, then `Interrupted`.
+    A checkpoint that the disk refuses is reported on standard error, and training goes on.
+
+    members  what is trained together, by name. With it, a checkpoint in a folder beside `folder` serves as well, if all
+             of these were trained there with others; the module must then pick them out when it loads it.
     """
 
     KEPT = 2
 
-    def __init__(self, folder: Path, every_seconds: float) -> None:
-        self.folder, self.every_seconds = folder, every_seconds
+    def __init__(self, folder: Path, every_seconds: float, members: Sequence[str] = ()) -> None:
+        self.folder, self.every_seconds, self.members = folder, every_seconds, list(members)
         self.saved = time.monotonic()
+        self.signals = Deferred()
+        self._handlers = ExitStack()
+        self._loaded: dict[str, Any] | None = None
+        self._started = False
+
+    def fit(self, trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule) -> None:
+        """`trainer.fit` from the newest whole checkpoint, or from the beginning.
+
+        Raises UserError for one that is whole and cannot be loaded here, and Interrupted.
+        """
+        path = self.newest()
+        for abandoned in self.folder.glob("*.part"):
+            abandoned.unlink(missing_ok=True)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+        except (UserError, OSError, FloatingPointError):
+            raise
+        except Exception as error:
+            if path is None or self._started:
+                raise
+            raise UserError(
+                f"The checkpoint {path} cannot be loaded by this version ({type(error).__name__}: {error}). "
+                f"Go on with the version that wrote it, or remove {path.parent} to train from the beginning."
+            ) from error
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint, to resume from."""
-        return max(self.folder.glob("[0-9]*.ckpt"), default=None)
+        """The newest whole checkpoint, to resume from. Damaged ones are renamed, which is reported."""
+        found = sorted((path for folder in self._folders() for path in folder.glob("[0-9]*.ckpt")), key=_n_chunks)
+        while found:
+            path = found.pop()
+            if is_whole(path):
+                return path
+            path.replace(path.with_suffix(".damaged"))
+            instead = f"falling back to {found[-1]}" if found else "training starts from the beginning"
+            print(f"the checkpoint {path} is damaged (its sha256 differs): {instead}", file=sys.stderr)
+        return None
 
-    def on_train_start(self, *_: Any) -> None:
+    def discard(self, is_stored: Callable[[str], bool]) -> None:
+        """Remove the folders all of whose members are stored."""
+        for folder in self._folders():
+            if all(map(is_stored, _members(folder) or self.members)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _folders(self) -> list[Path]:
+        """Where the members' checkpoints may lie."""
+        beside = self.folder.parent.iterdir() if self.members and self.folder.parent.is_dir() else []
+        return [self.folder, *(f for f in beside if f != self.folder and {*self.members} <= {*_members(f)})]
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        trainer.strategy.checkpoint_io = CheckpointFiles(self.members)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = True
         self.saved = time.monotonic()
+        self._handlers.enter_context(handled_by(self.signals))  # after Lightning's own, which they replace meanwhile
+        if trainer.received_sigterm:
+            self.signals.signum = signal.SIGTERM
+        if self._loaded is not None:
+            torch.set_rng_state(self._loaded["rng"])
+            if len(self._loaded["cuda_rng"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(self._loaded["cuda_rng"])
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        ends = trainer.should_stop or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if self.every_seconds and not ends and time.monotonic() - self.saved >= self.every_seconds:
+        due = self.every_seconds > 0 and time.monotonic() - self.saved >= self.every_seconds
+        if trainer.strategy.reduce_boolean_decision(due, all=False):  # all processes save, or none
             self.save(trainer)
+        self._stop_if_told(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._handlers.close()
+        self._stop_if_told(trainer)
+
+    def _stop_if_told(self, trainer: pl.Trainer) -> None:
+        if trainer.strategy.reduce_boolean_decision(self.signals.signum is not None, all=False):
+            self.save(trainer)
+            raise Interrupted(self.signals.signum or signal.SIGTERM)
+
+    def on_exception(self, *_: Any) -> None:
+        self._handlers.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {"torch": str(torch.__version__), "rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict
+        if state_dict["torch"] != torch.__version__:
+            print(
+                f"the checkpoint was written with torch {state_dict['torch']}, this is {torch.__version__}: "
+                "what follows may differ by rounding from a run without interruption",
+                file=sys.stderr,
+            )
 
     def save(self, trainer: pl.Trainer) -> None:
-        # Lightning counts the batch that just ended as completed only after the callbacks; `ready` counts it already.
+        """Write the checkpoint after the current chunk. Nothing where the module ended the training itself."""
+        if trainer.should_stop:
+            return
+        # Lightning counts the chunk that just ended as completed only after the callbacks; `ready` counts it already.
         path = self.folder / f"{trainer.fit_loop.epoch_loop.batch_progress.current.ready:09d}.ckpt"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".part")
-        trainer.save_checkpoint(temporary, weights_only=False)
-        temporary.replace(path)
-        for old in sorted(self.folder.glob("[0-9]*.ckpt"))[: -self.KEPT]:
-            old.unlink()
+        trainer.save_checkpoint(path, weights_only=False)
+        if trainer.is_global_zero and path.exists():
+            for old in sorted(self.folder.glob("[0-9]*.ckpt"), key=_n_chunks)[: -self.KEPT]:
+                old.unlink()
+                digest_file(old).unlink(missing_ok=True)
         self.saved = time.monotonic()
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes a checkpoint straight to where it shall lie, under a temporary name until all of it is on the disk, with
+    its sha256 beside it. What the disk refuses is reported and leaves no trace: whoever trains goes on."""
+
+    MEMBERS = "members.json"
+
+    def __init__(self, members: Sequence[str] = ()) -> None:
+        self.members = list(members)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        unfinished = path.with_suffix(".part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if self.members:
+                write_atomically(path.parent / self.MEMBERS, json.dumps(self.members))
+            self._write(checkpoint, unfinished)
+            write_atomically(digest_file(path), f"{sha256(unfinished)}  {path.name}\n")  # as `sha256sum -c` reads it
+            unfinished.replace(path)
+            sync(path.parent)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            digest_file(path).unlink(missing_ok=True)
+            print(
+                f"the checkpoint {path} could not be written ({error}): training goes on, earlier ones are kept, "
+                "the next one is tried in its time",
+                file=sys.stderr,
+            )
+
+    @staticmethod
+    def _write(checkpoint: dict[str, Any], path: Path) -> None:
+        with path.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            except RuntimeError as error:  # torch's word for a write that failed
+                free = shutil.disk_usage(path.parent).free
+                raise OSError(errno.EIO, f"{error}; {free / 1e6:,.1f} MB are free") from error
+
+
+def digest_file(path: Path) -> Path:
+    """Where a checkpoint's sha256 lies."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is what was written. Reads all of it."""
+    try:
+        return digest_file(path).read_text().split()[:1] == [sha256(path)]
+    except (FileNotFoundError, UnicodeDecodeError):
+        return False
+
+
+def _n_chunks(path: Path) -> int:
+    return int(path.stem)
+
+
+def _members(folder: Path) -> list[str]:
+    try:
+        return json.loads((folder / CheckpointFiles.MEMBERS).read_text())
+    except (OSError, ValueError):
+        return []
 
 
 def make_trainer(cfg: DictConfig, folder: Path, name: str, n_batches: int, callbacks: list[Callback]) -> pl.Trainer:

@@ -48,7 +48,7 @@ def train(cfg: DictConfig, source: BundledText, tokens: Any, vocab_size: int) ->
     progress = TokenProgress("language model", n_steps * n_ctx * rows, n_ctx * rows, cfg.logging.quiet_seconds)
     name = f"{cfg.name}-{content_key(identity)}"
     trainer = make_trainer(cfg, Path(cfg.output_dir) / "logs", name, n_steps, [progress, checkpoints])
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoints.newest(), weights_only=False)
+    checkpoints.fit(trainer, module, data)
     return module
 
 

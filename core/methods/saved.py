@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from core.errors import UserError
@@ -17,10 +18,15 @@ WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
 
 
 def save_dictionary(method: DictionaryMethod, training: Mapping[str, Any], folder: Path) -> None:
-    """Write all parameters and buffers (fp32, on the CPU), the class, its arguments and how it was trained."""
+    """Write all parameters and buffers (fp32, on the CPU), the class, its arguments and how it was trained.
+
+    Raises OSError where the disk refuses."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in method.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / WEIGHTS)
+    try:
+        save_file(state, folder / WEIGHTS)
+    except SafetensorError as error:  # its word for a disk that is full
+        raise OSError(f"{folder / WEIGHTS} could not be written: {error}") from error
     manifest = {
         "class": f"{type(method).__module__}.{type(method).__qualname__}",
         "hyperparameters": method.hyperparameters(),

@@ -27,13 +27,23 @@ Outcome = dict[str, Tensor] | NonFiniteLoss
 
 
 class Fleet(pl.LightningModule):
-    """Dictionaries on the same batches, each with its own optimiser. One that diverges stops alone."""
+    """Dictionaries on the same batches, each with its own optimiser. One that diverges stops alone.
 
-    def __init__(self, methods: Sequence[DictionaryMethod], data: ActivationData, log_every_steps: int) -> None:
+    names  of the dictionaries, by which one is found in a checkpoint of a larger fleet; their numbers, if None
+    """
+
+    def __init__(
+        self,
+        methods: Sequence[DictionaryMethod],
+        data: ActivationData,
+        log_every_steps: int,
+        names: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.methods = list(methods)
-        self._registered = torch.nn.ModuleList(methods)
+        self.names = list(names or map(str, range(len(methods))))
+        self._registered = torch.nn.ModuleDict(dict(zip(self.names, methods, strict=True)))
         self.data = data
         self.log_every_chunks = max(1, log_every_steps // data.batches_per_chunk)
         self.stopped: dict[int, NonFiniteLoss] = {}
@@ -43,14 +53,28 @@ class Fleet(pl.LightningModule):
         return [method.configure_optimizers() for method in self.methods]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["n_updates"] = [method.n_updates for method in self.methods]
+        checkpoint["fleet"] = {
+            name: {
+                "n_updates": method.n_updates,
+                "stopped_at": self.stopped[index].step if index in self.stopped else None,
+                "last": self._last.get(index),
+            }
+            for index, (name, method) in enumerate(zip(self.names, self.methods, strict=True))
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for method, n_updates in zip(self.methods, checkpoint["n_updates"], strict=True):
-            method.n_updates = n_updates
-
-    def transfer_batch_to_device(self, batch: Chunk, device: torch.device, dataloader_idx: int) -> Chunk:
-        return batch  # the stream lives on the device
+        """Takes these dictionaries' parts; the checkpoint may hold others as well."""
+        saved: dict[str, dict[str, Any]] = checkpoint["fleet"]
+        optimizers = dict(zip(saved, checkpoint["optimizer_states"], strict=True))
+        checkpoint["optimizer_states"] = [optimizers[name] for name in self.names]
+        weights = checkpoint["state_dict"].items()
+        checkpoint["state_dict"] = {key: value for key, value in weights if key.split(".")[1] in self.names}
+        for index, (name, method) in enumerate(zip(self.names, self.methods, strict=True)):
+            method.n_updates = saved[name]["n_updates"]
+            if saved[name]["stopped_at"] is not None:
+                self.stopped[index] = NonFiniteLoss(saved[name]["stopped_at"], type(method).__name__)
+            if saved[name]["last"] is not None:
+                self._last[index] = saved[name]["last"]
 
     def training_step(self, chunk: Chunk, batch_idx: int) -> None:
         running = [index for index in range(len(self.methods)) if index not in self.stopped]
@@ -58,11 +82,11 @@ class Fleet(pl.LightningModule):
 
         def train(index: int) -> Outcome:
             try:
-                return self.methods[index].train_on(chunk.batches, optimizers[index])
+                return self.methods[index].train_on(chunk, optimizers[index])
             except NonFiniteLoss as error:
                 return error
 
-        small = [index for index in running if is_small(self.methods[index], chunk.batches[0])]
+        small = [index for index in running if is_small(self.methods[index], chunk[0])]
         outcomes = dict(zip(small, one_thread_each(train, small), strict=True))
         outcomes |= {index: train(index) for index in running if index not in outcomes}
         for index, outcome in outcomes.items():
@@ -70,7 +94,6 @@ class Fleet(pl.LightningModule):
                 self.stopped[index] = outcome
             else:
                 self._last[index] = outcome
-        self.data.trained_on(chunk)
         if len(self.stopped) == len(self.methods):
             self.trainer.should_stop = True
         else:

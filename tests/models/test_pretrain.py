@@ -78,7 +78,7 @@ def fit(folder: Path, n_steps: int, stop_after: int | None = None) -> Pretrainin
         enable_progress_bar=False, enable_model_summary=False, callbacks=[checkpoints, Stop()],
     )  # fmt: skip
     try:
-        trainer.fit(module, datamodule=RowData(tokens, 8, 4, 0), ckpt_path=checkpoints.newest(), weights_only=False)
+        checkpoints.fit(trainer, module, RowData(tokens, 8, 4, 0))
     except (KeyboardInterrupt, SystemExit):
         assert stop_after is not None
     return module
@@ -95,7 +95,8 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path: Path, stop_aft
 
 def test_at_most_two_checkpoints_are_kept_and_none_is_half_written(tmp_path: Path):
     fit(tmp_path, 12, stop_after=9)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000008.ckpt", "000000009.ckpt"]
+    kept = ["000000008.ckpt", "000000008.ckpt.sha256", "000000009.ckpt", "000000009.ckpt.sha256"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
 def test_training_lowers_the_loss_on_a_text_that_can_be_learnt():

@@ -1,0 +1,66 @@
+"""SIGINT and SIGTERM as an exception that ends a run: at once, or when the work at hand can be left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """The run was told to stop. No `Exception`: a sweep goes on after a cell that fails, and not after this."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signal.Signals(signum)
+        super().__init__(
+            f"stopped by {self.signum.name}: finished cells, dictionaries and checkpoints are kept; "
+            "the same command goes on from there"
+        )
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects: 130 for SIGINT, 143 for SIGTERM."""
+        return 128 + self.signum
+
+
+def stop_at_once(signum: int, frame: FrameType | None) -> None:
+    """The handler for work that leaves nothing half-written wherever it stops."""
+    raise Interrupted(signum)
+
+
+class Deferred:
+    """The handler for work that ends well only at certain points: notes the first signal in `signum`, and says so.
+    The next one stops at once."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None:
+            raise Interrupted(signum)
+        self.signum = signum
+        name = signal.Signals(signum).name
+        os.write(2, f"\n{name}: stopping after the current chunk, with a checkpoint; again: at once\n".encode())
+
+
+@contextmanager
+def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to `handler` within. A signal that is ignored (`nohup`, `&`) stays so; outside the main
+    thread, which alone can set handlers, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        for number, previous in before.items():
+            if previous is not signal.SIG_IGN:
+                signal.signal(number, handler)
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
