@@ -6,10 +6,11 @@ SCALE ?= demo
 PY := .venv/bin/python
 READY := .venv/.installed
 PAPERS := leask oneill minder paulo song
+BENCHMARKS := bench_train_step bench_stream bench_fleet bench_scaling
 EXPERIMENTS := $(basename $(notdir $(foreach paper,$(PAPERS),$(sort $(wildcard conf/experiment/$(paper)_*.yaml)))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick check report clean reproduce-all $(PAPERS:%=reproduce-%)
+.PHONY: help demo test test-quick check report bench peers clean reproduce-all $(PAPERS:%=reproduce-%)
 
 help: ## this list
 	@grep -hE '^[a-z<>-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -39,6 +40,16 @@ reproduce-all: $(READY) ## all experiments of all papers (SCALE=demo|paper), one
 $(PAPERS:%=reproduce-%): reproduce-%: $(READY)
 	@$(call run_each,$(filter $*_%,$(EXPERIMENTS)))
 
+bench: $(READY) ## all benchmarks (SCALE=demo|paper), then the report; `make peers` first for the other libraries
+	@$(call run_each,$(BENCHMARKS))
+
+peers: .venv-peers/.installed ## a second environment with the libraries that the benchmarks compare with: minutes, 2 GB
+
+.venv-peers/.installed: requirements-peers.lock
+	@$(PYTHON) -m venv --clear .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-peers.lock
+	@touch $@
+
 # A failing experiment does not stop the others; it is named at the end, and the target fails.
 define run_each
 	test -n "$(strip $(1))" || { echo "error: no experiment yet for $@ (see conf/experiment)" >&2; exit 1; }; \
@@ -50,8 +61,8 @@ define run_each
 	test -z "$$failed" || { echo "error: failed:$$failed" >&2; exit 1; }
 endef
 
-clean: ## remove .venv and caches; results (outputs/) and what was trained (artifacts/) stay
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+clean: ## remove .venv, .venv-peers and caches; results (outputs/) and what was trained (artifacts/) stay
+	rm -rf .venv .venv-peers .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,0 +1,159 @@
+"""Measuring in ratios: what is compared is run alternately in one process, so that a busy machine moves both alike.
+
+A figure is the ratio of two medians; beside it stands the middle half of the ratios of neighbouring repetitions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+TABLE = "table.json"  # beside results.json: what a benchmark shows of itself in the report
+
+Task = Callable[[], object]
+Entry = str | int | float | None
+
+
+class Ratio(NamedTuple):
+    """A ratio of medians, and the quartiles of the ratios repetition by repetition."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of every repetition, by task; entry i of all tasks was taken in the same round."""
+
+    seconds: Mapping[str, list[float]]
+
+    def median(self, task: str) -> float:
+        return statistics.median(self.seconds[task])
+
+    def ratio(self, task: str, floor: str) -> Ratio:
+        each = [a / b for a, b in zip(self.seconds[task], self.seconds[floor], strict=True)]
+        low, _, high = statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else (each[0],) * 3
+        return Ratio(self.median(task) / self.median(floor), low, high)
+
+
+def seconds_of(task: Task, device: torch.device, wall: bool = False) -> float:
+    """What a task takes: by CUDA's events on a GPU; on the CPU the process' CPU time, or wall time if `wall`."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        task()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1000
+    clock = time.perf_counter if wall else time.process_time
+    started = clock()
+    task()
+    return clock() - started
+
+
+def alternate(
+    tasks: Mapping[str, Task], device: torch.device, repetitions: int, warmup: int, wall: bool = False
+) -> Times:
+    """Rounds in which every task is timed once, in the order given; the first `warmup` rounds are not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for round_number in range(warmup + repetitions):
+        for name, task in tasks.items():
+            taken = seconds_of(task, device, wall)
+            if round_number >= warmup:
+                seconds[name].append(taken)
+    return Times(seconds)
+
+
+@contextmanager
+def threads(n: int | None) -> Iterator[None]:
+    """torch computes with `n` threads within; None leaves their number alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def resolve_device(accelerator: str) -> torch.device:
+    """The device behind Lightning's name of an accelerator (`auto`, `cpu`, `gpu`, `cuda`)."""
+    if accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def hardware(device: torch.device, n_threads: int) -> str:
+    """One line on what was measured on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    return f"{_cpu_model()}, {n_threads} of {os.cpu_count()} threads, {platform.system()} {platform.machine()}"
+
+
+def _cpu_model() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown CPU"
+
+
+class PeakMemory:
+    """Bytes at most in use since `restart` above those in use when it was made.
+
+    On CUDA the allocator's figures. On the CPU the resident set and its high-water mark, as Linux has them, to about
+    half a megabyte; memory that was freed is handed back to the system first, where the C library can do that.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.before = self._in_use()
+
+    def restart(self) -> None:
+        """Forget the peak so far, not what was in use at the beginning."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def extra(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        return _status("VmHWM") - self.before
+
+    def _in_use(self) -> int:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return torch.cuda.memory_allocated(self.device)
+        trim = getattr(ctypes.CDLL(ctypes.util.find_library("c")), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+        return _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    """Bytes, from a line `VmRSS:   1234 kB`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}: peak memory on the CPU is measured on Linux only.")
+
+
+def save_table(folder: Path, rows: Sequence[Mapping[str, Entry]], notes: Sequence[str]) -> None:
+    """Write rows with the same columns, and notes (hardware, versions, what was left out) to `TABLE`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TABLE).write_text(json.dumps({"rows": [dict(row) for row in rows], "notes": list(notes)}, indent=1))
