@@ -34,7 +34,7 @@ from core.methods.together import Fleet
 from core.models.identity import model_identity
 from core.models.language_model import load_language_model
 from core.models.loading import chosen_device
-from core.training import Checkpoints, TokenProgress, make_trainer
+from core.training import Checkpoints, TokenProgress, discard_finished, make_trainer
 
 KIND = "dictionary"
 _failed_here: dict[tuple[str, str], Exception] = {}  # by store and key: what this process need not try again
@@ -89,6 +89,7 @@ def load_or_train(request: Request, cfg: DictConfig) -> DictionaryMethod:
 def prefetch(requests: Sequence[Request], cfg: DictConfig) -> None:
     """Train what is missing of many requests, stream by stream. What fails here is said, and left to its cell."""
     store = Store(cfg.artifacts_dir)
+    _discard_checkpoints(store)
     groups: dict[str, dict[str, Request]] = defaultdict(dict)
     for request in requests:
         if not store.has(KIND, request.spec):
@@ -114,6 +115,7 @@ def train_together(requests: Sequence[Request], cfg: DictConfig) -> dict[str, Ex
         methods, failed = _build(missing)
         if methods:
             failed |= _train([r for r in missing if r.key in methods], methods, store, cfg)
+        _discard_checkpoints(store)
     _failed_here.update({(cfg.artifacts_dir, key): error for key, error in failed.items()})
     return failed
 
@@ -157,6 +159,11 @@ def training_stream(request: Request, cfg: DictConfig) -> Stream:
     )
 
 
+def _discard_checkpoints(store: Store) -> None:
+    """Remove those of trainings all of whose dictionaries are stored, also what a killed process left of them."""
+    discard_finished(store.root / "training", lambda key: (store.root / KIND / key).is_dir())
+
+
 def _build(requests: Sequence[Request]) -> tuple[dict[str, DictionaryMethod], dict[str, Exception]]:
     """The methods that can be built, and what was wrong with the others, by key."""
     methods: dict[str, DictionaryMethod] = {}
@@ -198,7 +205,6 @@ def _train(
             method.finish(calibration)
             training = {**fleet.last(index), "seconds_together": time.time() - started, "together": len(requests)}
             store.put(KIND, request.spec, partial(save_dictionary, method, training))
-    checkpoints.discard(lambda key: (store.root / KIND / key).is_dir())
     if fleet.stopped and (kept := checkpoints.newest()):
         print(f"the last checkpoint is kept: {kept}", file=sys.stderr)
     return {requests[index].key: error for index, error in fleet.stopped.items()}

@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -86,6 +87,7 @@ class Checkpoints(Callback):
     """
 
     KEPT = 2
+    MEMBERS = "members.json"
 
     def __init__(self, folder: Path, every_seconds: float, members: Sequence[str] = ()) -> None:
         self.folder, self.every_seconds, self.members = folder, every_seconds, list(members)
@@ -126,12 +128,6 @@ class Checkpoints(Callback):
             instead = f"falling back to {found[-1]}" if found else "training starts from the beginning"
             print(f"the checkpoint {path} is damaged (its sha256 differs): {instead}", file=sys.stderr)
         return None
-
-    def discard(self, is_stored: Callable[[str], bool]) -> None:
-        """Remove the folders all of whose members are stored."""
-        for folder in self._folders():
-            if all(map(is_stored, _members(folder) or self.members)):
-                shutil.rmtree(folder, ignore_errors=True)
 
     def _folders(self) -> list[Path]:
         """Where the members' checkpoints may lie."""
@@ -201,8 +197,6 @@ class CheckpointFiles(TorchCheckpointIO):
     """Writes a checkpoint straight to where it shall lie, under a temporary name until all of it is on the disk, with
     its sha256 beside it. What the disk refuses is reported and leaves no trace: whoever trains goes on."""
 
-    MEMBERS = "members.json"
-
     def __init__(self, members: Sequence[str] = ()) -> None:
         self.members = list(members)
 
@@ -212,7 +206,7 @@ class CheckpointFiles(TorchCheckpointIO):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if self.members:
-                write_atomically(path.parent / self.MEMBERS, json.dumps(self.members))
+                write_atomically(path.parent / Checkpoints.MEMBERS, json.dumps(self.members))
             self._write(checkpoint, unfinished)
             write_atomically(digest_file(path), f"{sha256(unfinished)}  {path.name}\n")  # as `sha256sum -c` reads it
             unfinished.replace(path)
@@ -251,13 +245,23 @@ def is_whole(path: Path) -> bool:
         return False
 
 
+def discard_finished(root: Path, is_stored: Callable[[str], bool]) -> None:
+    """Remove the checkpoints in `<root>/*/*/` all of whose members are stored: nobody will go on from them."""
+    for record in root.glob(f"*/*/{Checkpoints.MEMBERS}"):
+        members = _members(record.parent)
+        if members and all(map(is_stored, members)):
+            shutil.rmtree(record.parent, ignore_errors=True)
+            with suppress(OSError):
+                record.parent.parent.rmdir()  # if it is empty
+
+
 def _n_chunks(path: Path) -> int:
     return int(path.stem)
 
 
 def _members(folder: Path) -> list[str]:
     try:
-        return json.loads((folder / CheckpointFiles.MEMBERS).read_text())
+        return json.loads((folder / Checkpoints.MEMBERS).read_text())
     except (OSError, ValueError):
         return []
 
@@ -273,6 +277,7 @@ def make_trainer(cfg: DictConfig, folder: Path, name: str, n_batches: int, callb
         precision=cfg.trainer.precision,
         max_epochs=1,
         limit_train_batches=n_batches,
+        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,  # no hpc_ckpt_*.ckpt
         logger=_logger(cfg.logging.logger, folder, name),
         callbacks=callbacks,
         log_every_n_steps=1,

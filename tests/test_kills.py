@@ -1,0 +1,247 @@
+"""Runs that are killed and started again come out as if they had not been: every parameter and buffer, bit for bit.
+
+Every life is a process of its own. A fork server imports the libraries once, so that a life costs what it computes.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from core import artifacts, fleet, training
+from core.artifacts import Store
+from core.cells import cell_name
+from core.fleet import KIND, Request, train_together
+from core.interrupts import Interrupted, handled_by, stop_at_once
+from core.methods.base import DictionaryMethod
+
+CONF = Path(__file__).parents[1] / "conf"
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+SUBJECTS = {**{name: [name] for name in METHODS}, "pair": ["batchtopk", "relu_l1"], "fleet": METHODS}
+TRAINING = ["method.dict_size=64", "method.dead_after_tokens=256", "method.warmup_steps=8", "method.decay_fraction=0.5"]
+STREAM = [
+    "stream.site=resid_pre.1", "stream.n_tokens=3072", "stream.n_ctx=16", "stream.batch_size=64",
+    "stream.buffer_tokens=512", "stream.rows_per_forward=8", "stream.batches_per_chunk=2",
+    "stream.calibration_batches=3", "trainer.checkpoint_every_seconds=1e-9", "trainer.accelerator=cpu",
+]  # fmt: skip
+
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["core.fleet", *(f"core.methods.{name}" for name in ("topk", "batchtopk", "jumprelu"))])
+
+Kill = Callable[[BaseProcess], None]
+
+
+class Subject:
+    """Dictionaries trained together, each life in a process of its own, in a store of their own."""
+
+    def __init__(self, folder: Path, cfg: DictConfig, requests: Sequence[Request]) -> None:
+        self.folder, self.requests, self.log = folder, list(requests), folder / "log"
+        self.cfg = OmegaConf.merge(cfg, {"artifacts_dir": str(folder / "store"), "output_dir": str(folder)})
+        self.store = Store(folder / "store")
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def live(self, crash: str | None = None, kill: Kill | None = None) -> int:
+        """One life; returns its exit code."""
+        process = server.Process(target=_live, args=(self.requests, self.cfg, self.log, crash))
+        process.start()
+        if kill is not None:
+            kill(process)
+        process.join(60)
+        assert process.exitcode is not None, f"the process hangs:\n{self.log.read_text()}"
+        return process.exitcode
+
+    def live_to_the_end(self) -> None:
+        assert self.live() == 0, self.log.read_text()
+
+    def result(self) -> dict[str, tuple[bytes, dict[str, Any]]]:
+        """Bytes of the weights, and what the manifest says of the training but its time, for every dictionary."""
+        found = {}
+        for request in self.requests:
+            assert self.store.has(KIND, request.spec)
+            folder = self.store.path(KIND, request.spec)
+            manifest = json.loads((folder / "manifest.json").read_text())["training"]
+            kept = {key: value for key, value in manifest.items() if not key.endswith("together")}
+            found[request.key] = (folder / "weights.safetensors").read_bytes(), kept
+        return found
+
+    def is_clean(self) -> bool:
+        """No checkpoint, temporary file or folder, or holder's name is left."""
+        left = [p.name for p in self.store.root.rglob("*") if p.suffix in (".part", ".ckpt", ".holder")]
+        left += [p.name for p in self.store.root.rglob(".*")]
+        return not left
+
+
+def _live(requests: list[Request], cfg: DictConfig, log: Path, crash: str | None) -> None:
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    if crash is not None:
+        CRASHES[crash]()
+    try:
+        with handled_by(stop_at_once):
+            assert train_together(requests, cfg) == {}
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
+
+
+def die(*_: Any, **__: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(number: int, owner: Any, name: str, then: Callable[..., Any] = die) -> None:
+    """Die in the place of a call of `owner.name`, the `number`-th in this process."""
+    original, calls = getattr(owner, name), []
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(name)
+        return (then if len(calls) == number else original)(*arguments, **named)
+
+    setattr(owner, name, counted)
+
+
+def half_a_checkpoint(checkpoint: dict[str, Any], file: Any) -> None:
+    file.write(b"PK" * 1000)
+    file.flush()
+    die()
+
+
+# Where a process dies: in the middle of the third checkpoint, between its hash and its name, before it is counted, ...
+CRASHES: dict[str, Callable[[], None]] = {
+    "in a checkpoint": lambda: at_call(3, training.torch, "save", half_a_checkpoint),
+    "between a checkpoint's hash and its name": lambda: at_call(3, training, "sync"),
+    "between two checkpoints kept": lambda: at_call(2, training, "digest_file", die),
+    "after the last chunk": lambda: at_call(1, training.Checkpoints, "on_train_end"),
+    "in the calibration": lambda: at_call(1, DictionaryMethod, "finish"),
+    "while storing": lambda: at_call(1, artifacts, "_described"),
+    "between two dictionaries": lambda: at_call(2, fleet, "save_dictionary"),
+    "before the checkpoints are removed": lambda: at_call(1, fleet, "discard_finished"),
+}
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory, tiny_model: dict[str, Any], words: Any) -> Any:
+    """(subject's name, part of a folder's name) -> Subject."""
+    root = tmp_path_factory.mktemp("kills")
+    text = root / "words.jsonl"
+    text.write_text("\n".join(json.dumps({"text": t}) for t in words.texts))
+    model = [f"model.{key}={'null' if value is None else value}" for key, value in tiny_model.items()]
+    shared = ["experiment=leask_batchtopk", "scale=smoke", "logging=none", "data=local", f"data.path={text}"]
+
+    def cfg(method: str) -> DictConfig:
+        few = ["method.k=4", "method.k_aux=16"] if method in ("topk", "batchtopk") else []
+        overrides = [*shared, "model=local", *model, *STREAM, f"method={method}", *TRAINING, *few]
+        OmegaConf.register_new_resolver("cell", cell_name, replace=True)
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("config", overrides)
+        with open_dict(composed):
+            composed.pop("hydra", None)
+        return composed
+
+    def request(composed: DictConfig) -> Request:
+        from experiments.common import request
+
+        return request(composed)
+
+    configurations = {method: cfg(method) for method in METHODS}
+
+    def subject(name: str, place: str) -> Subject:
+        chosen = [configurations[method] for method in SUBJECTS[name]]
+        return Subject(root / place.replace(" ", "_"), chosen[0], [request(one) for one in chosen])
+
+    return subject
+
+
+@pytest.fixture(scope="module")
+def whole(setting: Any) -> Any:
+    """Subject's name -> (what it gives without interruption, seconds that it takes); made once."""
+    made: dict[str, tuple[dict[str, Any], float]] = {}
+
+    def once(name: str) -> tuple[dict[str, Any], float]:
+        if name not in made:
+            subject = setting(name, f"whole-{name}")
+            if not made:
+                setting(name, "warm-up").live_to_the_end()
+            started = time.monotonic()
+            subject.live_to_the_end()
+            made[name] = subject.result(), time.monotonic() - started
+            assert subject.is_clean()
+        return made[name]
+
+    return once
+
+
+def test_a_dictionary_is_the_same_alone_and_in_a_fleet_from_its_configuration(whole: Any):
+    together, _ = whole("pair")
+    [(key, alone)] = whole("batchtopk")[0].items()
+    assert together[key] == alone
+
+
+@pytest.mark.parametrize("crash", CRASHES)
+def test_a_fleet_killed_at_an_awkward_moment_goes_on_to_the_same_bits(setting: Any, whole: Any, crash: str):
+    subject = setting("pair", crash)
+    assert subject.live(crash) == -signal.SIGKILL
+    subject.live_to_the_end()
+    assert subject.result() == whole("pair")[0]
+    assert subject.is_clean()
+
+
+def survive(subject: Subject, number: int, n_kills: int, seconds: float, seed: str) -> list[float]:
+    """Kill `n_kills` times at moments uniform over an uninterrupted life; start again, and again from nothing whenever
+    a training has ended. Returns the moments."""
+    rng, moments = random.Random(seed), []
+    while len(moments) < n_kills:
+        moment = rng.uniform(0, seconds)
+
+        def kill(process: BaseProcess, moment: float = moment) -> None:
+            process.join(moment)
+            if process.is_alive():
+                os.kill(process.pid or 0, number)
+
+        code = subject.live(kill=kill)
+        yield_to = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15), signal.SIGINT: (130, -2)}[signal.Signals(number)]
+        assert code in (0, *yield_to), f"{code} after {moments}, {moment}:\n{subject.log.read_text()}"
+        if code == 0:
+            return moments
+        moments.append(moment)
+    subject.live_to_the_end()
+    return moments
+
+
+def check_survival(setting: Any, whole: Any, name: str, number: signal.Signals, n_kills: int) -> None:
+    expected, seconds = whole(name)
+    n, training = 0, 0
+    while n < n_kills:
+        training += 1
+        place = f"{name}-{number.name}-{training}"
+        subject = setting(name, place)
+        moments = survive(subject, number, n_kills - n, seconds, place)
+        n += len(moments)
+        assert subject.result() == expected, f"seed {place}, killed after {moments} s of {seconds:.2f}"
+        assert subject.is_clean(), place
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_dictionary_killed_once_or_twice_comes_out_the_same(setting: Any, whole: Any, number: signal.Signals):
+    check_survival(setting, whole, "batchtopk", number, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_killed_at_twenty_random_moments_everything_comes_out_the_same(
+    setting: Any, whole: Any, name: str, number: signal.Signals
+):
+    check_survival(setting, whole, name, number, 20)
