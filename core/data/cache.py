@@ -82,6 +82,7 @@ class Shards:
         self.root, self.spec, self.key = Path(root), json.loads(json.dumps(spec)), content_key(spec)
         self.folder = self.root / self.key
         self.writable = True  # until something goes wrong
+        self._yielded = False  # to another writer, which is said once
         self._check()
 
     def path(self, fill: int) -> Path:
@@ -118,11 +119,11 @@ class Shards:
 
         Where it cannot be written nothing is left of it, nor tried again: it is said on standard error.
         """
-        temporary = self.path(fill).with_suffix(".part")
+        temporary = self.folder / f".{fill:06d}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / "write.lock", timeout=0):
-                for left in self.folder.glob("*.part"):  # by a process that was killed
+                for left in self.folder.glob(".*"):  # by a process that was killed
                     left.unlink()
                 if self._manifest is None:
                     manifest = {"spec": self.spec, "d": shard.x.shape[1]}
@@ -133,7 +134,9 @@ class Shards:
                 finally:
                     temporary.unlink(missing_ok=True)
         except Timeout:
-            print(f"activation cache: shard {fill} is not written, another run is at {self.folder}", file=sys.stderr)
+            if not self._yielded:
+                print(f"activation cache: another run is writing {self.folder}, this one does not", file=sys.stderr)
+            self._yielded = True
         except (SafetensorError, OSError) as error:
             self.writable = False
             print(
