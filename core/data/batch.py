@@ -29,6 +29,15 @@ class Batch:
     tokens: Tensor | None = None
     positions: Tensor | None = None
     truth: dict[str, Tensor] = field(default_factory=dict)
+    _normalised: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def normalised(self, norm: InputNorm) -> Tensor:
+        """`x` as `norm` has it; what depends on `x` alone is computed once for all dictionaries that see this batch."""
+        if norm.kind == "scalar":
+            return norm(self.x)[0]
+        if norm.kind not in self._normalised:
+            self._normalised[norm.kind] = norm(self.x)[0]
+        return self._normalised[norm.kind]
 
 
 class Shift(NamedTuple):

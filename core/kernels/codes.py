@@ -49,16 +49,20 @@ class Support:
 
 
 class SparseCodes:
-    """Codes `[B, m]` as their entries, sorted by row and then by column; differentiable in `values`."""
+    """Codes `[B, m]` as their entries, sorted by row and then by column; differentiable in `values`.
+
+    `pre` `[n]` holds the entries' pre-activations, where a loss is a function of them.
+    """
 
     def __init__(self, rows: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, int]) -> None:
         self.support, self.values = Support(rows, cols, shape), values
+        self.pre: Tensor | None = None
 
     @classmethod
-    def on(cls, support: Support, values: Tensor) -> SparseCodes:
+    def on(cls, support: Support, values: Tensor, pre: Tensor | None = None) -> SparseCodes:
         """Codes with the given values `[n]` on a support that others may share."""
         codes = cls.__new__(cls)
-        codes.support, codes.values = support, values
+        codes.support, codes.values, codes.pre = support, values, pre
         return codes
 
     @property
@@ -80,6 +84,10 @@ class SparseCodes:
     def l0_per_row(self) -> Tensor:
         """`[B]` int64, the number of entries > 0."""
         return self.rows.new_zeros(self.shape[0]).index_add(0, self.rows, (self.values > 0).long())
+
+    def l0(self) -> Tensor:
+        """The mean over rows of the number of entries > 0, a scalar."""
+        return (self.values > 0).sum() / self.shape[0]
 
     def fired(self) -> Tensor:
         """bool `[m]`: which latents are > 0 in some row."""
@@ -105,6 +113,10 @@ class DenseCodes:
     def l0_per_row(self) -> Tensor:
         """`[B]` int64, the number of entries > 0."""
         return self.values.clamp(min=0).sign().sum(1).long()  # several times faster than summing a mask
+
+    def l0(self) -> Tensor:
+        """The mean over rows of the number of entries > 0, a scalar."""
+        return self.values.clamp(min=0).sign().sum() / self.shape[0]
 
     def fired(self) -> Tensor:
         """bool `[m]`: which latents are > 0 in some row."""

@@ -1,7 +1,8 @@
 """Encoding and decoding as plain dense autograd: what the sparse kernels have to equal, and the faster choice where
 the dictionary is small or the codes are not sparse.
 
-Shapes: B rows in the batch, d = d_model, m = dict_size. Ties go to the entry with the lower row-major position.
+Shapes: B rows in the batch, d = d_model (or `2, d`, a pair of models), m = dict_size. Ties go to the entry with the lower
+row-major position.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def keep_largest(z: Tensor, n: int) -> Tensor:
 
 def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, centre: Tensor | None = None) -> Tensor:
     """`[B, m]` = (x - centre) W_enc^T + b_enc."""
-    return linear(x if centre is None else x - centre, W_enc, b_enc)
+    return linear((x if centre is None else x - centre).flatten(1), W_enc.flatten(1), b_enc)
 
 
 def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, centre: Tensor | None = None) -> DenseCodes:
@@ -49,4 +50,4 @@ def encode_threshold(
 
 def decode(codes: DenseCodes, W_dec: Tensor) -> Tensor:
     """`[B, m]`, `[m, d]` -> `[B, d]`, without the decoder's bias."""
-    return codes.values @ W_dec
+    return (codes.values @ W_dec.flatten(1)).view(-1, *W_dec.shape[1:])

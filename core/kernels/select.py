@@ -35,12 +35,31 @@ def select_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> Selec
     return _of_blocks(x, W_enc, b_enc, lambda z: _row_candidates(z, k), lambda z: mask_of_largest(z, k))
 
 
-def select_threshold(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor) -> Selected:
-    """The entries above `threshold >= 0` (a scalar, or `[m]`, one per latent)."""
-    if not _on_cpu(x):
-        return _of_mask(_pre_activations(x, W_enc, b_enc), lambda z: ~(z <= threshold))
-    bound = threshold.numpy()
-    return _of_blocks(x, W_enc, b_enc, lambda z: np.flatnonzero(z.numpy() > bound), lambda z: ~(z <= threshold))
+class NotSparse(Exception):  # noqa: N818 - it is no error, only an answer
+    """More entries stand above the threshold than are wanted."""
+
+
+def select_above(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, densest: float = 1.0) -> Selected:
+    """The entries above `threshold` (a scalar, or `[m]`, one per latent).
+
+    Raises NotSparse if a part of the matrix has more than a share `densest` of its entries above it.
+    """
+
+    def mask(z: Tensor) -> Tensor:
+        return ~(z <= threshold)
+
+    def choose(z: Tensor) -> np.ndarray:
+        found = np.flatnonzero(mask(z).numpy())
+        if found.size > densest * z.numel():
+            raise NotSparse
+        return found
+
+    if _on_cpu(x):
+        return _of_blocks(x, W_enc, b_enc, choose, mask)
+    support, values = _of_mask(_pre_activations(x, W_enc, b_enc), mask)
+    if values.numel() > densest * x.shape[0] * W_enc.shape[0]:
+        raise NotSparse
+    return support, values
 
 
 def select_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> Selected:
@@ -54,9 +73,12 @@ def select_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> 
         if _has_nan(z):
             z = _pre_activations(x, W_enc, b_enc)
             return _of_mask(z, lambda z: mask_of_largest(z.flatten(), n).view_as(z))
-        found = np.flatnonzero(z.numpy() >= max(bound, _lower_bound(z, n)))
+        matrix = z.numpy()
+        found = np.flatnonzero(matrix >= bound) if values.size >= n else np.empty(0, np.int64)
+        if values.size < n or found.size > n:  # the rows before say too little about this block
+            found = np.flatnonzero(matrix >= max(bound, _lower_bound(z, n)))
         index = np.concatenate([index, found + first_row * z.shape[1]])
-        values = np.concatenate([values, z.numpy().ravel()[found]])
+        values = np.concatenate([values, matrix.ravel()[found]])
         if values.size >= n:
             keep = _largest(values, n)
             index, values = index[keep], values[keep]

@@ -5,7 +5,8 @@ first is dense, and the rest costs 2 B d k each: sums of scaled rows (`embedding
 sampled at the support. Pre-activations are not kept for the backward pass. `core.kernels.reference` says the same in
 plain autograd.
 
-Shapes: B rows in the batch, d = d_model, m = dict_size, n = entries kept.
+Shapes: B rows in the batch, d = d_model, m = dict_size, n = entries kept. Wherever `[.., d]` stands, a pair of models
+on the same tokens may be `[.., 2, d]` (x, centre, W_enc and W_dec alike): a pre-activation sums over both.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from core.kernels import reference
+from core.kernels.across import mask_of_batchtopk, select_global_batchtopk
 from core.kernels.codes import Codes, DenseCodes, SparseCodes, Support
-from core.kernels.select import Select, mask_of_largest, select_batchtopk, select_threshold, select_topk
+from core.kernels.select import NotSparse, Select, mask_of_largest, select_above, select_topk
 
 # PyTorch says this once for every program that makes a CSR tensor; only `_sampled_product` does here.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -52,29 +54,53 @@ def encode_topk(
 def encode_batchtopk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, centre: Tensor | None = None, path: Path = "sparse"
 ) -> Codes:
-    """The B k largest entries > 0 of the whole matrix (x - centre) W_enc^T + b_enc; fewer if fewer are > 0."""
+    """The B k largest entries > 0 of the whole matrix (x - centre) W_enc^T + b_enc; fewer if fewer are > 0. Of several
+    ranks (`core.distributed`), the largest of all their matrices."""
     if not use_sparse(path, W_enc.shape[0], k):
         z = reference.pre_activations(x, W_enc, b_enc, centre)
-        return DenseCodes(z.where(mask_of_largest(z.detach().flatten(), k * z.shape[0]).view_as(z), 0))
-    return _encode(x, W_enc, b_enc, centre, partial(select_batchtopk, k=k))
+        return DenseCodes(z.where(mask_of_batchtopk(z.detach(), k), 0))
+    return _encode(x, W_enc, b_enc, centre, partial(select_global_batchtopk, k=k))
 
 
 def encode_threshold(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, centre: Tensor | None = None
 ) -> SparseCodes:
     """The entries of (x - centre) W_enc^T + b_enc above `threshold >= 0` (a scalar, or `[m]`, one per latent)."""
-    return _encode(x, W_enc, b_enc, centre, partial(select_threshold, threshold=threshold.detach()))
+    return _encode(x, W_enc, b_enc, centre, partial(select_above, threshold=threshold.detach()))
+
+
+def pre_activations_above(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    floor: Tensor,
+    centre: Tensor | None = None,
+    path: Path = "auto",
+) -> Codes:
+    """What a rule that looks at nothing below `floor` (a scalar, or `[m]`) needs of z = (x - centre) W_enc^T + b_enc.
+
+    Sparse: the entries of z above the floor; dense: all of z, whatever the floor. `auto` counts this very batch and is
+    sparse where fewer than one entry in `MIN_LATENTS_PER_ENTRY` stands above it.
+    """
+    if path != "dense":
+        densest = 1.0 if path == "sparse" else 1 / MIN_LATENTS_PER_ENTRY
+        try:
+            return _encode(x, W_enc, b_enc, centre, partial(select_above, threshold=floor.detach(), densest=densest))
+        except NotSparse:
+            pass
+    return DenseCodes(reference.pre_activations(x, W_enc, b_enc, centre))
 
 
 def decode(codes: Codes, W_dec: Tensor) -> Tensor:
     """codes `[B, m]`, W_dec `[m, d]` -> `[B, d]`, without the decoder's bias."""
     if isinstance(codes, DenseCodes):
         return reference.decode(codes, W_dec)
-    return _Decode.apply(codes.values, W_dec, codes.support)
+    return _Decode.apply(codes.values, W_dec.flatten(1), codes.support).view(-1, *W_dec.shape[1:])
 
 
 def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, centre: Tensor | None, select: Select) -> SparseCodes:
-    values, support = _Encode.apply(x, W_enc, b_enc, centre, select)
+    flat_centre = None if centre is None else centre.flatten()
+    values, support = _Encode.apply(x.flatten(1), W_enc.flatten(1), b_enc, flat_centre, select)
     return SparseCodes.on(support, values)
 
 

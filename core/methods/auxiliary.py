@@ -20,8 +20,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from core import distributed
 from core.kernels import sparse
-from core.methods.sparsity import mean_square
+from core.methods.sparsity import mse
 
 Aux = Literal["r1", "normalized", "r2_compat", "none"]
 
@@ -43,7 +44,7 @@ def aux_loss(
         return x.new_zeros(())
     e = x - x_hat
     if kind == "r2_compat":
-        return mean_square(e)
+        return mse(x, x_hat)
     codes = sparse.encode_topk(
         x,
         W_enc[which],
@@ -54,6 +55,7 @@ def aux_loss(
     )
     e_hat = sparse.decode(codes, W_dec[which])
     if kind == "r1":
-        return mean_square(e - e_hat)
+        return mse(e, e_hat)
     e = e.detach()
-    return mean_square(e - e_hat) / mean_square(e - e.mean(0)).clamp(min=1e-12)
+    centre = distributed.mean(e.mean(0))  # of the global batch
+    return mse(e, e_hat) / distributed.mean(mse(e, centre.expand_as(e))).clamp(min=1e-12)

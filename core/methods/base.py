@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from core import distributed
 from core.data.batch import Batch, InputNorm, Normalisation
 from core.errors import NonFiniteLoss, UserError
 from core.kernels import sparse
@@ -117,8 +118,8 @@ class DictionaryMethod(pl.LightningModule, ABC):
 
     def observe(self, codes: Codes) -> None:
         """Called in every training step, before the losses: counts how long every latent has not fired."""
-        self.tokens_since_fired += codes.shape[0]
-        self.tokens_since_fired.masked_fill_(codes.fired(), 0)
+        self.tokens_since_fired += codes.shape[0] * distributed.n_ranks()
+        self.tokens_since_fired.masked_fill_(distributed.anywhere(codes.fired()), 0)
 
     def finish(self, batches: Iterable[Batch]) -> None:
         """Called once, after training, with batches of the training size: what inference needs is measured here."""
@@ -131,7 +132,7 @@ class DictionaryMethod(pl.LightningModule, ABC):
 
     def loss_terms(self, batch: Batch) -> dict[str, Tensor]:
         """{name: scalar} for a batch; changes no state."""
-        x, _ = self.norm(batch.x)
+        x = batch.normalised(self.norm)
         return self.losses(x, self.encode(x))
 
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -169,15 +170,17 @@ class DictionaryMethod(pl.LightningModule, ABC):
             raise UserError(f"trainer.precision: parameters must stay in fp32, not {self.W_enc.dtype}; use 32-true.")
         with torch.autocast(self.W_enc.device.type, enabled=False):
             if self.n_updates == 0:
-                self.norm.fit(batch.x)
-                self.start(self.norm(batch.x)[0])
-            x, _ = self.norm(batch.x)
+                first = distributed.all_rows(batch.x)
+                self.norm.fit(first)
+                self.start(self.norm(first)[0])
+            x = batch.normalised(self.norm)
             codes = self.encode(x)
             self.observe(codes)
             terms = self.losses(x, codes)
             loss = torch.stack(list(terms.values())).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            distributed.mean_gradients_(self.parameters())
         if self.decoder_norm != "none" and self.W_dec.grad is not None:
             project_gradient(self.W_dec.grad, self.W_dec)
         if self.decoder_norm == "before_step":
@@ -187,7 +190,7 @@ class DictionaryMethod(pl.LightningModule, ABC):
         if self.decoder_norm == "after_step":
             unit_rows_(self.W_dec)
         self.n_updates += 1
-        scalars = {"loss": loss, **terms, "l0": codes.l0_per_row().float().mean(), "n_dead": self.dead.sum().float()}
+        scalars = {"loss": loss, **terms, "l0": codes.l0(), "n_dead": self.dead.sum().float()}
         return {name: value.detach() for name, value in scalars.items()} | {"grad_norm": grad_norm}
 
     def lr_factor(self) -> float:
@@ -211,7 +214,7 @@ class DictionaryMethod(pl.LightningModule, ABC):
         first = self.n_updates
         steps = [self.update(batch, optimizer) for batch in chunk[:-1]]
         steps.append(self.update(chunk[-1], optimizer, last_step))
-        table = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+        table = {name: distributed.mean(torch.stack([step[name] for step in steps])) for name in steps[0]}
         finite = (table["loss"].isfinite() & table["grad_norm"].isfinite()).cpu()
         if not finite.all():
             raise NonFiniteLoss(first + int((~finite).nonzero()[0]), type(self).__name__)

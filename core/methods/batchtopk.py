@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from core import distributed
 from core.data.batch import Batch, Normalisation
 from core.kernels import sparse
 from core.kernels.codes import Codes, SparseCodes
@@ -15,7 +16,7 @@ from core.kernels.sparse import Path
 from core.methods.auxiliary import Aux, aux_loss
 from core.methods.base import DecoderNorm, DictionaryMethod
 from core.methods.checks import require, require_k, require_one_of
-from core.methods.sparsity import mean_square
+from core.methods.sparsity import mse
 
 ThresholdRule = Literal["posthoc_mean", "ema"]
 
@@ -119,7 +120,7 @@ class BatchTopK(DictionaryMethod):
     def losses(self, x: Tensor, codes: Codes) -> dict[str, Tensor]:
         x_hat = self.decode(codes)
         aux = aux_loss(self.aux, x, x_hat, self.dead, self.k_aux, self.W_enc, self.bias, self.b_dec, self.W_dec)
-        return {"reconstruction": mean_square(x - x_hat), "aux": self.aux_coefficient * aux}
+        return {"reconstruction": mse(x, x_hat), "aux": self.aux_coefficient * aux}
 
     @torch.no_grad()
     def observe(self, codes: Codes) -> None:
@@ -133,15 +134,18 @@ class BatchTopK(DictionaryMethod):
     @torch.no_grad()
     def finish(self, batches: Iterable[Batch]) -> None:
         if self.threshold_rule == "posthoc_mean":
-            minima = [smallest_active(self.encode_batch(self.norm(batch.x)[0])) for batch in batches]
+            minima = [smallest_active(self.encode_batch(batch.normalised(self.norm))) for batch in batches]
             if not minima:
                 raise ValueError("BatchTopK: finish() needs at least one batch to measure the threshold on.")
             self.threshold.copy_(torch.stack(minima).mean())
 
 
 def smallest_active(codes: Codes) -> Tensor:
-    """The smallest entry > 0, a scalar; 0 where no entry is."""
+    """The smallest entry > 0 of the global batch, a scalar; 0 where no entry is."""
     values = codes.values.detach()
-    smallest = values.where(values > 0, torch.inf).flatten()
-    smallest = torch.cat([smallest, smallest.new_full((1,), torch.inf)]).amin()
+    if isinstance(codes, SparseCodes) and values.numel():
+        smallest = values.amin()  # selection keeps nothing else
+    else:
+        smallest = torch.cat([values.where(values > 0, torch.inf).flatten(), values.new_full((1,), torch.inf)]).amin()
+    smallest = distributed.minimum(smallest)
     return smallest.where(smallest.isfinite(), 0)

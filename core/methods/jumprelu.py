@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from core.data.batch import Normalisation
-from core.kernels.codes import Codes, DenseCodes
-from core.kernels.reference import pre_activations
+from core.kernels import sparse
+from core.kernels.codes import Codes
+from core.kernels.sparse import Path
 from core.methods.base import DecoderNorm, DictionaryMethod, ramp
 from core.methods.checks import require, require_one_of
-from core.methods.sparsity import STE, jumprelu, l0_penalty, mean_square
+from core.methods.sparsity import STE, jumprelu, l0_penalty, mse, window_floor
 
 
 class JumpReLU(DictionaryMethod):
@@ -31,6 +32,9 @@ class JumpReLU(DictionaryMethod):
                        steps needs far more than the other parameters do
     l0_warmup_steps    the coefficient rises linearly over this many steps
     subtract_b_dec     whether the encoder sees x - b_dec
+    path               `sparse`, `dense`, or `auto`: how products with codes are made; equal to rounding. `auto` counts
+                       in every batch whether few enough pre-activations reach their threshold's window. With
+                       `r1_compat` it is dense while a window reaches zero
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class JumpReLU(DictionaryMethod):
         grad_clip: float,
         warmup_steps: int,
         decay_fraction: float,
+        path: Path,
     ) -> None:
         require(l0_coefficient >= 0, "l0_coefficient", l0_coefficient, "be 0 or more")
         require(l0_warmup_steps >= 0, "l0_warmup_steps", l0_warmup_steps, "be 0 or more")
@@ -63,6 +68,7 @@ class JumpReLU(DictionaryMethod):
         ):
             require(value > 0, name, value, "be positive")
         require_one_of(ste, "ste", STE)
+        require_one_of(path, "path", Path)
         super().__init__(
             d_model=d_model,
             dict_size=dict_size,
@@ -80,6 +86,7 @@ class JumpReLU(DictionaryMethod):
         self.bandwidth, self.lr_threshold = float(bandwidth), float(lr_threshold)
         self.ste: STE = ste
         self.subtract_b_dec = bool(subtract_b_dec)
+        self.path: Path = path
         self.log_threshold = nn.Parameter(torch.full((dict_size,), math.log(initial_threshold)))
         self._options |= {
             "l0_coefficient": self.l0_coefficient,
@@ -89,6 +96,7 @@ class JumpReLU(DictionaryMethod):
             "initial_threshold": float(initial_threshold),
             "subtract_b_dec": self.subtract_b_dec,
             "lr_threshold": self.lr_threshold,
+            "path": path,
         }
 
     @property
@@ -101,11 +109,16 @@ class JumpReLU(DictionaryMethod):
         return [{"params": others}, {"params": [self.log_threshold], "lr": self.lr_threshold}]
 
     def encode(self, x: Tensor) -> Codes:
-        z = pre_activations(x, self.W_enc, self.b_enc, self.b_dec if self.subtract_b_dec else None)
-        return DenseCodes(jumprelu(z, self.log_threshold, self.bandwidth, self.ste), pre=z)
+        theta = self.threshold.detach()
+        floor = window_floor(theta, self.bandwidth) if self.training else theta
+        path: Path = self.path
+        if self.training and self.ste == "r1_compat" and bool((floor < 0).any()):
+            path = "dense"  # its kernel's window reaches the zeros of rectified entries
+        centre = self.b_dec if self.subtract_b_dec else None
+        pre = sparse.pre_activations_above(x, self.W_enc, self.b_enc, floor, centre, path)
+        return jumprelu(pre, self.log_threshold, self.bandwidth, self.ste)
 
     def losses(self, x: Tensor, codes: Codes) -> dict[str, Tensor]:
-        assert isinstance(codes, DenseCodes) and codes.pre is not None
         coefficient = self.l0_coefficient * ramp(self.n_updates + 1, self.l0_warmup_steps)
-        l0 = l0_penalty(codes.values, codes.pre, self.log_threshold, self.bandwidth, self.ste)
-        return {"reconstruction": mean_square(x - self.decode(codes)), "l0_penalty": coefficient * l0}
+        l0 = l0_penalty(codes, self.log_threshold, self.bandwidth, self.ste)
+        return {"reconstruction": mse(x, self.decode(codes)), "l0_penalty": coefficient * l0}

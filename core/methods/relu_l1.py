@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from core.data.batch import Normalisation
+from core.kernels import sparse
 from core.kernels.codes import Codes, DenseCodes
-from core.kernels.reference import pre_activations
+from core.kernels.sparse import Path
 from core.methods.base import DecoderNorm, DictionaryMethod, ramp
 from core.methods.checks import require, require_one_of
 from core.methods.sparsity import l1_penalty
@@ -25,6 +26,8 @@ class ReluL1(DictionaryMethod):
 
     l1_warmup_steps  the coefficient rises linearly over this many steps
     b_dec_init       `geometric_median`: b_dec starts at the geometric median of the first batch
+    path             `sparse`, `dense`, or `auto` (by the share of positive entries in every batch): how products with
+                     codes are made; equal to rounding
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class ReluL1(DictionaryMethod):
         grad_clip: float,
         warmup_steps: int,
         decay_fraction: float,
+        path: Path,
     ) -> None:
         super().__init__(
             d_model=d_model,
@@ -60,12 +64,15 @@ class ReluL1(DictionaryMethod):
         require(l1_coefficient >= 0, "l1_coefficient", l1_coefficient, "be 0 or more")
         require(l1_warmup_steps >= 0, "l1_warmup_steps", l1_warmup_steps, "be 0 or more")
         require_one_of(b_dec_init, "b_dec_init", BDecInit)
+        require_one_of(path, "path", Path)
         self.l1_coefficient, self.l1_warmup_steps = float(l1_coefficient), int(l1_warmup_steps)
         self.b_dec_init: BDecInit = b_dec_init
+        self.path: Path = path
         self._options |= {
             "l1_coefficient": self.l1_coefficient,
             "l1_warmup_steps": self.l1_warmup_steps,
             "b_dec_init": b_dec_init,
+            "path": path,
         }
 
     def start(self, x: Tensor) -> None:
@@ -73,13 +80,15 @@ class ReluL1(DictionaryMethod):
             self.b_dec.data.copy_(geometric_median(x))
 
     def encode(self, x: Tensor) -> Codes:
-        return DenseCodes(pre_activations(x, self.W_enc, self.b_enc, self.b_dec).relu())
+        zero = x.new_zeros(())
+        pre = sparse.pre_activations_above(x, self.W_enc, self.b_enc, zero, self.b_dec, self.path)
+        return DenseCodes(pre.values.relu()) if isinstance(pre, DenseCodes) else pre
 
     def losses(self, x: Tensor, codes: Codes) -> dict[str, Tensor]:
         l1 = self.l1_coefficient * ramp(self.n_updates + 1, self.l1_warmup_steps)
         return {
             "reconstruction": (x - self.decode(codes)).square().sum(1).mean(),
-            "l1": l1 * l1_penalty(codes.dense()),
+            "l1": l1 * l1_penalty(codes),
         }
 
 

@@ -13,7 +13,7 @@ from core.kernels.sparse import Path
 from core.methods.auxiliary import Aux, aux_loss
 from core.methods.base import DecoderNorm, DictionaryMethod
 from core.methods.checks import require, require_k, require_one_of
-from core.methods.sparsity import mean_square
+from core.methods.sparsity import mse
 
 
 class TopK(DictionaryMethod):
@@ -90,4 +90,4 @@ class TopK(DictionaryMethod):
     def losses(self, x: Tensor, codes: Codes) -> dict[str, Tensor]:
         x_hat = self.decode(codes)
         aux = aux_loss(self.aux, x, x_hat, self.dead, self.k_aux, self.W_enc, self.bias, self.b_dec, self.W_dec)
-        return {"reconstruction": mean_square(x - x_hat), "aux": self.aux_coefficient * aux}
+        return {"reconstruction": mse(x, x_hat), "aux": self.aux_coefficient * aux}

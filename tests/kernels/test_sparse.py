@@ -79,6 +79,56 @@ def test_threshold_codes_equal_the_dense_ones(problem: dict, per_latent: bool):
     torch.testing.assert_close(found.dense(), expected.dense())
 
 
+@pytest.mark.parametrize("path", ["sparse", "dense", "auto"])
+@settings(max_examples=30, deadline=None)
+@given(problem=problems(), floor=st.sampled_from([-1.0, 0.0, 1.0, 4.0]), per_latent=st.booleans())
+def test_pre_activations_above_a_floor_and_their_gradients_equal_dense_autograd(
+    path: str, problem: dict, floor: float, per_latent: bool
+):
+    floors = problem["tensors"][2].abs() + floor if per_latent else torch.tensor(floor)
+
+    def run(sparsely: bool) -> list[Tensor]:
+        x, W_enc, b_enc, centre, W_dec = (t.clone().requires_grad_() for t in problem["tensors"])
+        if sparsely:
+            codes = sparse.pre_activations_above(x, W_enc, b_enc, floors, centre, path)
+        else:
+            codes = DenseCodes(reference.pre_activations(x, W_enc, b_enc, centre))
+        if isinstance(codes, DenseCodes):
+            codes = DenseCodes(codes.values.where(codes.values > floors, 0))
+        x_hat = sparse.decode(codes, W_dec)
+        (x_hat * problem["upstream"]).sum().backward()
+        return [t.detach() for t in (codes.dense(), x_hat, x.grad, W_enc.grad, b_enc.grad, centre.grad, W_dec.grad)]
+
+    assert_equal(run(True), run(False))
+
+
+@pytest.mark.parametrize(("share", "kind"), [(0.24, SparseCodes), (0.26, DenseCodes)])
+def test_auto_counts_whether_fewer_than_a_quarter_of_the_batch_stands_above_the_floor(share: float, kind: type):
+    z = torch.linspace(0, 1, 100)[torch.randperm(100, generator=torch.Generator().manual_seed(0))].view(10, 10)
+    codes = sparse.pre_activations_above(z, torch.eye(10), None, torch.tensor(1 - share))
+    assert isinstance(codes, kind)
+
+
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_a_pair_of_models_is_encoded_by_the_sum_over_both_and_decoded_into_both(encoder: str, path: str):
+    g = torch.Generator().manual_seed(0)
+    x, W_enc, W_dec = (torch.randn(shape, generator=g) for shape in ((6, 2, 5), (40, 2, 5), (40, 2, 5)))
+    b_enc, centre = torch.randn(40, generator=g), torch.randn(2, 5, generator=g)
+    leaves = [[t.clone().requires_grad_() for t in (x, W_enc, b_enc, centre, W_dec)] for _ in range(2)]
+    x1, W1, b1, c1, D1 = leaves[0]
+    codes = getattr(sparse, encoder)(x1, W1, b1, 4, c1, path=path)
+    x_hat = sparse.decode(codes, D1)
+    x2, W2, b2, c2, D2 = leaves[1]
+    z = torch.einsum("bsd,msd->bm", x2 - c2, W2) + b2
+    expected = torch.einsum("bm,msd->bsd", z.where(codes.dense() > 0, 0), D2)
+    torch.testing.assert_close(x_hat, expected)
+    for out in (x_hat, expected):
+        out.square().sum().backward()
+    for a, b in zip(*leaves, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-3, rtol=1e-4)
+
+
 def test_ties_go_to_the_lower_row_major_position():
     x, W = torch.ones(2, 1), torch.ones(3, 1)
     assert sparse.encode_topk(x, W, None, 2).dense().tolist() == [[1, 1, 0], [1, 1, 0]]

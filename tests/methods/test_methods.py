@@ -55,8 +55,9 @@ OWN: dict[type[DictionaryMethod], dict[str, Any]] = {
         "initial_threshold": 0.5,
         "subtract_b_dec": True,
         "lr_threshold": 0.03,
+        "path": "auto",
     },
-    ReluL1: {"l1_coefficient": 0.5, "l1_warmup_steps": 10, "b_dec_init": "geometric_median"},
+    ReluL1: {"l1_coefficient": 0.5, "l1_warmup_steps": 10, "b_dec_init": "geometric_median", "path": "auto"},
 }
 
 
@@ -238,7 +239,7 @@ def test_the_moving_average_of_the_threshold_follows_training_steps_only():
     torch.testing.assert_close(method.threshold, by_hand)
 
 
-@K_SPARSE
+@METHODS
 @pytest.mark.parametrize("path", ["sparse", "dense"])
 def test_the_path_of_the_products_does_not_matter(cls: type[DictionaryMethod], path: str):
     method, reference = build(cls, path=path), build(cls, path="auto")
