@@ -1,5 +1,7 @@
 """Errors that a user can cause and mend."""
 
+from __future__ import annotations
+
 
 class UserError(ValueError):
     """A wrong setting or input. Its message names the setting and the way out; run.py prints the message alone."""
@@ -13,4 +15,7 @@ class NonFiniteLoss(RuntimeError):  # noqa: N818  (it names an event, not a mist
             f"{name}: the loss or its gradient is not finite at optimiser step {step} (counted from 0). "
             "Look for NaN in the activations, or lower method.lr."
         )
-        self.step = step
+        self.step, self.name = step, name
+
+    def __reduce__(self) -> tuple[type[NonFiniteLoss], tuple[int, str]]:
+        return type(self), (self.step, self.name)  # so that it can be handed to another process

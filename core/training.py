@@ -22,11 +22,13 @@ import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
-from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.strategies import DDPStrategy
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from core import distributed
 from core.artifacts import sha256, sync, write_atomically
 from core.errors import UserError
 from core.interrupts import Deferred, Interrupted, handled_by
@@ -102,7 +104,7 @@ class Checkpoints(Callback):
 
         Raises UserError for one that is whole and cannot be loaded here, and Interrupted.
         """
-        path = self.newest()
+        path = distributed.from_first(self.newest)
         for abandoned in self.folder.glob("*.part"):
             abandoned.unlink(missing_ok=True)
         try:
@@ -132,7 +134,7 @@ class Checkpoints(Callback):
     def _folders(self) -> list[Path]:
         """Where the members' checkpoints may lie."""
         beside = self.folder.parent.iterdir() if self.members and self.folder.parent.is_dir() else []
-        return [self.folder, *(f for f in beside if f != self.folder and {*self.members} <= {*_members(f)})]
+        return [self.folder, *(f for f in beside if f != self.folder and {*self.members} <= {*members_of(f)})]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         trainer.strategy.checkpoint_io = CheckpointFiles(self.members)
@@ -248,7 +250,7 @@ def is_whole(path: Path) -> bool:
 def discard_finished(root: Path, is_stored: Callable[[str], bool]) -> None:
     """Remove the checkpoints in `<root>/*/*/` all of whose members are stored: nobody will go on from them."""
     for record in root.glob(f"*/*/{Checkpoints.MEMBERS}"):
-        members = _members(record.parent)
+        members = members_of(record.parent)
         if members and all(map(is_stored, members)):
             shutil.rmtree(record.parent, ignore_errors=True)
             with suppress(OSError):
@@ -259,7 +261,8 @@ def _n_chunks(path: Path) -> int:
     return int(path.stem)
 
 
-def _members(folder: Path) -> list[str]:
+def members_of(folder: Path) -> list[str]:
+    """What the checkpoints in a folder are of, by name; nothing where that is not recorded."""
     try:
         return json.loads((folder / Checkpoints.MEMBERS).read_text())
     except (OSError, ValueError):
@@ -273,11 +276,13 @@ def make_trainer(cfg: DictConfig, folder: Path, name: str, n_batches: int, callb
     warnings.filterwarnings("ignore", message=".*treespec|.*transfer_batch_to_device|.*dataloader is not resumable")
     return pl.Trainer(
         accelerator=cfg.trainer.accelerator,
-        devices=1,
+        devices=1,  # that this process sees; each of several ranks is a node of its own to Lightning
+        num_nodes=distributed.n_ranks(),
+        strategy=RanksStrategy() if distributed.is_active() else "auto",
         precision=cfg.trainer.precision,
         max_epochs=1,
         limit_train_batches=n_batches,
-        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,  # no hpc_ckpt_*.ckpt
+        plugins=_environment(),
         logger=_logger(cfg.logging.logger, folder, name),
         callbacks=callbacks,
         log_every_n_steps=1,
@@ -285,6 +290,22 @@ def make_trainer(cfg: DictConfig, folder: Path, name: str, n_batches: int, callb
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+class RanksStrategy(DDPStrategy):
+    """The ranks of `core.distributed` to Lightning, without its wrapper: the methods exchange gradients themselves."""
+
+    def configure_ddp(self) -> None:
+        """Nothing is wrapped."""
+
+
+def _environment() -> ClusterEnvironment | None:
+    """Where Lightning is told that it runs, if it is not to find out for itself."""
+    if distributed.is_active():
+        return LightningEnvironment()  # on a cluster too: the ranks are our own processes on one node
+    if SLURMEnvironment.detect():
+        return SLURMEnvironment(auto_requeue=False)  # no hpc_ckpt_*.ckpt
+    return None
 
 
 def _logger(kind: str, folder: Path, name: str) -> Logger | bool:

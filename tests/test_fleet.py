@@ -28,7 +28,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "jumprelu": {
         "_target_": "core.methods.jumprelu.JumpReLU", "l0_coefficient": 0.01, "l0_warmup_steps": 0, "bandwidth": 0.1,
-        "ste": "correct", "initial_threshold": 1.0, "subtract_b_dec": False, "lr_threshold": 0.01, **COMMON,
+        "ste": "correct", "initial_threshold": 1.0, "subtract_b_dec": False, "lr_threshold": 0.01,
+        "path": "auto", **COMMON,
     },
 }  # fmt: skip
 STREAM = {
@@ -48,7 +49,7 @@ def setting(tmp_path: Path, tiny_model: dict[str, Any], words: Any):
     def cfg(name: str) -> DictConfig:
         return OmegaConf.create({
             "name": name, "artifacts_dir": str(tmp_path / name), "output_dir": str(tmp_path / "outputs"),
-            "trainer": {"accelerator": "cpu", "precision": "32-true", "checkpoint_every_seconds": 0},
+            "trainer": {"accelerator": "cpu", "precision": "32-true", "checkpoint_every_seconds": 0, "processes": 1},
             "logging": {"logger": "none", "quiet_seconds": 1000, "log_every_steps": 50},
         })  # fmt: skip
 

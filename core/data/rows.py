@@ -37,6 +37,8 @@ class RowStream:
 
     `max_document_tokens` is the language model's context in the authors' code; None leaves documents whole.
     A source that ends is read again with seed + 1, + 2, ...; `epochs` counts how often it has ended.
+    Of several ranks each takes the rank-th n of the next `n_ranks` times n rows, when it is asked for n. Each reads all
+    of the text, so that the position in it is the same for all.
     """
 
     def __init__(
@@ -48,6 +50,8 @@ class RowStream:
         n_ctx: int,
         packing: Packing = "concat",
         max_document_tokens: int | None = None,
+        rank: int = 0,
+        n_ranks: int = 1,
     ) -> None:
         if packing not in get_args(Packing):
             raise UserError(f"packing: {packing!r} is not one of {', '.join(get_args(Packing))}.")
@@ -57,6 +61,7 @@ class RowStream:
             raise UserError(f"max_document_tokens must be at least 2 (BOS and one token), not {max_document_tokens}.")
         self.source, self.tokenizer, self.split, self.seed = source, tokenizer, split, seed
         self.n_ctx, self.packing, self.max_document_tokens = n_ctx, packing, max_document_tokens
+        self.rank, self.n_ranks = rank, n_ranks
         self.bos_token_id = bos_token_id(tokenizer)
         self.epochs = 0
         self._epoch_tokens = 0  # tokens that this epoch has given
@@ -65,7 +70,10 @@ class RowStream:
         self._pending: list[Tensor] = []  # tokens not yet handed out; each 1-d
 
     def next_rows(self, n: int) -> Tensor:
-        """The next n rows, `[n, n_ctx]` int64. How rows are grouped into calls does not change them."""
+        """The next n rows, `[n, n_ctx]` int64. How rows are grouped into calls does not change them (of one rank)."""
+        return self._next(n * self.n_ranks)[self.rank * n : (self.rank + 1) * n]
+
+    def _next(self, n: int) -> Tensor:
         n_wanted = n * self.n_ctx
         n_pending = sum(map(len, self._pending))
         while n_pending < n_wanted:

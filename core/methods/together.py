@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from core import distributed
 from core.data.batch import Batch
 from core.data.module import ActivationData, Chunk
 from core.errors import NonFiniteLoss
@@ -115,8 +116,10 @@ class Fleet(pl.LightningModule):
 
 
 def is_small(method: DictionaryMethod, batch: Batch) -> bool:
-    """Whether one CPU thread should do a step of this dictionary."""
-    return batch.x.device.type == "cpu" and len(batch.x) * method.d_model * method.dict_size < SMALL_PRODUCT
+    """Whether one CPU thread should do a step of this dictionary. Not on several ranks: they exchange in one order."""
+    if batch.x.device.type != "cpu" or distributed.is_active():
+        return False
+    return len(batch.x) * method.d_model * method.dict_size < SMALL_PRODUCT
 
 
 def one_thread_each(train: Callable[[int], Outcome], indices: Sequence[int]) -> list[Outcome]:

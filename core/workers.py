@@ -1,0 +1,231 @@
+"""Tasks in processes of their own: fresh interpreters, each with its devices, threads and process group to itself.
+
+A worker is `python -m core.workers`. It is handed its task over standard input, and ends with its parent, since that
+closes the pipe. Its lines come out on the parent's standard error behind a label. SIGINT and SIGTERM of the parent
+reach the workers as SIGTERM; the parent then waits until they have saved what they are at.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from core.errors import NonFiniteLoss, UserError
+from core.interrupts import Interrupted, handled_by, stop_at_once
+
+ROOT = Path(__file__).parents[1]
+SAID_BY_MESSAGE = (UserError, NonFiniteLoss, FloatingPointError, OSError)
+POLL_SECONDS = 0.05
+SETTLE_SECONDS = 3.0  # for the others of a group to say why they failed, when one has
+GRACE_SECONDS = 30.0  # between SIGTERM and SIGKILL
+
+
+@dataclass(frozen=True)
+class Task:
+    """`function` (`module:name`) of `arguments`, which can be pickled; `label` stands before its lines."""
+
+    label: str
+    function: str
+    arguments: tuple[Any, ...]
+
+
+class WorkerDiedError(RuntimeError):
+    """A worker ended without saying why."""
+
+
+@dataclass
+class Worker:
+    """A process at its task."""
+
+    task: Task
+    environment: dict[str, str]
+    folder: Path
+    process: subprocess.Popen[bytes] = field(init=False)
+    reader: threading.Thread = field(init=False)
+
+    def __post_init__(self) -> None:
+        paths = [str(ROOT), *(path for path in sys.path if path)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "core.workers", str(self.outcome_file)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **self.environment},
+            start_new_session=True,  # Ctrl-C in a terminal reaches the parent alone, which passes it on once
+        )
+        self.reader = threading.Thread(target=self._repeat_lines, daemon=True)
+        self.reader.start()
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # it died at once: its exit code will say so
+            self.process.stdin.write(pickle.dumps(self.task))
+            self.process.stdin.flush()
+
+    @property
+    def outcome_file(self) -> Path:
+        return self.folder / f"{id(self)}.pickle"
+
+    def _repeat_lines(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            for part in line.decode(errors="replace").replace("\r", "\n").splitlines():
+                print(f"[{self.task.label}] {part}", file=sys.stderr, flush=True)
+
+    def outcome(self) -> Any:
+        """What the task returned, or the exception that ended it."""
+        self.process.wait()
+        self.reader.join()
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            return pickle.loads(self.outcome_file.read_bytes())
+        except (FileNotFoundError, EOFError, pickle.UnpicklingError):
+            return WorkerDiedError(f"The worker [{self.task.label}] {_end_of(self.process.returncode)}.")
+
+
+def run_tasks(tasks: Sequence[Task], slots: Sequence[dict[str, str]], all_or_none: bool = False) -> list[Any]:
+    """What every task returned, or the exception that ended it. As many run at once as there are slots; a slot is the
+    environment variables of the worker in it.
+
+    all_or_none  the tasks need one another: they start together, and when one fails the others are ended, and what
+                 failed first is raised: an error that a user can mend before a death, that before what followed
+
+    Raises `Interrupted` after SIGINT or SIGTERM, when the workers have ended.
+    """
+    if all_or_none and len(slots) < len(tasks):
+        raise ValueError(f"{len(tasks)} tasks that need one another do not fit into {len(slots)} slots.")
+    waiting, free = deque(enumerate(tasks)), deque(slots)
+    running: dict[int, Worker] = {}
+    outcomes: dict[int, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, _workers_end_with(running) as asked_to_stop:
+        while running or (waiting and not asked_to_stop):
+            while waiting and free and not asked_to_stop:
+                index, task = waiting.popleft()
+                running[index] = Worker(task, free.popleft(), Path(folder))
+            for index, worker in [(i, w) for i, w in running.items() if w.process.poll() is not None]:
+                outcomes[index] = worker.outcome()
+                del running[index]
+                free.append(worker.environment)
+            failures = [outcome for outcome in outcomes.values() if isinstance(outcome, Exception)]
+            if all_or_none and failures and not asked_to_stop:
+                failures += _failures_of(running)
+                raise min(failures, key=_distance_from_cause)
+            time.sleep(POLL_SECONDS)
+    return [outcomes[index] for index in range(len(tasks))]
+
+
+@contextmanager
+def _workers_end_with(running: dict[int, Worker]) -> Iterator[list[int]]:
+    """Yields the signals received so far. SIGINT and SIGTERM are passed on to the workers as SIGTERM, and take effect
+    here at the end of the block; a second one kills them."""
+    received: list[int] = []
+
+    def passes_on(signum: int, _frame: FrameType | None) -> None:
+        received.append(signum)
+        for worker in list(running.values()):
+            worker.process.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+
+    with handled_by(passes_on):
+        try:
+            yield received
+        finally:
+            _end(running)
+    if received:
+        raise Interrupted(received[0])
+
+
+def _end(running: dict[int, Worker]) -> None:
+    """SIGTERM, and after a while SIGKILL, to the workers that still run; waits for them."""
+    for worker in running.values():
+        worker.process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_SECONDS
+    for worker in running.values():
+        try:
+            worker.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.process.kill()
+            worker.process.wait()
+
+
+def _failures_of(running: dict[int, Worker]) -> list[Exception]:
+    """What workers that stand or fall together say in the short time that they are given."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while running and time.monotonic() < deadline and any(w.process.poll() is None for w in running.values()):
+        time.sleep(POLL_SECONDS)
+    ended = [worker.outcome() for worker in running.values() if worker.process.poll() is not None]
+    return [outcome for outcome in ended if isinstance(outcome, Exception)]
+
+
+def _distance_from_cause(error: Exception) -> int:
+    if isinstance(error, SAID_BY_MESSAGE):
+        return 0
+    return 1 if isinstance(error, WorkerDiedError) else 2
+
+
+def _end_of(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "was killed (SIGKILL): perhaps there was not enough memory; use a smaller trainer.processes"
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}; its own lines are above"
+
+
+# ---- in the worker
+
+
+def main() -> int:
+    """Read the task, run it, write its outcome to the file that is the only argument."""
+    try:
+        with handled_by(stop_at_once):
+            outcome = _outcome(pickle.load(sys.stdin.buffer))
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
+    file = Path(sys.argv[1])
+    file.with_suffix(".part").write_bytes(pickle.dumps(outcome))
+    file.with_suffix(".part").replace(file)
+    return 0
+
+
+def _outcome(task: Task) -> Any:
+    threading.Thread(target=_ends_with_parent, daemon=True).start()
+    module, name = task.function.split(":")
+    try:
+        return getattr(import_module(module), name)(*task.arguments)
+    except Exception as error:
+        if not isinstance(error, SAID_BY_MESSAGE):
+            traceback.print_exc()
+        return portable(error)
+
+
+def portable(error: Exception) -> Exception:
+    """The exception, or its type's name and message where it cannot be handed to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _ends_with_parent() -> None:
+    sys.stdin.buffer.read()  # returns when the parent has closed its end
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
