@@ -52,8 +52,29 @@ class Times:
         return Ratio(self.median(task) / self.median(floor), low, high)
 
 
+class Clock:
+    """Seconds since `restart`: CUDA's when the device has done what it was given; on the CPU the process' CPU time, or
+    wall time if `wall`."""
+
+    def __init__(self, device: torch.device, wall: bool = False) -> None:
+        self.device, self.wall = device, wall
+        self.restart()
+
+    def restart(self) -> None:
+        self.started = self._now()
+
+    def seconds(self) -> float:
+        return self._now() - self.started
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return time.perf_counter()
+        return time.perf_counter() if self.wall else time.process_time()
+
+
 def seconds_of(task: Task, device: torch.device, wall: bool = False) -> float:
-    """What a task takes: by CUDA's events on a GPU; on the CPU the process' CPU time, or wall time if `wall`."""
+    """What a task takes: by CUDA's events on a GPU, else by `Clock`."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -61,10 +82,9 @@ def seconds_of(task: Task, device: torch.device, wall: bool = False) -> float:
         end.record()
         torch.cuda.synchronize(device)
         return start.elapsed_time(end) / 1000
-    clock = time.perf_counter if wall else time.process_time
-    started = clock()
+    clock = Clock(device, wall)
     task()
-    return clock() - started
+    return clock.seconds()
 
 
 def alternate(

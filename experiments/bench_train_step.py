@@ -17,10 +17,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from core.bench import (
+    Clock,
     PeakMemory,
     Ratio,
     Task,
@@ -33,12 +33,10 @@ from core.bench import (
     threads,
 )
 from core.data.batch import Batch
-from core.data.module import ActivationData
 from core.methods.base import DictionaryMethod
 from core.methods.optimizer import ClippingAdam
-from core.methods.together import Fleet
-from core.training import TokenProgress, make_trainer
 from experiments import peers
+from experiments.bench_common import built, fit
 from experiments.common import plain
 
 TRAFFIC_BYTES = 36  # per parameter and step, fp32: Adam reads 4 tensors and writes 3, a product reads the weights, the
@@ -105,7 +103,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
 def own_step(cfg: DictConfig, kind: str, dict_size: int, device: torch.device) -> Row:
     """This project's step beside its floors: products and a copy of as many entries as there are parameters."""
-    method = built(cfg, kind, dict_size, device)
+    method = built(cfg.methods[kind], device, dict_size=dict_size)
     optimizer = method.configure_optimizers()
     batch = Batch(peers.structured_rows(cfg.batch_size, cfg.d_model, cfg.seed).to(device))
     tasks: dict[str, Task] = {"product": peers.product(batch.x, dict_size)}
@@ -136,12 +134,6 @@ def own_metrics(cfg: DictConfig, row: Row) -> dict[str, float]:
         f"product_m{row.dict_size}_seconds": times.median("product"),
         f"copy_m{row.dict_size}_gigabytes_per_second": n_entries * COPY_BYTES / times.median("copy") / 1e9,
     }
-
-
-def built(cfg: DictConfig, kind: str, dict_size: int, device: torch.device) -> DictionaryMethod:
-    method: DictionaryMethod = instantiate(cfg.methods[kind], dict_size=dict_size)
-    method.n_steps = 10**6
-    return method.to(device)
 
 
 def n_parameters(method: DictionaryMethod) -> int:
@@ -248,8 +240,7 @@ def allocate_state(method: DictionaryMethod, optimizer: ClippingAdam) -> None:
 def _prepared(
     settings: Mapping[str, Any], batch_size: int, seed: int, device: torch.device
 ) -> tuple[DictionaryMethod, ClippingAdam, Batch]:
-    method: DictionaryMethod = instantiate(settings).to(device)
-    method.n_steps = 10**6
+    method = built(settings, device)
     x = torch.randn(batch_size, method.d_model, generator=torch.Generator().manual_seed(seed))
     return method, method.configure_optimizers(), Batch(x.to(device))
 
@@ -261,30 +252,6 @@ def _few_steps(settings: Mapping[str, Any], batch_size: int, seed: int, device: 
 
 
 # ---- Lightning
-
-
-class RepeatedBatches:
-    """A stream that serves the same few batches from memory, so that Lightning's cost is measured and no other."""
-
-    def __init__(self, batches: list[Batch]) -> None:
-        self.batches, self.served = batches, 0
-
-    @property
-    def device(self) -> torch.device:
-        return self.batches[0].x.device
-
-    def __iter__(self) -> RepeatedBatches:
-        return self
-
-    def __next__(self) -> Batch:
-        self.served += 1
-        return self.batches[self.served % len(self.batches)]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"served": self.served}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.served = state["served"]
 
 
 class BareChunks(pl.Callback):
@@ -313,41 +280,13 @@ class BareChunks(pl.Callback):
         self.clock.restart()
 
 
-class Clock:
-    """Seconds since `restart`, by the clock that `seconds_of` takes."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def restart(self) -> None:
-        self.started = self._now()
-
-    def seconds(self) -> float:
-        return self._now() - self.started
-
-    def _now(self) -> float:
-        import time
-
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            return time.perf_counter()
-        return time.process_time()
-
-
 def lightning_overhead(cfg: DictConfig, dict_size: int, device: torch.device) -> dict[str, float]:
     """What an optimiser step takes in a `Trainer.fit` of a fleet above what it takes in a bare loop, as a fraction."""
     size, n_chunks = cfg.lightning.batches_per_chunk, cfg.lightning.warmup + cfg.lightning.chunks
-    method, twin = (built(cfg, "batchtopk", dict_size, device) for _ in range(2))
+    method, twin = (built(cfg.methods.batchtopk, device, dict_size=dict_size) for _ in range(2))
     x = peers.structured_rows(2 * cfg.batch_size, cfg.d_model, cfg.seed).to(device)
-    stream = RepeatedBatches([Batch(part) for part in x.split(cfg.batch_size)])
-    n_batches = n_chunks * size
-    data = ActivationData(stream, n_batches, size)
-    fleet = Fleet([method], data, cfg.logging.log_every_steps)
     bare = BareChunks(twin, device, cfg.lightning.warmup)
-    progress = TokenProgress("Lightning", n_batches * cfg.batch_size, size * cfg.batch_size, 60.0)
-    folder = Path(cfg.output_dir) / "logs"
-    trainer = make_trainer(cfg, folder, cfg.name, data.n_chunks, [progress, bare])
-    trainer.fit(fleet, datamodule=data)
+    fit(cfg, [method], [Batch(part) for part in x.split(cfg.batch_size)], n_chunks, size, bare)
     times = Times({"in_fit": bare.in_fit, "bare": bare.bare})
     ratio = times.ratio("in_fit", "bare")
     print(f"Lightning: {ratio.value - 1:.2%} [{ratio.low - 1:.2%}, {ratio.high - 1:.2%}]", file=sys.stderr)
