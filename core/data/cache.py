@@ -82,6 +82,7 @@ class Shards:
         self.root, self.spec, self.key = Path(root), json.loads(json.dumps(spec)), content_key(spec)
         self.folder = self.root / self.key
         self.writable = True  # until something goes wrong
+        self._damaged: set[int] = set()
         self._yielded = False  # to another writer, which is said once
         self._check()
 
@@ -107,6 +108,7 @@ class Shards:
             if (about["cache"], about["fill"]) != (self.key, fill):
                 raise SafetensorError(f"it is shard {about['fill']} of cache {about['cache']}")
         except (SafetensorError, OSError) as error:
+            self._damaged.add(fill)
             print(f"activation cache: {path} is damaged and will be computed again: {error}", file=sys.stderr)
             return None
         rows, after = (
@@ -115,7 +117,7 @@ class Shards:
         return Shard(**tensors, rows=rows, rows_after=after)
 
     def write(self, fill: int, shard: Shard) -> None:
-        """Store a shard, replacing a damaged one; not if another process is writing.
+        """Store a shard, replacing a damaged one; not if another process is writing, or has written it.
 
         Where it cannot be written nothing is left of it, nor tried again: it is said on standard error.
         """
@@ -125,6 +127,8 @@ class Shards:
             with FileLock(self.folder / "write.lock", timeout=0):
                 for left in self.folder.glob(".*"):  # by a process that was killed
                     left.unlink()
+                if self.path(fill).is_file() and fill not in self._damaged:  # written by another run meanwhile
+                    return
                 if self._manifest is None:
                     manifest = {"spec": self.spec, "d": shard.x.shape[1]}
                     write_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))

@@ -287,6 +287,18 @@ def test_on_a_full_disk_the_run_goes_on_from_the_stream_and_nothing_half_written
     assert {path.name for path in stream.shards.folder.iterdir()} <= {MANIFEST, "write.lock"}
 
 
+def test_of_two_runs_side_by_side_each_shard_is_written_by_one_and_both_get_the_batches(cached, live, monkeypatch):
+    saved = []
+    save = Shards._save
+    monkeypatch.setattr(Shards, "_save", lambda self, fill, *rest: saved.append(fill) or save(self, fill, *rest))
+    whole = take(live(), 12)
+    first, second = cached(), cached()
+    pairs = [(next(first), next(second)) for _ in range(12)]
+    assert same([a for a, _ in pairs], whole) and same([b for _, b in pairs], whole)
+    assert len(saved) == len(set(saved))
+    assert same(take(cached(), 12), whole)
+
+
 def test_a_folder_that_cannot_be_made_does_not_stop_the_run(cached, live, tmp_path, capsys):
     stream = cached()
     stream.shards.root.write_text("in the way")
