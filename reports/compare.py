@@ -111,6 +111,9 @@ def _scale_blocks(report: Report, experiment: str, scale: Scale, drawn: Sequence
         return []
     blocks: list[Block] = [Heading(3, f"{experiment} at {scale} scale")]
     blocks += [Figure(path, path.stem.replace("_", " ")) for path in drawn if path.suffix == ".png"]
+    for cell in cells:
+        if written := tables.beside(cell):
+            blocks += [Paragraph(f"Cell {cell.folder.name}:"), written[0], Bullets(written[1])]
     if cells:
         blocks += [tables.results(cells, tables.rows_of(report.papers, experiment))]
         blocks += [Bullets(tables.circumstances(cells))]

@@ -6,7 +6,9 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
+from core.bench import TABLE
 from core.metrics.statistics import t_interval
+from core.results import read
 from reports.claims import SCALES, ExperimentRows, Judgement, Paper, Scale
 from reports.collect import Cell, Failure, grid_size
 from reports.matching import order, refined
@@ -93,6 +95,23 @@ def mean(cells: Sequence[Cell], metric: str) -> str:
         return f"{values[0]:.4g}"
     interval = t_interval(values)
     return f"{interval.mean:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
+
+
+def beside(cell: Cell) -> tuple[Table, list[str]] | None:
+    """What an experiment wrote into `table.json` beside its results: a table and notes; None without such a file."""
+    written = read(cell.folder / TABLE)
+    if written is None:
+        return None
+    header = list(dict.fromkeys(column for row in written["rows"] for column in row))
+    body = [[_figures(row.get(column)) for column in header] for row in written["rows"]]
+    return Table(header, body), written["notes"]
+
+
+def _figures(value: object) -> str:
+    """Four significant digits, all those before the decimal point."""
+    if not isinstance(value, float):
+        return _text(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def failures(failed: Sequence[Failure]) -> Table:

@@ -1,0 +1,67 @@
+"""The figure of bench_scaling: a step over its product against each axis, and rows per second of growing fleets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from core.bench import TABLE
+from core.results import read
+from reports.collect import Cell
+from reports.figures.style import BENCH_STYLE, save
+
+matplotlib.use("Agg")
+
+CURVES = "scaling.parquet"
+LABELS = {"dict_size": "dictionary size m", "k": "active latents per row k", "batch_size": "rows in the batch B"}
+COLOUR = "#0072B2"
+
+
+def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
+    """One figure for each cell that has curves."""
+    written: list[Path] = []
+    with matplotlib.rc_context(BENCH_STYLE):
+        for cell in cells:
+            if (cell.folder / CURVES).is_file():
+                notes = (read(cell.folder / TABLE) or {"notes": []})["notes"]
+                figure = curves(pd.read_parquet(cell.folder / CURVES), notes)
+                written += save(figure, folder / f"bench_scaling_{cell.scale}_{cell.folder.name}")
+    return written
+
+
+def curves(table: pd.DataFrame, notes: Sequence[str]) -> Figure:
+    """Three panels of steps over products with their quartiles, and one of fleets."""
+    figure = Figure(figsize=(8.2, 5.8), layout="constrained")
+    panels = figure.subplots(2, 2).flatten()
+    for axes, (axis, label) in zip(panels, LABELS.items(), strict=False):
+        points = table[table["axis"] == axis].sort_values("value")
+        spread = [
+            (points["over_product"] - points["quartile1"]).clip(lower=0),
+            (points["quartile3"] - points["over_product"]).clip(lower=0),
+        ]
+        axes.errorbar(points["value"], points["over_product"], yerr=spread, marker="o", capsize=2.5, color=COLOUR)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("step over encoder product")
+        axes.axhline(1, color="#444444", linewidth=0.9, linestyle="--")
+        _log_axis(axes, list(points["value"]), label)
+    fleets = table[table["axis"] == "n_dictionaries"].sort_values("value")
+    panels[-1].plot(fleets["value"], fleets["rows_per_second"], marker="o", color=COLOUR)
+    panels[-1].set_ylim(bottom=0)
+    panels[-1].set_ylabel("rows/s, summed over dictionaries")
+    _log_axis(panels[-1], list(fleets["value"]), "dictionaries in the fleet")
+    figure.suptitle("\n".join(notes), fontsize=7)
+    return figure
+
+
+def _log_axis(axes: Axes, ticks: list[float], label: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel(label)

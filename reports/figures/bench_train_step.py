@@ -1,0 +1,65 @@
+"""The figure of bench_train_step: a bar for each implementation, a complete step in multiples of one encoder product."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from core.bench import TABLE
+from core.results import read
+from reports.collect import Cell
+from reports.figures.style import BENCH_STYLE, save
+
+matplotlib.use("Agg")
+
+KINDS = {"batchtopk": ("BatchTopK", "#0072B2"), "topk": ("TopK", "#E69F00")}
+OURS = "ours"
+
+
+def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
+    """One figure for each cell that has a table, a panel for each dictionary size."""
+    written: list[Path] = []
+    with matplotlib.rc_context(BENCH_STYLE):
+        for cell in cells:
+            if table := read(cell.folder / TABLE):
+                written += save(bars(table), folder / f"bench_train_step_{cell.scale}_{cell.folder.name}")
+    return written
+
+
+def bars(table: Mapping[str, Any]) -> Figure:
+    """Horizontal bars from the fastest to the slowest, with the quartiles of the ratio over repetitions."""
+    sizes = sorted({row["dict_size"] for row in table["rows"]})
+    heights = [sum(row["dict_size"] == size for row in table["rows"]) for size in sizes]
+    figure = Figure(figsize=(8.2, 1.6 + 0.3 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(sizes), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, size in zip(panels, sizes, strict=True):
+        panel(axes, [row for row in table["rows"] if row["dict_size"] == size])
+        axes.set_title(f"{size:,} latents", fontsize=10, loc="left")
+    panels[-1].set_xlabel("complete training step over one encoder product timed beside it")
+    figure.suptitle("\n".join(table["notes"][:2]), fontsize=8)
+    return figure
+
+
+def panel(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    ordered = sorted(rows, key=lambda row: row["step over product"])
+    values = [row["step over product"] for row in ordered]
+    labels = [f"{row['who']} {row['version']}, {KINDS[row['method']][0]}" for row in ordered]
+    places = range(len(ordered))
+    below = [max(0.0, row["step over product"] - row["quartile 1"]) for row in ordered]
+    above = [max(0.0, row["quartile 3"] - row["step over product"]) for row in ordered]
+    bars = axes.barh(places, values, xerr=[below, above], color=[KINDS[row["method"]][1] for row in ordered], capsize=2)
+    for bar, row in zip(bars, ordered, strict=True):
+        bar.set_alpha(1.0 if row["who"] == OURS else 0.55)
+    for place, value, row in zip(places, values, ordered, strict=True):
+        axes.annotate(
+            f"{value:.2f}", (max(value, row["quartile 3"]), place), (4, 0), textcoords="offset points", va="center"
+        )
+    axes.set_yticks(places, labels)
+    axes.invert_yaxis()
+    axes.axvline(1, color="#444444", linewidth=0.9, linestyle="--")
+    axes.grid(axis="y", visible=False)
