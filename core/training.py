@@ -214,8 +214,8 @@ class CheckpointFiles(TorchCheckpointIO):
             unfinished.replace(path)
             sync(path.parent)
         except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            digest_file(path).unlink(missing_ok=True)
+            for trace in (unfinished, path, digest_file(path)):
+                trace.unlink(missing_ok=True)
             print(
                 f"the checkpoint {path} could not be written ({error}): training goes on, earlier ones are kept, "
                 "the next one is tried in its time",

@@ -1,10 +1,16 @@
 import json
 import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from core.artifacts import Store, content_key, write_atomically
+from core import artifacts
+from core.artifacts import MANIFEST, Store, content_key, damage, sha256, write_atomically
 
 
 def test_the_key_depends_on_content_and_not_on_the_order_of_keys():
@@ -66,3 +72,147 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path: Path, monkeypatch: py
         write_atomically(path, json.dumps({"new": 2}))
     assert json.loads(path.read_text()) == {"old": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+SPEC = {"a": 1}
+
+
+def make(folder: Path) -> None:
+    (folder / "part").mkdir()
+    (folder / "part/x.bin").write_bytes(b"0123456789" * 100)
+    (folder / "y.txt").write_text("y")
+
+
+def test_the_manifest_has_the_size_and_the_hash_of_every_file(tmp_path: Path):
+    folder = Store(tmp_path).put("kind", SPEC, make)
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    assert files == {
+        "part/x.bin": {"bytes": 1000, "sha256": sha256(folder / "part/x.bin")},
+        "y.txt": {"bytes": 1, "sha256": "a1fce4363854ff888cff4b8e7875d600c2682390412a8cf79b37d0b11148b0fa"},
+    }
+    assert damage(folder) is None
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "part/x.bin", 500)
+
+
+def alter(folder: Path) -> None:
+    (folder / "part/x.bin").write_bytes(b"0123456780" * 100)
+
+
+def remove(folder: Path) -> None:
+    (folder / "y.txt").unlink()
+
+
+def cut_manifest(folder: Path) -> None:
+    os.truncate(folder / MANIFEST, 50)
+
+
+def forget_hashes(folder: Path) -> None:
+    (folder / MANIFEST).write_text(json.dumps({"kind": "kind", "spec": SPEC}))
+
+
+def exchange(folder: Path) -> None:
+    other = Store(folder.parents[1]).put("kind", {"a": 2}, make)
+    shutil.rmtree(folder)
+    other.rename(folder)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (truncate, "part/x.bin has 500 bytes where 1,000 were written"),
+        (alter, "part/x.bin is not what was written"),
+        (remove, "y.txt is missing"),
+        (cut_manifest, "cannot be read, or has no hashes"),
+        (forget_hashes, "cannot be read, or has no hashes"),
+        (exchange, "is that of another artifact"),
+    ],
+)
+def test_a_damaged_artifact_is_reported_set_aside_and_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: Callable[[Path], None], message: str
+):
+    store = Store(tmp_path)
+    folder = store.get_or_make("kind", SPEC, make)
+    assert store.has("kind", SPEC)
+    for n in (1, 2):
+        harm(folder)
+        assert not store.has("kind", SPEC) and not store.has("kind", SPEC)
+        assert store.get_or_make("kind", SPEC, make) == folder
+        assert store.has("kind", SPEC) and (folder / "part/x.bin").read_bytes() == b"0123456789" * 100
+        assert (tmp_path / f"kind/{folder.name}.damaged-{n}").is_dir()
+        err = capsys.readouterr().err
+        assert err.count(message) == 1 and f"{folder.name}.damaged-{n}" in err
+
+
+def test_an_artifact_is_read_once_in_a_process_as_long_as_its_files_stay_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    store, calls = Store(tmp_path), []
+    folder = store.put("kind", SPEC, make)
+    monkeypatch.setattr(artifacts, "damage", lambda path: calls.append(path))
+    assert all(store.has("kind", SPEC) for _ in range(3)) and calls == [folder]
+    os.utime(folder / "y.txt", ns=(0, 0))
+    assert store.has("kind", SPEC) and len(calls) == 2
+
+
+def test_all_of_an_artifact_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    synced, replace, fsync = [], Path.replace, os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    def check(path: Path, target: Path) -> Path:
+        if path.is_dir():
+            assert {"x.bin", "y.txt", "part", path.name} <= set(synced)
+            synced.clear()
+        return replace(path, target)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("what a descriptor is of can be read in /proc only")
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(Path, "replace", check)
+    Store(tmp_path).put("kind", SPEC, make)
+    assert synced == ["kind"]
+
+
+def _hold(root: Path, seconds: float) -> None:
+    def make_slowly(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        (root / "begun").touch()
+        time.sleep(seconds)
+
+    Store(root).get_or_make("kind", SPEC, make_slowly)
+
+
+def _begun(root: Path, seconds: float) -> multiprocessing.process.BaseProcess:
+    process = multiprocessing.get_context("spawn").Process(target=_hold, args=(root, seconds))
+    process.start()
+    deadline = time.monotonic() + 60
+    while not (root / "begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+def test_the_lock_of_a_killed_process_is_taken_over_at_once_and_its_half_made_folder_removed(tmp_path: Path):
+    process = _begun(tmp_path, 60)
+    assert len(list((tmp_path / "kind").glob(".*"))) == 1
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    started = time.monotonic()
+    Store(tmp_path).get_or_make("kind", SPEC, make)
+    assert time.monotonic() - started < artifacts.PATIENCE_SECONDS
+    key = content_key(SPEC)
+    assert sorted(path.name for path in (tmp_path / "kind").iterdir()) == [key, f"{key}.lock"]
+
+
+def test_whoever_waits_for_a_lock_says_for_whom(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
+    monkeypatch.setattr(artifacts, "PATIENCE_SECONDS", 0.1)
+    process = _begun(tmp_path, 1)
+    Store(tmp_path).get_or_make("kind", SPEC, make)
+    assert f"waiting for process {process.pid} on " in capsys.readouterr().err
+    assert (Store(tmp_path).path("kind", SPEC) / "half").exists()
+    process.join()

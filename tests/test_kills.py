@@ -32,13 +32,13 @@ METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 SUBJECTS = {**{name: [name] for name in METHODS}, "pair": ["batchtopk", "relu_l1"], "fleet": METHODS}
 TRAINING = ["method.dict_size=64", "method.dead_after_tokens=256", "method.warmup_steps=8", "method.decay_fraction=0.5"]
 STREAM = [
-    "stream.site=resid_pre.1", "stream.n_tokens=3072", "stream.n_ctx=16", "stream.batch_size=64",
+    "stream.site=resid_pre.1", "stream.n_tokens=2048", "stream.n_ctx=16", "stream.batch_size=64",
     "stream.buffer_tokens=512", "stream.rows_per_forward=8", "stream.batches_per_chunk=2",
     "stream.calibration_batches=3", "trainer.checkpoint_every_seconds=1e-9", "trainer.accelerator=cpu",
 ]  # fmt: skip
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["core.fleet", *(f"core.methods.{name}" for name in ("topk", "batchtopk", "jumprelu"))])
+server.set_forkserver_preload(["tests.fork_server"])
 
 Kill = Callable[[BaseProcess], None]
 

@@ -1,0 +1,50 @@
+import os
+import signal
+import threading
+
+import pytest
+
+from core.interrupts import SIGNALS, Deferred, Interrupted, handled_by, stop_at_once
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_an_exception_that_is_no_failure_of_a_part_and_knows_its_exit_code(number: int, code: int):
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="the same command goes on") as stop, handled_by(stop_at_once):
+        os.kill(os.getpid(), number)
+    assert stop.value.exit_code == code and not isinstance(stop.value, Exception)
+    assert signal.getsignal(number) is before
+
+
+def test_the_first_signal_is_noted_and_the_second_one_stops_at_once(capfd: pytest.CaptureFixture[str]):
+    deferred = Deferred()
+    with handled_by(stop_at_once):
+        with pytest.raises(Interrupted), handled_by(deferred):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert deferred.signum == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGINT) is stop_at_once
+    assert "SIGINT: stopping after the current chunk" in capfd.readouterr().err
+
+
+def test_a_signal_that_the_shell_ignores_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with handled_by(stop_at_once):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_outside_the_main_thread_nothing_changes():
+    before, seen = [signal.getsignal(number) for number in SIGNALS], []
+
+    def work() -> None:
+        with handled_by(stop_at_once):
+            seen.extend(signal.getsignal(number) for number in SIGNALS)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == before
