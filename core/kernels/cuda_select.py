@@ -1,0 +1,255 @@
+"""Exact selection of the largest positive pre-activations on a CUDA device.
+
+1. The maximum of every group of columns of a row is made (Triton). If n groups have a maximum >= t, n entries are
+   >= t: the n-th largest maximum is a lower bound that is certain, and close where there are enough groups.
+2. The few entries that reach it are counted group by group and written in row-major order; groups whose maximum is
+   below it are not read again. A sort of these candidates decides.
+3. Where ties or rows of unequal size leave too many candidates, the n-th largest value is found bit by bit instead,
+   four bits in one reading of the matrix, and equal values are taken from the front.
+
+The device is waited for once, between counting and writing. Beside the pre-activations there is one int32 for every
+group (of at least 4 entries, 256 where few are wanted), and a few words for every candidate (at most one entry in
+`ENTRIES_PER_CANDIDATE`) or entry kept.
+
+Values are compared as integers: the bits of a positive fp32 number grow with it. Ties go to the lower row-major
+position, entries <= 0 are never kept, and NaN counts as the largest value, as in `core.kernels.reference`.
+
+Shapes: B rows in the batch, d = d_model, m = dict_size, n = entries wanted, S segments: n entries are wanted of each.
+"""
+
+# A kernel's arguments are pointers and device values, which have no Python type.
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from core.kernels.codes import Support
+from core.kernels.cuda import on_device, pre_activations
+
+GROUPS_PER_ENTRY = 2  # groups for every entry wanted: more give a tighter bound and a longer search for it
+SMALLEST_GROUP, LARGEST_GROUP = 4, 256
+TILE_ENTRIES = 2048  # entries that one program handles at once
+ENTRIES_PER_CANDIDATE = 32  # candidates take about 50 bytes each while they are sorted
+NAN = 0x7FFFFFFF  # the largest key
+
+Selected = tuple[Support, Tensor]
+
+
+def select_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> Selected:
+    """The k largest entries > 0 of every row of x W_enc^T + b_enc, made in bf16: their support and fp32 values."""
+    return topk(pre_activations(x, W_enc, b_enc), k)
+
+
+def select_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> Selected:
+    """The B k largest entries > 0 of the whole matrix x W_enc^T + b_enc, made in bf16."""
+    return batchtopk(pre_activations(x, W_enc, b_enc), k)
+
+
+def topk(z: Tensor, k: int) -> Selected:
+    """The k largest entries > 0 of every row of z `[B, m]`, fp32 or bf16: their support and values in fp32."""
+    return _selected(z, k, z.shape[0])
+
+
+def batchtopk(z: Tensor, k: int) -> Selected:
+    """The B k largest entries > 0 of z `[B, m]`, fp32 or bf16: their support and values in fp32."""
+    return _selected(z, k * z.shape[0], 1)
+
+
+def _selected(z: Tensor, n: int, segments: int) -> Selected:
+    positions, values = largest(z, n, segments)
+    starts = torch.arange(z.shape[0] + 1, device=z.device) * z.shape[1]
+    rows = positions // max(z.shape[1], 1)
+    return Support(
+        rows, positions - starts[rows], (z.shape[0], z.shape[1]), torch.searchsorted(positions, starts)
+    ), values
+
+
+def largest(z: Tensor, n: int, segments: int) -> tuple[Tensor, Tensor]:
+    """The `n` largest entries > 0 of each of `segments` equal parts (blocks of rows) of z `[B, m]`: their row-major
+    positions, int64 and increasing, and their values in fp32."""
+    n = min(n, z.numel() // max(segments, 1))
+    if n == 0:
+        return torch.empty(0, dtype=torch.int64, device=z.device), torch.empty(0, device=z.device)
+    groups = _Groups(z.contiguous(), _group_size(z, n * segments))
+    below = _lower_bound(groups.maxima, n, segments).clamp(min=1) - 1
+    counts, _ = groups.count(below)
+    of_segment = counts.view(segments, -1).sum(1)
+    found, kept = torch.stack([of_segment.sum(), of_segment.clamp(max=n).sum()]).tolist()
+    if found == kept:
+        return groups.write(below, counts, torch.zeros_like(counts), kept)
+    if found > z.numel() // ENTRIES_PER_CANDIDATE:
+        return groups.write(*_exact(groups, n, segments), kept)
+    positions, values = groups.write(below, counts, torch.zeros_like(counts), found)
+    keep = _largest_candidates(values, of_segment, n, kept)
+    return positions[keep], values[keep]
+
+
+def _group_size(z: Tensor, wanted: int) -> int:
+    """Columns in a group, a power of two."""
+    size = SMALLEST_GROUP
+    while size < LARGEST_GROUP and z.numel() >= 2 * size * GROUPS_PER_ENTRY * wanted:
+        size *= 2
+    return size
+
+
+def _lower_bound(maxima: Tensor, n: int, segments: int) -> Tensor:
+    """int32 `[S]`: a key that at least n entries of a segment reach; 0 if there are fewer than n groups."""
+    of_segment = maxima.view(segments, -1)
+    if of_segment.shape[1] < n:
+        return maxima.new_zeros(segments)
+    return of_segment.topk(n, dim=1, sorted=False).values.amin(1)
+
+
+def _largest_candidates(values: Tensor, of_segment: Tensor, n: int, kept: int) -> Tensor:
+    """Which candidates, increasing, are the n largest of their segment; segment s owns `of_segment[s]` of them."""
+    key = values.view(torch.int32).masked_fill(values.isnan(), NAN).long()
+    segment = torch.repeat_interleave(of_segment, output_size=values.numel())
+    order = ((segment << 32) + (NAN - key)).argsort(stable=True)
+    place = torch.arange(values.numel(), device=values.device) - (of_segment.cumsum(0) - of_segment)[segment]
+    return order.where(place < n, values.numel()).sort().values[:kept]
+
+
+def _exact(groups: _Groups, n: int, segments: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The n-th largest key of every segment `[S]` (0 if fewer than n entries are positive), how many entries every
+    group keeps, and how many of these are equal to that key."""
+    last = _nth_largest_key(groups.z, n, segments)
+    counts = groups.count(last)
+    above, equal = (t.view(segments, -1) for t in counts)
+    missing = (n - above.sum(1)).where(last > 0, 0)
+    before = equal.cumsum(1) - equal
+    ties = (missing[:, None] - before).clamp(min=0).minimum(equal).int().view_as(counts[0])
+    return last, counts[0] + ties, ties
+
+
+def _nth_largest_key(z: Tensor, n: int, segments: int) -> Tensor:
+    """int32 `[S]`: the largest key that n entries of the segment reach."""
+    key = torch.zeros(segments, dtype=torch.int32, device=z.device)
+    for shift in range(28, -1, -4):
+        counts = torch.empty(z.shape[0], 16, dtype=torch.int32, device=z.device)
+        with on_device(z):
+            _count_reaching[(z.shape[0],)](
+                z, _of_rows(key, z), counts, z.shape[1], SHIFT=shift, TILE=TILE_ENTRIES // 16
+            )
+        reached = counts.view(segments, -1, 16).sum(1) >= n
+        key += (reached[:, 1:].sum(1) << shift).int()
+    return key
+
+
+def _of_rows(of_segments: Tensor, z: Tensor) -> Tensor:
+    return of_segments.repeat_interleave(z.shape[0] // of_segments.numel(), output_size=z.shape[0])
+
+
+class _Groups:
+    """Groups of `size` neighbouring columns in every row of z `[B, m]`; their largest keys, int32 `[B, groups]`."""
+
+    def __init__(self, z: Tensor, size: int) -> None:
+        self.z, self.size = z, size
+        self.maxima = torch.empty(z.shape[0], triton.cdiv(z.shape[1], size), dtype=torch.int32, device=z.device)
+        self._launch(_maxima)
+
+    def count(self, limits: Tensor) -> tuple[Tensor, Tensor]:
+        """int32 `[B, groups]` twice: how many keys of a group are above, and equal to, the limit `[S]` of its part."""
+        above, equal = torch.empty_like(self.maxima), torch.empty_like(self.maxima)
+        self._launch(_counts, _of_rows(limits, self.z), above, equal)
+        return above, equal
+
+    def write(self, limits: Tensor, counts: Tensor, ties: Tensor, total: int) -> tuple[Tensor, Tensor]:
+        """Positions and values of the `total` entries with keys above the limit `[S]` of their part, and of the first
+        `ties` of every group that are equal to it; these are `counts` in a group."""
+        starts = counts.flatten().cumsum(0) - counts.flatten()
+        positions = torch.empty(total, dtype=torch.int64, device=self.z.device)
+        values = torch.empty(total, dtype=torch.float32, device=self.z.device)
+        if total:
+            self._launch(_entries, _of_rows(limits, self.z), starts, ties, positions, values)
+        return positions, values
+
+    def _launch(self, kernel: Any, *tensors: Tensor) -> None:
+        n_groups, tile = self.maxima.numel(), TILE_ENTRIES // self.size
+        sizes = (n_groups, self.maxima.shape[1], self.z.shape[1])
+        with on_device(self.z):
+            kernel[(triton.cdiv(n_groups, tile),)](self.z, self.maxima, *tensors, *sizes, GROUP=self.size, TILE=tile)
+
+
+@triton.jit
+def _key(z):
+    """int32, larger for a larger value: the bits of a positive fp32 number, 0 for those <= 0, the largest for NaN."""
+    bits = z.to(tl.float32).to(tl.int32, bitcast=True)
+    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFFFFFF, tl.maximum(bits, 0))
+
+
+@triton.jit
+def _place(n_groups, groups_of_row, m, GROUP: tl.constexpr, TILE: tl.constexpr):
+    """Of `TILE` groups: their numbers, their rows `[TILE]`, the row-major positions of their entries and which of them
+    exist `[TILE, GROUP]`."""
+    group = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    row = group // groups_of_row
+    col = (group % groups_of_row * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
+    return group, row, row.to(tl.int64)[:, None] * m + col, (col < m) & (group < n_groups)[:, None]
+
+
+@triton.jit
+def _maxima(z, maxima, n_groups, groups_of_row, m, GROUP: tl.constexpr, TILE: tl.constexpr):
+    group, _, at, real = _place(n_groups, groups_of_row, m, GROUP, TILE)
+    key = _key(tl.load(z + at, mask=real, other=0.0))
+    tl.store(maxima + group, tl.max(key, axis=1), mask=group < n_groups)
+
+
+@triton.jit
+def _counts(z, maxima, limits, above, equal, n_groups, groups_of_row, m, GROUP: tl.constexpr, TILE: tl.constexpr):
+    group, row, at, real = _place(n_groups, groups_of_row, m, GROUP, TILE)
+    limit = tl.load(limits + row, mask=group < n_groups, other=0)
+    top = tl.load(maxima + group, mask=group < n_groups, other=0)
+    real = real & (top >= limit)[:, None]
+    key = _key(tl.load(z + at, mask=real, other=0.0))
+    tl.store(above + group, tl.sum((real & (key > limit[:, None])).to(tl.int32), axis=1), mask=group < n_groups)
+    tl.store(equal + group, tl.sum((real & (key == limit[:, None])).to(tl.int32), axis=1), mask=group < n_groups)
+
+
+@triton.jit
+def _entries(
+    z,
+    maxima,
+    limits,
+    starts,
+    ties,
+    positions,
+    values,
+    n_groups,
+    groups_of_row,
+    m,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    group, row, at, real = _place(n_groups, groups_of_row, m, GROUP, TILE)
+    limit = tl.load(limits + row, mask=group < n_groups, other=0)
+    top = tl.load(maxima + group, mask=group < n_groups, other=0)
+    start = tl.load(starts + group, mask=group < n_groups, other=0)
+    n_ties = tl.load(ties + group, mask=group < n_groups, other=0)
+    real = real & (top >= limit)[:, None]
+    value = tl.load(z + at, mask=real, other=0.0).to(tl.float32)
+    key = _key(value)
+    tie = real & (key == limit[:, None])
+    keep = (real & (key > limit[:, None])) | (tie & (tl.cumsum(tie.to(tl.int32), axis=1) <= n_ties[:, None]))
+    place = start[:, None] + tl.cumsum(keep.to(tl.int32), axis=1) - 1
+    tl.store(positions + place, at, mask=keep)
+    tl.store(values + place, value, mask=keep)
+
+
+@triton.jit
+def _count_reaching(z, keys, counts, m, SHIFT: tl.constexpr, TILE: tl.constexpr):
+    """For one row: how many entries reach key + j 2^SHIFT, j from 0 to 15."""
+    row = tl.program_id(0)
+    digit = tl.arange(0, 16)
+    bound = tl.load(keys + row).to(tl.int64) + (digit.to(tl.int64) << SHIFT)
+    total = tl.zeros((16,), tl.int32)
+    for start in range(0, m, TILE):
+        col = start + tl.arange(0, TILE)
+        key = _key(tl.load(z + row.to(tl.int64) * m + col, mask=col < m, other=0.0)).to(tl.int64)
+        total += tl.sum(((key[None, :] >= bound[:, None]) & (col < m)[None, :]).to(tl.int32), axis=1)
+    tl.store(counts + row * 16 + digit, total)
