@@ -46,13 +46,13 @@ def curves(table: pd.DataFrame, notes: Sequence[str]) -> Figure:
             (points["quartile3"] - points["over_product"]).clip(lower=0),
         ]
         axes.errorbar(points["value"], points["over_product"], yerr=spread, marker="o", capsize=2.5, color=COLOUR)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * points["quartile3"].max())
         axes.set_ylabel("step over encoder product")
         axes.axhline(1, color="#444444", linewidth=0.9, linestyle="--")
         _log_axis(axes, list(points["value"]), label)
     fleets = table[table["axis"] == "n_dictionaries"].sort_values("value")
     panels[-1].plot(fleets["value"], fleets["rows_per_second"], marker="o", color=COLOUR)
-    panels[-1].set_ylim(bottom=0)
+    panels[-1].set_ylim(0, 1.1 * fleets["rows_per_second"].max())
     panels[-1].set_ylabel("rows/s, summed over dictionaries")
     _log_axis(panels[-1], list(fleets["value"]), "dictionaries in the fleet")
     figure.suptitle("\n".join(notes), fontsize=7)

@@ -1,4 +1,4 @@
-"""The figure of bench_train_step: a bar for each implementation, a complete step in multiples of one encoder product."""
+"""The figure of bench_train_step: for each implementation a bar, a complete step over one encoder product."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def bars(table: Mapping[str, Any]) -> Figure:
 def panel(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     ordered = sorted(rows, key=lambda row: row["step over product"])
     values = [row["step over product"] for row in ordered]
-    labels = [f"{row['who']} {row['version']}, {KINDS[row['method']][0]}" for row in ordered]
+    labels = [f"{_name(row)}, {KINDS[row['method']][0]}" for row in ordered]
     places = range(len(ordered))
     below = [max(0.0, row["step over product"] - row["quartile 1"]) for row in ordered]
     above = [max(0.0, row["quartile 3"] - row["step over product"]) for row in ordered]
@@ -59,7 +59,13 @@ def panel(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.annotate(
             f"{value:.2f}", (max(value, row["quartile 3"]), place), (4, 0), textcoords="offset points", va="center"
         )
+    axes.margins(x=0.1)
     axes.set_yticks(places, labels)
     axes.invert_yaxis()
     axes.axvline(1, color="#444444", linewidth=0.9, linestyle="--")
     axes.grid(axis="y", visible=False)
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    named = {OURS: "this project", "dense": f"plain dense PyTorch {row['version']}"}
+    return named.get(row["who"], f"{row['who']} {row['version']}")
