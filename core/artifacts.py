@@ -106,22 +106,20 @@ class Store:
         process left half-made is removed."""
         path = self.path(kind, spec)
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock"), fallback_to_soft=False)
-        holder = path.with_suffix(".holder")
+        file = path.with_suffix(".lock")  # holds the name of its last holder
+        lock = FileLock(file, fallback_to_soft=False)
         try:
             lock.acquire(timeout=PATIENCE_SECONDS)
         except Timeout:
-            who = holder.read_text() if holder.exists() else "another process"
-            print(f"waiting for {who}, which makes {path}", file=sys.stderr)
+            print(f"waiting for {file.read_text() or 'another process'}, which makes {path}", file=sys.stderr)
             lock.acquire()
         try:
             with suppress(OSError):  # a full disk: the lock holds all the same
-                holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+                file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
             for abandoned in path.parent.glob(f".{path.name}.*"):
                 shutil.rmtree(abandoned, ignore_errors=True)
             yield
         finally:
-            holder.unlink(missing_ok=True)
             lock.release()
 
     def put(self, kind: str, spec: Mapping[str, Any], make: Callable[[Path], None]) -> Path:

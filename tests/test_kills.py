@@ -11,18 +11,24 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
+from safetensors import SafetensorError
+from safetensors.torch import load
 
 from core import artifacts, fleet, training
 from core.artifacts import Store
 from core.cells import cell_name
+from core.data.module import ActivationData
 from core.fleet import KIND, Request, train_together
 from core.interrupts import Interrupted, handled_by, stop_at_once
 from core.methods.base import DictionaryMethod
@@ -48,13 +54,14 @@ class Subject:
 
     def __init__(self, folder: Path, cfg: DictConfig, requests: Sequence[Request]) -> None:
         self.folder, self.requests, self.log = folder, list(requests), folder / "log"
+        self.failures = folder / "failures.json"
         self.cfg = OmegaConf.merge(cfg, {"artifacts_dir": str(folder / "store"), "output_dir": str(folder)})
         self.store = Store(folder / "store")
         folder.mkdir(parents=True, exist_ok=True)
 
     def live(self, crash: str | None = None, kill: Kill | None = None) -> int:
         """One life; returns its exit code."""
-        process = server.Process(target=_live, args=(self.requests, self.cfg, self.log, crash))
+        process = server.Process(target=_live, args=(self.requests, self.cfg, self.folder, crash))
         process.start()
         if kill is not None:
             kill(process)
@@ -64,6 +71,7 @@ class Subject:
 
     def live_to_the_end(self) -> None:
         assert self.live() == 0, self.log.read_text()
+        assert json.loads(self.failures.read_text()) == {}
 
     def result(self) -> dict[str, tuple[bytes, dict[str, Any]]]:
         """Bytes of the weights, and what the manifest says of the training but its time, for every dictionary."""
@@ -77,21 +85,22 @@ class Subject:
         return found
 
     def is_clean(self) -> bool:
-        """No checkpoint, temporary file or folder, or holder's name is left."""
-        left = [p.name for p in self.store.root.rglob("*") if p.suffix in (".part", ".ckpt", ".holder")]
+        """No checkpoint and no temporary file or folder is left."""
+        left = [p.name for p in self.store.root.rglob("*") if p.suffix in (".part", ".ckpt")]
         left += [p.name for p in self.store.root.rglob(".*")]
         return not left
 
 
-def _live(requests: list[Request], cfg: DictConfig, log: Path, crash: str | None) -> None:
-    with log.open("a") as file:
+def _live(requests: list[Request], cfg: DictConfig, folder: Path, crash: str | None) -> None:
+    with (folder / "log").open("a") as file:
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     if crash is not None:
         CRASHES[crash]()
     try:
         with handled_by(stop_at_once):
-            assert train_together(requests, cfg) == {}
+            failed = train_together(requests, cfg)
+        (folder / "failures.json").write_text(json.dumps({key: str(error) for key, error in failed.items()}))
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
@@ -196,6 +205,111 @@ def test_a_fleet_killed_at_an_awkward_moment_goes_on_to_the_same_bits(setting: A
     subject.live_to_the_end()
     assert subject.result() == whole("pair")[0]
     assert subject.is_clean()
+
+
+def chunks_trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the chunks that fleets in this process train on from now on."""
+    seen: list[int] = []
+    original = fleet.Fleet.training_step
+
+    def noted(self: fleet.Fleet, chunk: Any, batch_idx: int) -> None:
+        seen.append(batch_idx)
+        original(self, chunk, batch_idx)
+
+    monkeypatch.setattr(fleet.Fleet, "training_step", noted)
+    return seen
+
+
+def test_what_a_killed_fleet_had_not_stored_goes_on_from_its_checkpoint(setting: Any, whole: Any, monkeypatch):
+    subject = setting("pair", "parts")
+    assert subject.live("between two dictionaries") == -signal.SIGKILL
+    stored = [subject.store.has(KIND, request.spec) for request in subject.requests]
+    assert sorted(stored) == [False, True]
+    torch.set_num_threads(1)
+    trained = chunks_trained(monkeypatch)
+    assert train_together([subject.requests[stored.index(False)]], subject.cfg) == {}
+    assert trained == []
+    assert subject.result() == whole("pair")[0] and subject.is_clean()
+
+
+def test_one_dictionary_goes_on_alone_from_where_its_fleet_was_killed(setting: Any, whole: Any, monkeypatch):
+    subject = setting("pair", "narrowed")
+    assert subject.live("in a checkpoint") == -signal.SIGKILL
+    torch.set_num_threads(1)
+    trained = chunks_trained(monkeypatch)
+    for request in subject.requests:
+        assert train_together([request], subject.cfg) == {}
+    assert trained == 2 * list(range(2, 16))
+    assert subject.result() == whole("pair")[0] and subject.is_clean()
+
+
+def test_a_dictionary_that_had_diverged_before_the_kill_has_still_diverged(setting: Any):
+    def with_a_wild_one(place: str) -> Subject:
+        calm = setting("batchtopk", place)
+        wild = replace(calm.requests[0], method={**calm.requests[0].method, "lr": 1e30, "decoder_norm": "none"})
+        return Subject(calm.folder, calm.cfg, [wild, *calm.requests])
+
+    untouched, killed = with_a_wild_one("wild"), with_a_wild_one("wild killed")
+    assert untouched.live() == 0
+    assert killed.live("while storing") == -signal.SIGKILL and killed.live() == 0
+    failures = [json.loads(subject.failures.read_text()) for subject in (untouched, killed)]
+    assert failures[0] == failures[1] and list(failures[0]) == [killed.requests[0].key]
+    calm = [Subject(subject.folder, subject.cfg, subject.requests[1:]) for subject in (untouched, killed)]
+    assert calm[0].result() == calm[1].result()
+
+
+def test_training_neither_uses_nor_changes_the_global_generator(setting: Any, whole: Any):
+    subject = setting("pair", "random")
+    torch.set_num_threads(1)
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    train_together(subject.requests, subject.cfg)
+    assert torch.equal(torch.get_rng_state(), before) and subject.result() == whole("pair")[0]
+
+
+def test_a_method_resumes_exactly_with_lightnings_trainer_and_without_a_fleet(setting: Any, whole: Any, tmp_path: Path):
+    subject = setting("batchtopk", "plain")
+    [request] = subject.requests
+    torch.set_num_threads(1)
+
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 5:
+                raise RuntimeError("the power fails")
+
+    def fit(*callbacks: pl.Callback) -> DictionaryMethod:
+        method: DictionaryMethod = instantiate(request.method)
+        method.n_steps = request.n_batches
+        data = ActivationData(fleet.open_stream(request), request.n_batches, request.stream["batches_per_chunk"])
+        checkpoints = training.Checkpoints(tmp_path, 1e-9)
+        trainer = training.make_trainer(subject.cfg, tmp_path, "plain", data.n_chunks, [checkpoints, *callbacks])
+        checkpoints.fit(trainer, method, data)
+        method.finish([next(data.stream) for _ in range(request.stream["calibration_batches"])])
+        return method
+
+    with pytest.raises(RuntimeError, match="power"):
+        fit(Stop())
+    resumed = fit()
+    [(weights, _)] = whole("batchtopk")[0].values()
+    assert resumed.n_updates == request.n_batches
+    for name, tensor in load(weights).items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def test_a_disk_that_is_full_when_a_dictionary_is_stored_keeps_the_checkpoint(setting: Any, whole: Any, monkeypatch):
+    subject = setting("batchtopk", "full")
+    torch.set_num_threads(1)
+
+    def full(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("core.methods.saved.save_file", full)
+        train_together(subject.requests, subject.cfg)
+    assert list(subject.store.root.rglob("*.ckpt")) and not list((subject.store.root / KIND).glob(".*"))
+    trained = chunks_trained(monkeypatch)
+    assert train_together(subject.requests, subject.cfg) == {} and trained == []
+    assert subject.result() == whole("batchtopk")[0] and subject.is_clean()
 
 
 def survive(subject: Subject, number: int, n_kills: int, seconds: float, seed: str) -> list[float]:
