@@ -120,16 +120,18 @@ def mean_gradients_(parameters: Iterable[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def among_largest(values: Tensor, n: int) -> Tensor:
-    """bool, for each of this rank's values `[c]`, c <= n: whether it is one of the n largest > 0 of all ranks.
+    """bool, for each of this rank's values `[c]`: whether it is one of the n largest > 0 of all ranks.
 
-    Ties go to the lower rank, and within a rank to the value that stands first. NaN counts as the largest.
+    Ties go to the lower rank, and within a rank to the value that stands first. NaN counts as the largest. Where there
+    are more than n values, all are NaN, and the first n are looked at.
     """
     from core.kernels.select import mask_of_largest
 
     padded = values.new_zeros(n)
-    padded[: values.numel()] = values
-    begin = rank() * n
-    return mask_of_largest(all_rows(padded), n)[begin : begin + values.numel()]
+    padded[: values.numel()] = values[:n]
+    begin, mask = rank() * n, torch.zeros_like(values, dtype=torch.bool)
+    mask[:n] = mask_of_largest(all_rows(padded), n)[begin : begin + min(n, values.numel())]
+    return mask
 
 
 def check_equal(tensors: Iterable[Tensor]) -> None:

@@ -223,7 +223,7 @@ def portable(error: Exception) -> Exception:
 
 
 def _ends_with_parent() -> None:
-    sys.stdin.buffer.read()  # returns when the parent has closed its end
+    os.read(0, 1)  # returns when the parent has closed its end; `sys.stdin` would be locked at our own end
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -3,14 +3,15 @@
 import json
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -20,8 +21,8 @@ from core.artifacts import Store
 from core.data.batch import Batch
 from core.errors import NonFiniteLoss, UserError
 from core.fleet import KIND, Request, load_or_train, train_together
-from core.kernels import reference, sparse
-from core.kernels.across import mask_of_batchtopk
+from core.kernels.across import mask_of_batchtopk, select_global_batchtopk
+from core.kernels.select import mask_of_largest
 from core.methods.saved import load_dictionary
 from core.workers import Task, run_tasks
 
@@ -111,17 +112,196 @@ def train_joined(requests: list[Request], cfg: DictConfig) -> None:
         fleet._train(requests, methods, Store(cfg.artifacts_dir), cfg)
 
 
-@pytest.mark.parametrize("n", [2, 3])
-def test_ranks_train_what_one_process_trains_on_the_same_global_batches(setting, n):
+def assert_trained_alike(request: Request, one: DictConfig, other: DictConfig) -> None:
+    """Equal to rounding after a whole training, and counters exactly."""
+    a, b = weights(request, one), weights(request, other)
+    assert a.keys() == b.keys()
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert torch.equal(a["tokens_since_fired"], b["tokens_since_fired"])
+
+
+@pytest.mark.slow
+def test_two_ranks_train_what_one_process_trains_on_the_same_global_batches(setting):
     cfg, request = setting
-    sizes = {"batch_size": 32 * n, "buffer_tokens": 256 * n, "n_tokens": 768 * n}
-    requests = [request(method, n, **sizes) for method in METHODS.values()]
+    requests = [request(method, 2) for method in METHODS.values()]
     assert train_together(requests, cfg("ranks")) == {}
     train_joined(requests, cfg("joined"))
-    for name, one in zip(METHODS, requests, strict=True):
-        a, b = weights(one, cfg("ranks")), weights(one, cfg("joined"))
-        assert a.keys() == b.keys()
-        for part in a:
-            if part == "tokens_since_fired":
-                assert torch.equal(a[part], b[part]), name
-            torch.testing.assert_close(a[part], b[part], rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}, {part}: {m}")
+    for one in requests:
+        assert_trained_alike(one, cfg("ranks"), cfg("joined"))
+
+
+@pytest.mark.slow
+def test_three_ranks_train_what_one_process_trains_on_the_same_global_batches(setting):
+    cfg, request = setting
+    requests = [request(METHODS[name], 3, batch_size=96, buffer_tokens=768) for name in ("batchtopk", "relu_l1")]
+    assert train_together(requests, cfg("ranks")) == {}
+    train_joined(requests, cfg("joined"))
+    for one in requests:
+        assert_trained_alike(one, cfg("ranks"), cfg("joined"))
+
+
+def test_ranks_see_different_rows_which_together_are_all_rows(setting):
+    _, request = setting
+    alone, shared = request(TOPK, 1), request(TOPK, 2, rows_per_forward=4)
+
+    def rows(one: Request, rank: int, n: int) -> set[tuple[int, ...]]:
+        stream = fleet.open_stream(one, rank).rows
+        return {tuple(row.tolist()) for row in stream.next_rows(n)}
+
+    halves = [rows(shared, rank, 12) for rank in range(2)]
+    assert not halves[0] & halves[1] and halves[0] | halves[1] == rows(alone, 0, 24)
+
+
+class ThreadsAsRanks:
+    """Lets every thread of `call` be a rank whose gathering works."""
+
+    def __init__(self, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.n, self.here = n, threading.local()
+        self.slots: list[Tensor] = [torch.empty(0)] * n
+        self.barrier = threading.Barrier(n, timeout=3)
+        monkeypatch.setattr(distributed, "is_active", lambda: True)
+        monkeypatch.setattr(distributed, "n_ranks", lambda: n)
+        monkeypatch.setattr(distributed, "rank", lambda: self.here.rank)
+        monkeypatch.setattr(distributed, "all_rows", self.all_rows)
+
+    def all_rows(self, x: Tensor) -> Tensor:
+        self.slots[self.here.rank] = x
+        self.barrier.wait()
+        joined = torch.cat(self.slots)
+        self.barrier.wait()
+        return joined
+
+    def call(self, function: Callable[[int], Any]) -> list[Any]:
+        def as_rank(rank: int) -> Any:
+            self.here.rank = rank
+            return function(rank)
+
+        with ThreadPoolExecutor(self.n) as threads:
+            return list(threads.map(as_rank, range(self.n)))
+
+
+NAN = float("nan")
+entries = st.sampled_from([-1.0, 0.0, 0.5, 1.0, 1.0, 2.0, 3.0, NAN])
+
+
+@st.composite
+def parts(draw: st.DrawFn) -> list[list[list[float]]]:
+    """[ranks, rows, columns], with ties, and at times NaN or a rank that has nothing positive."""
+    n, n_rows, m = draw(st.integers(2, 3)), draw(st.integers(1, 3)), draw(st.integers(2, 6))
+    matrix = st.lists(st.lists(entries, min_size=m, max_size=m), min_size=n_rows, max_size=n_rows)
+    return draw(st.lists(matrix, min_size=n, max_size=n))
+
+
+@settings(max_examples=60, deadline=None)
+@given(parts(), st.integers(1, 2))
+@example([[[-1.0, -1.0]], [[1.0, 1.0]]], 1)  # a rank without candidates
+@example([[[1.0, 1.0]], [[1.0, 1.0]]], 1)  # ties: the lower rank has them
+@example([[[1.0, -1.0]], [[-1.0, -1.0]]], 2)  # fewer positive than wanted
+@example([[[1.0, 2.0]], [[NAN, 3.0]]], 1)
+def test_ranks_select_what_the_rule_selects_on_the_joined_matrix(values, k):
+    matrices = [torch.tensor(matrix) for matrix in values]
+    joined = torch.cat(matrices)
+    m = joined.shape[1]
+    n_rows = len(matrices[0])
+    bias, no_weights = None, torch.eye(m)
+    z = joined @ no_weights  # a NaN fills its row
+    wanted = mask_of_largest(z.flatten(), k * len(z)).view_as(z)
+
+    def select(rank: int) -> tuple[Tensor, Tensor]:
+        support, kept = select_global_batchtopk(matrices[rank], no_weights, bias, k)
+        mask = torch.zeros(n_rows, m, dtype=torch.bool)
+        mask[support.rows, support.cols] = True
+        own = z[rank * n_rows : (rank + 1) * n_rows]
+        torch.testing.assert_close(kept, own[mask], equal_nan=True)
+        return mask, mask_of_batchtopk(own, k)
+
+    surely = z.isnan().sum() <= k * len(z)  # of more NaNs than are wanted, some are enough
+
+    with pytest.MonkeyPatch.context() as patch:
+        outcomes = ThreadsAsRanks(len(matrices), patch).call(select)
+    for selected in (torch.cat(masks) for masks in zip(*outcomes, strict=True)):
+        assert torch.equal(selected, wanted) if surely else z[selected].isnan().all() and selected.any()
+
+
+def test_without_a_process_group_nothing_is_exchanged():
+    x = torch.tensor([1.0, 2.0])
+    assert distributed.rank() == 0 and distributed.n_ranks() == 1
+    for exchange in (distributed.mean, distributed.minimum, distributed.all_rows):
+        assert torch.equal(exchange(x), x)
+    assert distributed.from_first(lambda: 3) == 3
+
+
+def rank_stopped_after(chunk: int, how: str, rank: int, *arguments: Any) -> dict[str, Exception]:
+    """`train_rank` on a rank where something happens after some chunks."""
+    original = fleet.Fleet.training_step
+
+    def breaking(self: fleet.Fleet, batches: Any, batch_idx: int) -> None:
+        if batch_idx == chunk and how == "FloatingPointError" and rank == 1:
+            raise FloatingPointError("Activations are not finite.")
+        if batch_idx == chunk and how == "SIGTERM" and rank == 1:
+            signal.raise_signal(signal.SIGTERM)  # the others learn of it
+        original(self, batches, batch_idx)
+
+    fleet.Fleet.training_step = breaking  # type: ignore[method-assign]
+    return fleet.train_rank(rank, *arguments)
+
+
+def run_ranks(requests: list[Request], cfg: DictConfig, folder: Path, chunk: int, how: str) -> list[Any]:
+    plain = OmegaConf.to_container(cfg)
+    arguments = (str(folder / f"meeting-{how}"), False, requests, plain)
+    tasks = [
+        Task(f"rank {rank}", "tests.test_distributed:rank_stopped_after", (chunk, how, rank, *arguments))
+        for rank in range(2)
+    ]
+    places = [{"RANK": str(r), "NODE_RANK": str(r), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"} for r in range(2)]
+    return run_tasks(tasks, places, all_or_none=True)
+
+
+@pytest.mark.slow
+def test_ranks_that_are_stopped_go_on_to_the_same_bits(setting, tmp_path, capfd):
+    cfg, request = setting
+    requests = sorted((request(METHODS[name], 2) for name in ("batchtopk", "jumprelu")), key=lambda r: r.key)
+    assert train_together(requests, cfg("whole")) == {}
+    with pytest.raises(Exception, match=r"SIGTERM|143"):
+        run_ranks(requests, cfg("stopped"), tmp_path, 3, "SIGTERM")
+    [checkpoint] = Path(cfg("stopped").artifacts_dir).rglob("*.ckpt")
+    assert int(checkpoint.stem) == 4
+    assert train_together(requests, cfg("stopped")) == {}
+    for one in requests:
+        a, b = weights(one, cfg("whole")), weights(one, cfg("stopped"))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.slow
+def test_what_stops_one_rank_stops_all_and_is_the_error_of_the_training(setting, tmp_path):
+    cfg, request = setting
+    started = time.monotonic()
+    with pytest.raises(FloatingPointError, match="Activations are not finite"):
+        run_ranks([request(TOPK, 2)], cfg("store"), tmp_path, 2, "FloatingPointError")
+    assert time.monotonic() - started < 60
+    wild = request({**TOPK, "lr": 1e30, "decoder_norm": "none"}, 2)
+    with pytest.raises(NonFiniteLoss, match="optimiser step"):
+        load_or_train(wild, cfg("store"))
+
+
+@pytest.mark.parametrize(
+    ("stream", "trainer", "named"),
+    [
+        ({"batch_size": 63, "buffer_tokens": 1008}, {}, ["stream.batch_size", "trainer.devices"]),
+        ({"buffer_tokens": 576, "n_ctx": 64}, {}, ["stream.buffer_tokens", "stream.n_ctx", "trainer.devices"]),
+        ({}, {"processes": 2}, ["trainer.processes", "trainer.devices"]),
+    ],
+)
+def test_settings_that_do_not_fit_several_devices_are_named(setting, stream, trainer, named):
+    cfg, request = setting
+    configuration = cfg("store")
+    configuration.trainer.update(trainer)
+    with pytest.raises(UserError) as error:
+        load_or_train(request(TOPK, 2, **stream), configuration)
+    assert all(word in str(error.value) for word in named)
+
+
+def test_the_number_of_devices_is_a_part_of_what_decides_a_dictionary(setting):
+    _, request = setting
+    assert len({request(TOPK, devices).key for devices in (1, 2, 3)}) == 3
+    assert "devices" not in request(TOPK, 1).spec

@@ -1,0 +1,68 @@
+"""How dictionaries are split over processes, and what each may use."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.errors import UserError
+from core.shares import number_of_processes, slots, split
+
+
+def test_the_dearest_go_first_and_each_to_the_share_that_has_cost_least():
+    assert split({"a": 5, "b": 4, "c": 3, "d": 3, "e": 3}, 2) == [["a", "d"], ["b", "c", "e"]]  # 8 and 10
+
+
+def test_more_processes_than_dictionaries_are_as_many_as_dictionaries():
+    assert split({"a": 1, "b": 9}, 5) == [["b"], ["a"]]
+
+
+def test_what_was_begun_together_goes_on_together_or_in_parts_of_it():
+    costs = dict.fromkeys("abcdef", 1.0)
+    assert split(costs, 2, begun=["ace", "bdf"]) == [["a", "c", "e"], ["b", "d", "f"]]
+    assert split(costs, 1, begun=["ace", "bdf"]) == [["a", "c", "e"], ["b", "d", "f"]]
+    assert split(costs, 2, begun=["abcdef"]) == [["a", "c", "e"], ["b", "d", "f"]]
+    assert split(costs, 2, begun=["abxy"]) == [["a", "b"], ["c", "d", "e", "f"]]
+
+
+@given(
+    st.dictionaries(st.characters(codec="ascii"), st.integers(1, 100), min_size=1),
+    st.integers(1, 6),
+    st.lists(st.sets(st.characters(codec="ascii")), max_size=3),
+)
+def test_every_key_is_in_one_share_and_no_share_is_empty_or_crosses_a_common_checkpoint(costs, n, begun):
+    shares = split(costs, n, begun)
+    assert sorted(key for share in shares for key in share) == sorted(costs)
+    assert all(shares) and len(shares) >= min(n, len(costs))
+    if not begun:
+        assert len(shares) == min(n, len(costs))
+        loads = [sum(costs[key] for key in share) for share in shares]
+        assert max(loads) - min(loads) <= max(costs.values())
+    for share in shares:
+        groups = [set(group) for group in begun if set(group) & set(share)]
+        assert not groups or any(set(share) <= group for group in groups)
+
+
+def test_auto_is_one_process_for_every_gpu_and_one_without(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert number_of_processes("auto", "auto") == 1 and number_of_processes(3, "auto") == 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert number_of_processes("auto", "auto") == 4 and number_of_processes("auto", "cpu") == 1
+
+
+@pytest.mark.parametrize("setting", [0, -1, "two", 1.5, True, None])
+def test_a_number_of_processes_that_is_none_is_named(setting):
+    with pytest.raises(UserError, match=r"trainer\.processes"):
+        number_of_processes(setting, "auto")
+
+
+def test_every_process_sees_one_gpu_of_those_that_this_one_may_use_and_a_part_of_the_threads(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    places = slots(3, "auto")
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == ["5", "GPU-7", "5"]
+    assert all(place["OMP_NUM_THREADS"] == "2" for place in places)
+    assert all("CUDA_VISIBLE_DEVICES" not in place for place in slots(3, "cpu"))
