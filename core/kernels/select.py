@@ -1,9 +1,13 @@
 """Exact selection of the largest positive pre-activations, without ever holding all of them.
 
-The pre-activations are made in blocks of rows that reuse one buffer, and of each block only the few entries survive
-that may be among the largest. On the CPU the survivors are found by comparison with a lower bound that is certain:
-the entries of a block are put in groups, and where n groups have a maximum >= t, n entries are >= t. A partition of
-the survivors then decides exactly. Other devices use `topk` on the whole matrix.
+On the CPU the pre-activations are made in blocks that reuse one buffer, and of each block only the few entries survive
+that may be among the largest. A partition of the survivors then decides exactly. Survivors are found in two ways:
+  by groups   the entries of a block of rows are put in groups: where n groups have a maximum >= t, n entries are >= t,
+              and only groups with such a maximum need be looked into
+  by columns  (BatchTopK on large matrices) the bound is estimated from a few rows, a little too low, and blocks of
+              columns small enough for the cache are compared with it; should fewer than n entries reach it, the
+              estimate was too high, and groups decide instead
+Other devices use `topk` on the whole matrix.
 
 Shapes: B rows in the batch, R rows in a block, d = d_model, m = dict_size, n = entries kept. Ties go to the entry with
 the lower row-major position. Entries <= 0 are never kept; NaN counts as the largest value, so that it is not hidden.
@@ -12,6 +16,7 @@ the lower row-major position. Entries <= 0 are never kept; NaN counts as the lar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +24,10 @@ from torch import Tensor
 
 from core.kernels.codes import Support
 
-BLOCK_ENTRIES = 1 << 24  # pre-activations held at once on the CPU: 64 MiB in fp32
-GROUPS_PER_ENTRY = 2  # groups for every entry wanted: more give a tighter bound and a longer search for it
-LARGEST_GROUP = 64
+BLOCK_ENTRIES = 1 << 24  # pre-activations in a block of rows: 64 MiB in fp32
+CACHED_ENTRIES = 1 << 22  # in a block of columns: 16 MiB
+SAMPLED_ROWS = 64  # from which the bound is estimated
+SAMPLE_MARGIN = 1.25  # entries that the estimated bound should let through, for each one wanted
 POSITIVE = float(np.finfo(np.float32).smallest_subnormal)
 
 Selected = tuple[Support, Tensor]
@@ -64,26 +70,18 @@ def select_above(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tens
 
 def select_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> Selected:
     """The B k largest entries > 0 of the whole matrix x W_enc^T + b_enc."""
-    n = k * x.shape[0]
-    if not _on_cpu(x):
-        return _of_mask(_pre_activations(x, W_enc, b_enc), lambda z: mask_of_largest(z.flatten(), n).view_as(z))
-    index, values = np.empty(0, np.int64), x.new_empty(0).numpy()
-    bound = POSITIVE
-    for first_row, z in _blocks(x, W_enc, b_enc):
-        if _has_nan(z):
-            z = _pre_activations(x, W_enc, b_enc)
-            return _of_mask(z, lambda z: mask_of_largest(z.flatten(), n).view_as(z))
-        matrix = z.numpy()
-        found = np.flatnonzero(matrix >= bound) if values.size >= n else np.empty(0, np.int64)
-        if values.size < n or found.size > n:  # the rows before say too little about this block
-            found = np.flatnonzero(matrix >= max(bound, _lower_bound(z, n)))
-        index = np.concatenate([index, found + first_row * z.shape[1]])
-        values = np.concatenate([values, matrix.ravel()[found]])
-        if values.size >= n:
-            keep = _largest(values, n)
-            index, values = index[keep], values[keep]
-            bound = np.nextafter(values.min(), np.inf, dtype=values.dtype)  # an equal one further down would lose
-    return _support(torch.from_numpy(index), (x.shape[0], W_enc.shape[0])), torch.from_numpy(values)
+    B, m = x.shape[0], W_enc.shape[0]
+    n = k * B
+    found = None
+    if _on_cpu(x):
+        large = B * m > CACHED_ENTRIES and B >= 4 * SAMPLED_ROWS
+        found = _largest_by_columns(x, W_enc, b_enc, n) if large else None
+        found = found or _largest_by_groups(x, W_enc, b_enc, n)
+    if found is None:
+        z = _pre_activations(x, W_enc, b_enc)
+        return _of_mask(z, lambda z: mask_of_largest(z.flatten(), n).view_as(z))
+    index, values = found
+    return _support(torch.from_numpy(index), (B, m)), torch.from_numpy(values)
 
 
 def mask_of_largest(z: Tensor, n: int) -> Tensor:
@@ -142,18 +140,116 @@ def _support(index: Tensor, shape: tuple[int, int]) -> Support:
     return Support(rows, index - starts[rows], shape, offsets)
 
 
+Positions = tuple[np.ndarray, np.ndarray]  # row-major positions, sorted, and the values there
+
+
+def _largest_by_groups(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, n: int) -> Positions | None:
+    """The n largest entries > 0 of x W_enc^T + b_enc; None if there is a NaN."""
+    m = W_enc.shape[0]
+    index, values = np.empty(0, np.int64), x.new_empty(0).numpy()
+    bound = POSITIVE
+    for first_row, z in _blocks(x, W_enc, b_enc):
+        if _has_nan(z):
+            return None
+        groups = Groups.of(z, -(-n // x.shape[0]))
+        found = groups.entries_from(max(bound, groups.reached_by(n)))
+        index = np.concatenate([index, found + first_row * m])
+        values = np.concatenate([values, z.numpy().ravel()[found]])
+        if values.size >= n:
+            keep = _largest(values, n)
+            index, values = index[keep], values[keep]
+            bound = np.nextafter(values.min(), np.inf, dtype=values.dtype)  # an equal one further down would lose
+    return index, values
+
+
+def _largest_by_columns(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, n: int) -> Positions | None:
+    """The same; None also if the estimated bound was too high."""
+    B, m = x.shape[0], W_enc.shape[0]
+    sample = x[:: B // SAMPLED_ROWS].contiguous()
+    z = _pre_activations(sample, W_enc, b_enc)
+    if _has_nan(z):
+        return None
+    wanted = int(SAMPLE_MARGIN * n * len(sample) / B) + 1
+    bound = max(POSITIVE, Groups.of(z, -(-wanted // len(sample))).reached_by(wanted))
+    width = max(1, CACHED_ENTRIES // B)
+    buffer = x.new_empty(B * min(width, m))
+    indices, values = [], []
+    for first in range(0, m, width):
+        W, b = W_enc[first : first + width], None if b_enc is None else b_enc[first : first + width]
+        z = _pre_activations(x, W, b, out=buffer[: B * len(W)].view(B, len(W)))
+        if _has_nan(z):
+            return None
+        found = np.flatnonzero(z.numpy() >= bound)
+        rows, columns = np.divmod(found, len(W))
+        indices.append(rows * m + (columns + first))
+        values.append(z.numpy().ravel()[found])
+    if sum(map(len, values)) < n and bound > POSITIVE:
+        return None
+    index, value = np.concatenate(indices), np.concatenate(values)
+    order = index.argsort(kind="stable")
+    index, value = index[order], value[order]
+    keep = _largest(value, n) if value.size > n else slice(None)
+    return index[keep], value[keep]
+
+
+class Groups(NamedTuple):
+    """The entries of a block of pre-activations z `[R, m]` in groups of columns that stand far apart.
+
+    Column j belongs to group j modulo the number of groups; the last columns, fewer than `size`, to none.
+    """
+
+    z: np.ndarray  # [R, m]
+    maxima: np.ndarray  # [R, g]
+    size: int  # entries in a group
+
+    @classmethod
+    def of(cls, z: Tensor, k: int) -> Groups:
+        """Groups for finding about k entries in every row: larger ones make fewer maxima, but more to look into, and
+        every entry wanted needs two groups or more."""
+        m = z.shape[1]
+        size = 1
+        while (2 * size) ** 2 * k <= 2 * m and m // (2 * size) >= 2 * k:
+            size *= 2
+        n_groups = m // size
+        return cls(z.numpy(), z[:, : n_groups * size].unflatten(1, (size, n_groups)).amax(1).numpy(), size)
+
+    def reached_by(self, n: int) -> float:
+        """A value that at least `n` entries reach; -inf where there are too few to say."""
+        if self.maxima.size < n:
+            return -np.inf
+        return float(np.partition(self.maxima.ravel(), self.maxima.size - n)[self.maxima.size - n])
+
+    def reached_per_row(self, k: int) -> np.ndarray:
+        """`[R, 1]`: values that at least k entries of each row reach; -inf where there are too few to say."""
+        n_groups = self.maxima.shape[1]
+        if n_groups < k:
+            return np.full((len(self.z), 1), -np.inf, self.z.dtype)
+        return np.partition(self.maxima, n_groups - k, axis=1)[:, [n_groups - k]]
+
+    def entries_from(self, bound: float | np.ndarray) -> np.ndarray:
+        """Row-major positions, sorted, of the entries >= bound: a number, or one for each row `[R, 1]`."""
+        m, n_groups = self.z.shape[1], self.maxima.shape[1]
+        rows, first = np.divmod(np.flatnonzero(self.maxima >= bound), n_groups)
+        inside = (rows * m + first)[:, None] + np.arange(self.size) * n_groups
+        least = bound[rows] if isinstance(bound, np.ndarray) else bound
+        found = inside[self.z.ravel()[inside] >= least]
+        if n_groups * self.size < m:
+            rest_rows, rest = np.nonzero(self.z[:, n_groups * self.size :] >= bound)
+            found = np.concatenate([found, rest_rows * m + rest + n_groups * self.size])
+        found.sort()
+        return found
+
+
 def _row_candidates(z: Tensor, k: int) -> np.ndarray:
     """Row-major positions of the k largest entries > 0 of every row of `[R, m]`."""
     n_rows, m = z.shape
-    matrix = z.numpy()
-    maxima = _group_maxima(z, k)
-    bound = np.partition(maxima, maxima.shape[1] - k, axis=1)[:, maxima.shape[1] - k]
-    found = np.flatnonzero(matrix >= np.maximum(bound, POSITIVE)[:, None])
+    groups = Groups.of(z, k)
+    found = groups.entries_from(np.maximum(groups.reached_per_row(k), POSITIVE))
     starts = np.searchsorted(found, np.arange(n_rows + 1) * m)
     surplus = np.flatnonzero(np.diff(starts) > k)
     if surplus.size == 0:
         return found
-    return found[_trim_rows(matrix.ravel()[found], starts, surplus, k)]
+    return found[_trim_rows(groups.z.ravel()[found], starts, surplus, k)]
 
 
 def _trim_rows(values: np.ndarray, starts: np.ndarray, surplus: np.ndarray, k: int) -> np.ndarray:
@@ -169,24 +265,6 @@ def _trim_rows(values: np.ndarray, starts: np.ndarray, surplus: np.ndarray, k: i
     keep = np.ones(values.size, bool)
     keep[where[inside]] = (above | (equal & (equal.cumsum(1) <= missing)))[inside]
     return keep
-
-
-def _lower_bound(z: Tensor, n: int) -> float:
-    """A value that at least `n` entries of `[R, m]` reach; -inf where the block has fewer than `n`."""
-    if z.numel() < n:
-        return -np.inf
-    maxima = _group_maxima(z, -(-n // z.shape[0])).ravel()
-    return float(np.partition(maxima, maxima.size - n)[maxima.size - n])
-
-
-def _group_maxima(z: Tensor, k: int) -> np.ndarray:
-    """Maxima `[R, g]`, g >= k, of groups of columns that stand far apart; the last columns may belong to none."""
-    m = z.shape[1]
-    size = 1
-    while size < LARGEST_GROUP and m // (2 * size) >= GROUPS_PER_ENTRY * k:
-        size *= 2
-    groups = m // size
-    return z[:, : groups * size].unflatten(1, (size, groups)).amax(1).numpy()
 
 
 def _largest(values: np.ndarray, n: int) -> np.ndarray:

@@ -28,7 +28,9 @@ def problems(draw: st.DrawFn) -> dict:
         "k": draw(st.integers(1, m)),
         "bias": draw(st.booleans()),
         "block": draw(st.sampled_from([1, 3 * m, 1 << 24])),
-        "group": draw(st.sampled_from([2, 64])),
+        "cached": draw(st.sampled_from([1, 3 * B, 1 << 22])),
+        "sampled": draw(st.sampled_from([1, 2, 64])),
+        "margin": draw(st.sampled_from([0.1, 1.25, 4.0])),
     }
 
 
@@ -54,7 +56,9 @@ def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
 def test_values_and_all_gradients_equal_dense_autograd(encoder: str, path: str, problem: dict):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(select, "BLOCK_ENTRIES", problem["block"])
-        patch.setattr(select, "LARGEST_GROUP", problem["group"])
+        patch.setattr(select, "CACHED_ENTRIES", problem["cached"])
+        patch.setattr(select, "SAMPLED_ROWS", problem["sampled"])
+        patch.setattr(select, "SAMPLE_MARGIN", problem["margin"])
         found = run(sparse, encoder, problem, path=path)
     assert_equal(found, run(reference, encoder, problem))
 
