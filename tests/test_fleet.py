@@ -1,6 +1,7 @@
 """Dictionaries on demand: alone or together, resumed or not, they come out the same."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +182,120 @@ def test_a_manifest_may_name_only_methods_of_this_project(setting, tmp_path):
             load_dictionary(folder)
     with pytest.raises(UserError, match="no trained dictionary"):
         load_dictionary(tmp_path)
+
+
+def in_processes(cfg: DictConfig, n: int) -> DictConfig:
+    cfg.trainer.processes = n
+    return cfg
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[list[int]]:
+    """Workers whose tasks run here, one after another; gathers how many requests each share has."""
+    shares: list[list[int]] = []
+
+    def run_here(tasks: Any, slots: Any) -> list[Any]:
+        shares.append([len(task.arguments[0]) for task in tasks])
+        outcomes = []
+        for task in tasks:
+            try:
+                outcomes.append(fleet.train_share(*pickle.loads(pickle.dumps(task.arguments))))
+            except Exception as error:
+                outcomes.append(error)
+        return outcomes
+
+    monkeypatch.setattr(fleet, "run_tasks", run_here)
+    return shares
+
+
+@pytest.mark.slow
+def test_a_group_split_over_processes_comes_out_bitwise_as_in_one(setting):
+    cfg, request = setting
+    requests = [request(name) for name in METHODS] + [request("batchtopk", k=8)]
+    prefetch(requests, cfg("one"))
+    prefetch(requests, in_processes(cfg("two"), 2))
+    for one in requests:
+        a, b = weights(one, cfg("one")), weights(one, cfg("two"))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_group_is_split_by_cost_and_only_what_is_missing_is_trained(setting, counted):
+    cfg, request = setting
+    load_or_train(request("topk"), cfg("store"))
+    prefetch([request("topk"), *(request("batchtopk", k=k) for k in (2, 4, 8))], in_processes(cfg("store"), 2))
+    assert counted == [[2, 1]]
+    prefetch([request("topk"), request("batchtopk", k=16)], in_processes(cfg("store"), 2))
+    assert counted == [[2, 1]]  # one is missing, and is trained here
+
+
+def test_more_processes_than_dictionaries_is_said_once_and_uses_one_each(setting, counted, capfd):
+    cfg, request = setting
+    prefetch([request(name) for name in METHODS], in_processes(cfg("store"), 7))
+    assert counted == [[1, 1, 1]]
+    assert capfd.readouterr().err.count("trainer.processes=7: 3 serve") == 1
+
+
+def test_what_fails_in_one_process_is_told_and_leaves_the_others_dictionaries(setting, counted, monkeypatch, capfd):
+    cfg, request = setting
+    original = fleet.train_together
+
+    def one_fails(requests: Any, cfg: DictConfig) -> Any:
+        if any("TopK" in one.method["_target_"] and one.method["k"] == 5 for one in requests):
+            raise RuntimeError("out of memory")
+        return original(requests, cfg)
+
+    monkeypatch.setattr(fleet, "train_together", one_fails)
+    wild = request("topk", lr=1e30, decoder_norm="none")
+    lost, good = request("topk", k=5), request("jumprelu")
+    prefetch([lost, good, wild], in_processes(cfg("store"), 3))
+    store = Store(cfg("store").artifacts_dir)
+    assert store.has(KIND, good.spec) and not store.has(KIND, lost.spec)
+    err = capfd.readouterr().err
+    assert "not trained together: out of memory" in err and "not finite" in err
+    monkeypatch.setattr(fleet, "train_together", original)
+    with pytest.raises(NonFiniteLoss):
+        load_or_train(wild, cfg("store"))  # known to diverge, not tried again
+    load_or_train(lost, cfg("store"))  # its cell trains it alone
+
+
+def test_a_full_disk_in_one_process_ends_the_sweep_after_the_others_have_stored_theirs(setting, counted, monkeypatch):
+    cfg, request = setting
+    full, good = request("topk"), request("jumprelu")
+    put = Store.put
+
+    def refused(self: Store, kind: str, spec: Any, make: Any) -> Path:
+        if spec == full.spec:
+            raise OSError(28, "No space left on device")
+        return put(self, kind, spec, make)
+
+    monkeypatch.setattr(Store, "put", refused)
+    with pytest.raises(OSError, match="No space left"):
+        prefetch([full, good], in_processes(cfg("store"), 2))
+    assert Store(cfg("store").artifacts_dir).has(KIND, good.spec)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
+def test_a_stopped_sweep_goes_on_from_its_checkpoints_with_another_number_of_processes(
+    setting, counted, monkeypatch, before, after
+):
+    cfg, request = setting
+    requests = [request(name) for name in METHODS]
+    prefetch(requests, cfg("whole"))
+    stopped = cfg("stopped")
+    stopped.trainer.checkpoint_every_seconds = 1e-9
+    original = fleet.Fleet.training_step
+
+    def breaking(self: fleet.Fleet, chunk: Any, batch_idx: int) -> None:
+        if batch_idx == 3:
+            raise FloatingPointError
+        original(self, chunk, batch_idx)
+
+    monkeypatch.setattr(fleet.Fleet, "training_step", breaking)
+    prefetch(requests, in_processes(stopped, before))
+    steps = []
+    monkeypatch.setattr(fleet.Fleet, "training_step", lambda self, c, i: steps.append(i) or original(self, c, i))
+    prefetch(requests, in_processes(stopped, after))
+    assert set(steps) == {3, 4, 5}
+    for one in requests:
+        a, b = weights(one, cfg("whole")), weights(one, stopped)
+        assert all(torch.equal(a[name], b[name]) for name in a)
