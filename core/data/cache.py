@@ -112,7 +112,7 @@ class Shards:
             print(f"activation cache: {path} is damaged and will be computed again: {error}", file=sys.stderr)
             return None
         rows, after = (
-            {**about[place], "pending": tensors.pop(f"{place}.pending").clone()} for place in ("rows", "rows_after")
+            {**about[place], "pending": tensors.pop(f"{place}.pending").long()} for place in ("rows", "rows_after")
         )
         return Shard(**tensors, rows=rows, rows_after=after)
 
@@ -150,7 +150,10 @@ class Shards:
             )
 
     def announce(self, n_fills: int, fill_bytes: int) -> None:
-        """Say what `n_fills` shards need on the disk. Raises UserError if that is not allowed, or not there."""
+        """Say what `n_fills` shards need on the disk. Raises UserError if that is not allowed, or not there.
+
+        The text's positions come on top: 8 bytes for each token tokenised ahead, at most 64 documents' (`RowStream`).
+        """
         n_missing = sum(not self.path(fill).is_file() for fill in range(n_fills))
         print(
             f"activation cache {self.folder}: {n_fills} shards of {fill_bytes / 1e6:,.1f} MB = "
@@ -201,7 +204,7 @@ class Shards:
     def _save(self, fill: int, shard: Shard, path: Path) -> None:
         places = {"rows": shard.rows, "rows_after": shard.rows_after}
         tensors = {"x": shard.x, "tokens": shard.tokens.int(), "positions": shard.positions.int()}
-        tensors |= {f"{name}.pending": rows["pending"] for name, rows in places.items()}
+        tensors |= {f"{name}.pending": rows["pending"].int() for name, rows in places.items()}
         plain = {name: {k: v for k, v in rows.items() if k != "pending"} for name, rows in places.items()}
         about = json.dumps({"cache": self.key, "fill": fill, **plain})
         save_file(tensors, path, metadata={"about": about, "sha256": _digest(tensors, about)})
