@@ -167,6 +167,13 @@ def test_pre_activations_are_the_product_in_bf16_and_the_bias_in_fp32(bias: bool
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-6)
 
 
+@here
+def test_the_bias_keeps_all_the_bits_of_fp32():
+    b = torch.randn(50, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 4, 50)
+    found = cuda.pre_activations(torch.zeros(2, 8, device=DEVICE), torch.ones(50, 8, device=DEVICE), b.to(DEVICE))
+    assert torch.equal(found.cpu(), b.expand(2, 50))
+
+
 @st.composite
 def matrices(draw: st.DrawFn) -> tuple[Tensor, int]:
     """Pre-activations and k: with ties, NaN, infinities, few or no positive entries, rows of unequal size."""
@@ -239,6 +246,15 @@ def test_selection_by_hand():
     assert support.rows.tolist() == [0, 0, 0, 1] and support.cols.tolist() == [0, 1, 2, 0]
     support, _ = cuda_select.topk(torch.ones(2, 3, device=DEVICE), 2)
     assert support.rows.tolist() == [0, 0, 1, 1] and support.cols.tolist() == [0, 1, 0, 1]
+
+
+@here
+def test_a_row_with_few_positive_entries_keeps_them_beside_one_full_of_ties():
+    z = torch.stack([-torch.ones(40), torch.ones(40), torch.zeros(40)])
+    z[0, 30] = 2
+    support, values = cuda_select.topk(z.to(DEVICE), 3)
+    assert support.rows.tolist() == [0, 1, 1, 1] and support.cols.tolist() == [30, 0, 1, 2]
+    assert values.tolist() == [2, 1, 1, 1]
 
 
 @here
