@@ -11,6 +11,7 @@ import pytest
 
 from core import artifacts
 from core.artifacts import MANIFEST, Store, content_key, damage, sha256, write_atomically
+from core.interrupts import Interrupted
 
 
 def test_the_key_depends_on_content_and_not_on_the_order_of_keys():
@@ -18,14 +19,15 @@ def test_the_key_depends_on_content_and_not_on_the_order_of_keys():
     assert content_key({"a": 1}) != content_key({"a": 2})
 
 
-def test_a_failed_making_leaves_nothing_behind(tmp_path: Path):
+@pytest.mark.parametrize("error", [OSError("No space left on device"), Interrupted(signal.SIGTERM)])
+def test_a_failed_or_interrupted_making_leaves_nothing_behind(tmp_path: Path, error: BaseException):
     store = Store(tmp_path)
 
     def make(folder: Path) -> None:
         (folder / "half").write_text("half")
-        raise OSError("No space left on device")
+        raise error
 
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(type(error)):
         store.get_or_make("kind", {"a": 1}, make)
     assert not store.has("kind", {"a": 1})
     assert [p for p in (tmp_path / "kind").iterdir() if p.is_dir()] == []

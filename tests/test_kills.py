@@ -141,17 +141,23 @@ CRASHES: dict[str, Callable[[], None]] = {
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory, tiny_model: dict[str, Any], words: Any) -> Any:
-    """(subject's name, part of a folder's name) -> Subject."""
-    root = tmp_path_factory.mktemp("kills")
-    text = root / "words.jsonl"
+def shared(tmp_path_factory: pytest.TempPathFactory, tiny_model: dict[str, Any], words: Any) -> list[str]:
+    """What the command line says in every run: the tiny model, a local text, a short stream."""
+    text = tmp_path_factory.mktemp("text") / "words.jsonl"
     text.write_text("\n".join(json.dumps({"text": t}) for t in words.texts))
     model = [f"model.{key}={'null' if value is None else value}" for key, value in tiny_model.items()]
-    shared = ["experiment=leask_batchtopk", "scale=smoke", "logging=none", "data=local", f"data.path={text}"]
+    data = ["data=local", f"data.path={text}", "model=local", *model]
+    return ["experiment=leask_batchtopk", "scale=smoke", "logging=none", *data, *STREAM]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory, shared: list[str]) -> Any:
+    """(subject's name, part of a folder's name) -> Subject."""
+    root = tmp_path_factory.mktemp("kills")
 
     def cfg(method: str) -> DictConfig:
         few = ["method.k=4", "method.k_aux=16"] if method in ("topk", "batchtopk") else []
-        overrides = [*shared, "model=local", *model, *STREAM, f"method={method}", *TRAINING, *few]
+        overrides = [*shared, f"method={method}", *TRAINING, *few]
         OmegaConf.register_new_resolver("cell", cell_name, replace=True)
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = compose("config", overrides)
@@ -359,3 +365,78 @@ def test_killed_at_twenty_random_moments_everything_comes_out_the_same(
     setting: Any, whole: Any, name: str, number: signal.Signals
 ):
     check_survival(setting, whole, name, number, 20)
+
+
+class CommandLine:
+    """`python run.py` in processes of their own, on one folder of artifacts."""
+
+    def __init__(self, shared: list[str], folder: Path) -> None:
+        self.fixed = [*shared, "evaluation.compat_tokens=256", f"artifacts_dir={folder / 'artifacts'}"]
+        self.folder = folder
+
+    def start(self, log: str, outputs: str, *arguments: str) -> BaseProcess:
+        line = ["run.py", *self.fixed, f"output_dir={self.folder / outputs}", *arguments]
+        process = server.Process(target=_run, args=(line, self.folder / log))
+        process.start()
+        return process
+
+    def finish(self, process: BaseProcess, log: str) -> tuple[int | None, str]:
+        """Exit code and standard error of a run."""
+        process.join(120)
+        return process.exitcode, (self.folder / log).read_text()
+
+    def tell(self, process: BaseProcess, log: str, line: str, number: signal.Signals) -> tuple[int | None, str]:
+        """Send a signal when a line has appeared; the same after that."""
+        while process.is_alive() and not ((self.folder / log).exists() and line in (self.folder / log).read_text()):
+            time.sleep(0.01)
+        os.kill(process.pid or 0, number)
+        return self.finish(process, log)
+
+    def results(self, outputs: str) -> dict[str, dict[str, float]]:
+        found = (self.folder / outputs).rglob("results.json")
+        return {path.parent.name: json.loads(path.read_text())["metrics"] for path in found}
+
+
+def _run(arguments: list[str], log: Path) -> None:
+    import run
+
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv = arguments
+    sys.exit(run.main())
+
+
+@pytest.fixture
+def command_line(shared: list[str], tmp_path: Path) -> CommandLine:
+    return CommandLine(shared, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_told_to_stop_stops_and_the_same_command_goes_on(command_line: CommandLine, tmp_path: Path):
+    code, err = command_line.tell(command_line.start("1", "a"), "1", "shuffle buffer", signal.SIGTERM)
+    assert code == 143 and "the same command goes on" in err and "Traceback" not in err
+    assert command_line.results("a") == {}
+    code, err = command_line.tell(command_line.start("2", "a"), "2", "finished: ", signal.SIGINT)
+    assert code == 130 and "the same command goes on" in err and "Traceback" not in err
+    kept = command_line.results("a")
+    assert 1 <= len(kept) < 3
+    code, err = command_line.finish(command_line.start("3", "a"), "3")
+    assert code == 0 and err.count("finished before, skipped") == len(kept)
+    assert len(command_line.results("a")) == 3 and command_line.results("a").items() >= kept.items()
+    assert not list(tmp_path.rglob("failed.json"))
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_make_each_dictionary_once_and_agree(command_line: CommandLine, tmp_path: Path):
+    first = command_line.start("1", "a", "method=topk,batchtopk")
+    second = command_line.start("2", "b", "method=batchtopk,jumprelu_short")
+    for process, log in ((first, "1"), (second, "2")):
+        code, err = command_line.finish(process, log)
+        assert code == 0, err
+    a, b = command_line.results("a"), command_line.results("b")
+    assert len(a) == len(b) == 2 and len(a.keys() | b.keys()) == 3
+    [shared] = a.keys() & b.keys()
+    assert a[shared] == b[shared]
+    names = [path.name for path in (tmp_path / "artifacts/dictionary").iterdir() if path.is_dir()]
+    assert len(names) == 3 and not any("damaged" in name for name in names)
