@@ -91,14 +91,15 @@ SITE = ("model", "data", "stream.site", "stream.n_ctx", "stream.packing", "strea
 def reference_losses(cfg: DictConfig) -> DownstreamReference:
     """Clean, zero-ablated and mean-ablated losses on the first `evaluation.n_downstream_rows` held-out rows."""
     rows = held_out_rows(cfg)[: cfg.evaluation.n_downstream_rows]
-    return downstream_reference(language_model(cfg), cfg.stream.site, rows, cfg.evaluation.rows_per_batch)
+    keep = cfg.evaluation.keep_activations
+    return downstream_reference(language_model(cfg), cfg.stream.site, rows, cfg.evaluation.rows_per_batch, keep)
 
 
 @once_per(*SITE)
 def compat_reference_losses(cfg: DictConfig) -> DownstreamReference:
     """The same on the first `evaluation.compat_tokens` held-out tokens, in one batch."""
     rows = compat_rows(held_out_rows(cfg), cfg.evaluation.compat_tokens)
-    return downstream_reference(language_model(cfg), cfg.stream.site, rows, len(rows))
+    return downstream_reference(language_model(cfg), cfg.stream.site, rows, len(rows), cfg.evaluation.keep_activations)
 
 
 @once_per(*SITE)

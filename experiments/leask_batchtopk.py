@@ -35,10 +35,11 @@ def run(cfg: DictConfig) -> dict[str, float]:
     method = trained(cfg)
     lm, site, rows = language_model(cfg), cfg.stream.site, held_out_rows(cfg)
     e = cfg.evaluation
+    captured = held_out_activations(cfg)
     evaluation = evaluate_dictionary(
-        method, lm, site, rows, e.n_downstream_rows, e.rows_per_batch, reference_losses(cfg), held_out_activations(cfg)
+        method, lm, site, rows, e.n_downstream_rows, e.rows_per_batch, reference_losses(cfg), captured
     )
-    compat = evaluate_compat(method, lm, site, rows, e.compat_tokens, compat_reference_losses(cfg))
+    compat = evaluate_compat(method, lm, site, rows, e.compat_tokens, compat_reference_losses(cfg), captured)
     save_histogram(evaluation, Path(cfg.cell_folder) / "l0_histogram.parquet")
     kept = ("nmse_token_std_compat", "ce_degradation_compat", "l0_mean_compat")
     return {**evaluation.metrics(), **{name: compat[name] for name in kept}}

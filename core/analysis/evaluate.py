@@ -6,7 +6,7 @@ Shapes: R rows of text, T tokens in a row, d = width of the site, m = dict_size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -33,11 +33,17 @@ class DownstreamReference:
     clean: float
     zero_ablated: float
     mean_ablated: float
+    clean_logits: Tensor | None = None  # [R, T, V]
 
 
 @torch.no_grad()
-def downstream_reference(lm: LanguageModel, site: str, rows: Tensor, rows_per_batch: int) -> DownstreamReference:
-    """Cross-entropies on `rows` `[R, T]`: clean, and with every activation at the site set to zero or to their mean."""
+def downstream_reference(
+    lm: LanguageModel, site: str, rows: Tensor, rows_per_batch: int, keep_logits: bool = False
+) -> DownstreamReference:
+    """Cross-entropies on `rows` `[R, T]`: clean, and with every activation at the site set to zero or to their mean.
+
+    `keep_logits` keeps the clean logits, R T V numbers, and so saves a pass for every dictionary scored.
+    """
     batches = rows.split(rows_per_batch)
     total = torch.zeros(lm.width(site), dtype=torch.float64, device=lm.device)
     for tokens in batches:
@@ -49,7 +55,8 @@ def downstream_reference(lm: LanguageModel, site: str, rows: Tensor, rows_per_ba
         for i, edit in enumerate(edits):
             sums[i] += lm.token_losses(tokens, edit).double().sum()
     clean, zero, mean_ablated = (sums / rows[:, 1:].numel()).tolist()
-    return DownstreamReference(site, rows, mean, clean, zero, mean_ablated)
+    clean_logits = torch.cat([lm.logits(tokens) for tokens in batches]) if keep_logits else None
+    return DownstreamReference(site, rows, mean, clean, zero, mean_ablated, clean_logits)
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,7 @@ def evaluate_dictionaries(
         raise ValueError(f"The reference was made at {reference.site} on other rows or for another site than {site}.")
     with _mode(methods, training=False):
         reconstructions = _reconstruct_rows(methods, lm, site, rows, rows_per_batch, captured)
-        spliced = _splice_rows(methods, lm, site, downstream_rows.split(rows_per_batch))
+        spliced = _splice_rows(methods, lm, reference, rows_per_batch, captured)
     found = {name: Evaluation(*reconstructions[name], spliced[name], reference) for name in methods}
     for name, evaluation in found.items():
         _check_finite(name, site, evaluation)
@@ -149,19 +156,21 @@ def evaluate_compat(
     rows: Tensor,
     n_tokens: int = COMPAT_TOKENS,
     reference: DownstreamReference | None = None,
+    captured: Tensor | None = None,
 ) -> dict[str, float]:
     """The figures as the BatchTopK authors' code takes them: training rule, one batch of `n_tokens` tokens.
 
     BatchTopK then selects its latents over the whole batch, as in training, where `evaluate_dictionary` applies the
-    threshold. Rows beyond `n_tokens` are not looked at. The method's mode and buffers are as before afterwards.
+    threshold. Rows beyond `n_tokens` are not looked at; `captured` are the activations of `rows`, as above. The
+    method's mode and buffers are as before afterwards.
     """
     rows = compat_rows(rows, n_tokens)
     methods = {"": method}
     if reference is None:
         reference = downstream_reference(lm, site, rows, len(rows))
     with _mode(methods, training=True):
-        reconstructions = _reconstruct_rows(methods, lm, site, rows, len(rows))
-        spliced = _splice_rows(methods, lm, site, [rows])
+        reconstructions = _reconstruct_rows(methods, lm, site, rows, len(rows), captured)
+        spliced = _splice_rows(methods, lm, reference, len(rows), captured)
     evaluation = Evaluation(*reconstructions[""], spliced[""], reference)
     _check_finite("", site, evaluation)
     return {f"{name}_compat": value for name, value in evaluation.metrics().items()}
@@ -214,13 +223,21 @@ def _reconstruct_rows(
 
 
 def _splice_rows(
-    methods: Mapping[str, DictionaryMethod], lm: LanguageModel, site: str, batches: Sequence[Tensor]
+    methods: Mapping[str, DictionaryMethod],
+    lm: LanguageModel,
+    reference: DownstreamReference,
+    rows_per_batch: int,
+    captured: Tensor | None = None,
 ) -> dict[str, SplicedSums]:
     sums: dict[str, SplicedSums] = {}
-    for tokens in batches:  # [R, T]
-        clean = lm.logits(tokens)  # [R, T, V]
+    site, rows, clean_logits = reference.site, reference.rows, reference.clean_logits
+    for start in range(0, len(rows), rows_per_batch):
+        here = slice(start, start + rows_per_batch)
+        tokens = rows[here]  # [R, T]
+        x = lm.capture(tokens, site) if captured is None else captured[here]
+        clean = lm.logits_with(x, tokens, site) if clean_logits is None else clean_logits[here]  # [R, T, V]
         for name, method in methods.items():
-            spliced = lm.logits(tokens, Edit(site, method.reconstruct))
+            spliced = lm.logits_with(method.reconstruct(x), tokens, site)
             new = SplicedSums.of(clean, spliced, tokens.to(clean.device))
             sums[name] = sums[name] + new if name in sums else new
     return sums

@@ -1,8 +1,8 @@
 """Encoding and decoding as plain dense autograd: what the sparse kernels have to equal, and the faster choice where
 the dictionary is small or the codes are not sparse.
 
-Shapes: B rows in the batch, d = d_model (or `2, d`, a pair of models), m = dict_size. Ties go to the entry with the lower
-row-major position.
+Shapes: B rows in the batch, d = d_model (or `2, d`, a pair of models), m = dict_size. Ties go to the entry with the
+lower row-major position.
 """
 
 from __future__ import annotations

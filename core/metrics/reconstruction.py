@@ -23,8 +23,18 @@ def token_std_errors(x: Tensor, x_hat: Tensor) -> Tensor:
     cancels in the difference. Averaged over rows this is `nmse_token_std`, the NMSE of Bussmann et al. 2024 (their code
     computes it where a dictionary is trained on such rows). It is not an FVU: no mean of the data set is involved.
     """
-    std = x.double().std(-1) + STD_EPSILON  # [B]
-    return (x.double() - x_hat.double()).square().mean(-1) / std.square()
+    return _standardised(_squared_norms(x.double() - x_hat.double()), x.double())
+
+
+def _standardised(squared_errors: Tensor, x: Tensor) -> Tensor:
+    """|x - x_hat|^2 of each row `[B]` as a mean over coordinates in the standardised space of the row x `[B, d]`."""
+    d = x.shape[-1]
+    std = (_squared_norms(x - x.mean(-1, keepdim=True)) / (d - 1)).sqrt() + STD_EPSILON  # [B]
+    return squared_errors / d / std.square()
+
+
+def _squared_norms(x: Tensor) -> Tensor:
+    return torch.linalg.vecdot(x, x)
 
 
 @dataclass(frozen=True)
@@ -51,15 +61,16 @@ class ReconstructionSums:
             raise ValueError(f"Rows {tuple(x.shape)} and reconstructions {tuple(x_hat.shape)} must both be [B, d].")
         x, x_hat = x.detach().double(), x_hat.detach().double()
         mean = x.mean(0)
-        norm, norm_hat = x.norm(dim=-1), x_hat.norm(dim=-1)  # [B]
+        error, energy = _squared_norms(x - x_hat), _squared_norms(x)  # [B]
+        norm, norm_hat = energy.sqrt(), _squared_norms(x_hat).sqrt()  # [B]
         return cls(
             n_rows=torch.tensor(float(len(x)), dtype=torch.float64, device=x.device),
             mean=mean,
-            spread=(x - mean).square().sum(),
-            error=(x - x_hat).square().sum(),
-            energy=norm.square().sum(),
-            token_std_error=token_std_errors(x, x_hat).sum(),
-            cosine=((x * x_hat).sum(-1) / (norm * norm_hat).clamp_min(TINY)).sum(),
+            spread=_squared_norms(x - mean).sum(),
+            error=error.sum(),
+            energy=energy.sum(),
+            token_std_error=_standardised(error, x).sum(),
+            cosine=(torch.linalg.vecdot(x, x_hat) / (norm * norm_hat).clamp_min(TINY)).sum(),
             l2_ratio=(norm_hat / norm.clamp_min(TINY)).sum(),
         )
 

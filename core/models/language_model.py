@@ -18,7 +18,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.models.loading import Settings, load_pretrained
-from core.models.sites import FAMILIES, Tap, attach, locate, parse_site
+from core.models.sites import FAMILIES, Tap, attach, blocks_skipped, locate, parse_site
 
 HEAD_BYTES = 2**28  # token_losses makes at most this many bytes of fp32 logits at a time
 
@@ -148,6 +148,16 @@ class LanguageModel:
         """`[R, T]` -> `[R, T, V]`, in the model's dtype."""
         with self.edited(edit) if edit else nullcontext():
             return self.model(input_ids=self._checked(tokens), use_cache=False).logits
+
+    @torch.no_grad()
+    def logits_with(self, x: Tensor, tokens: Tensor, site: str) -> Tensor:
+        """Logits `[R, T, V]` with x `[R, T, width]` for the activations at a site. Where they are all that the rest of
+        the model sees (the residual stream), nothing before them is computed."""
+        parsed, edit = parse_site(site, self.n_layers), Edit(site, lambda _: x)
+        if not parsed.on_residual_stream:
+            return self.logits(tokens, edit)
+        with blocks_skipped(self.model, self.family, parsed):
+            return self.logits(tokens, edit)
 
     @torch.no_grad()
     def token_losses(self, tokens: Tensor, edit: Edit | None = None) -> Tensor:

@@ -8,7 +8,8 @@ mlp_hidden.L  the MLP's activated hidden units: the input of its down projection
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -51,6 +52,11 @@ class Site(NamedTuple):
     kind: str
     layer: int
 
+    @property
+    def on_residual_stream(self) -> bool:
+        """Whether the activations there are all that the rest of the model sees of what came before."""
+        return self.kind in ("resid_pre", "resid_post")
+
     def __str__(self) -> str:
         return f"{self.kind}.{self.layer}"
 
@@ -71,6 +77,25 @@ def parse_site(site: str, n_layers: int | None = None) -> Site:
             f"Valid: {', '.join(f'{kind}.L' for kind in SITE_KINDS)}."
         )
     return parsed
+
+
+@contextmanager
+def blocks_skipped(model: nn.Module, model_type: str, site: Site) -> Iterator[None]:
+    """Within, the blocks whose work a site of the residual stream replaces hand on what they are given."""
+    blocks = model.get_submodule(FAMILIES[model_type].blocks)
+    assert isinstance(blocks, nn.ModuleList) and site.on_residual_stream
+    skipped = list(blocks)[: site.layer + (site.kind == "resid_post")]
+    try:
+        for block in skipped:
+            block.forward = _hand_on
+        yield
+    finally:
+        for block in skipped:
+            vars(block).pop("forward", None)
+
+
+def _hand_on(hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+    return hidden_states
 
 
 class Tap(NamedTuple):

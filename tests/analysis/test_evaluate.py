@@ -260,9 +260,12 @@ def test_activations_and_reference_made_before_change_no_figure(tiny_model, word
         grad_clip=1.0, warmup_steps=0, decay_fraction=0.0,
     )  # fmt: skip
     plain = evaluate_dictionary(method, lm, site, rows, 4, 3).metrics()
-    reference = downstream_reference(lm, site, rows[:4], 3)
-    kept = evaluate_dictionary(method, lm, site, rows, 4, 3, reference, lm.capture(rows, site)).metrics()
-    assert kept == pytest.approx(plain, rel=1e-9)
-    first = compat_rows(rows, 64)
-    reference = downstream_reference(lm, site, first, len(first))
-    assert evaluate_compat(method, lm, site, rows, 64, reference) == evaluate_compat(method, lm, site, rows, 64)
+    captured = torch.cat([lm.capture(part, site) for part in rows.split(3)])
+    for keep_logits in (False, True):
+        reference = downstream_reference(lm, site, rows[:4], 3, keep_logits)
+        kept = evaluate_dictionary(method, lm, site, rows, 4, 3, reference, captured).metrics()
+        assert kept == pytest.approx(plain, rel=1e-9)
+        first = compat_rows(rows, 64)
+        reference = downstream_reference(lm, site, first, len(first), keep_logits)
+        compat = evaluate_compat(method, lm, site, rows, 64, reference, captured)
+        assert compat == pytest.approx(evaluate_compat(method, lm, site, rows, 64), rel=1e-5)

@@ -199,6 +199,29 @@ def test_an_identity_edit_leaves_the_logits_exactly_as_they_were(lm, tokens, sit
 
 
 @pytest.mark.parametrize("site", EVERY_SITE)
+def test_logits_with_given_activations_are_those_of_an_edit_that_puts_them_there(lm, tokens, site):
+    x = lm.capture(tokens, site)
+    assert torch.equal(lm.logits_with(x, tokens, site), lm.logits(tokens))
+    assert torch.equal(lm.logits_with(x.cos(), tokens, site), lm.logits(tokens, Edit(site, torch.cos)))
+    assert torch.equal(lm.capture(tokens, site), x)
+
+
+def test_logits_with_a_given_residual_stream_compute_nothing_before_it(lm, tokens):
+    x = lm.capture(tokens, "resid_post.1")
+    blocks = lm.model.get_submodule(FAMILIES[lm.family].blocks)
+    ran = []
+    handles = [
+        child.register_forward_hook(lambda *_, layer=layer: ran.append(layer))
+        for layer, block in enumerate(blocks)
+        for child in block.children()
+    ]
+    lm.logits_with(x, tokens, "resid_post.1")
+    for handle in handles:
+        handle.remove()
+    assert set(ran) == {2}
+
+
+@pytest.mark.parametrize("site", EVERY_SITE)
 def test_an_edit_to_zero_changes_the_logits(lm, tokens, site):
     edited = lm.logits(tokens, Edit(site, torch.zeros_like))
     assert (edited - lm.logits(tokens)).abs().max() > 1e-2
