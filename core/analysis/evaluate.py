@@ -232,7 +232,7 @@ def _splice_rows(
     sums: dict[str, SplicedSums] = {}
     site, rows, clean_logits = reference.site, reference.rows, reference.clean_logits
     for start in range(0, len(rows), rows_per_batch):
-        here = slice(start, start + rows_per_batch)
+        here = slice(start, min(start + rows_per_batch, len(rows)))
         tokens = rows[here]  # [R, T]
         x = lm.capture(tokens, site) if captured is None else captured[here]
         clean = lm.logits_with(x, tokens, site) if clean_logits is None else clean_logits[here]  # [R, T, V]
