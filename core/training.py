@@ -98,6 +98,7 @@ class Checkpoints(Callback):
         self._handlers = ExitStack()
         self._loaded: dict[str, Any] | None = None
         self._started = False
+        self._last_saved = 0  # number of the chunk
 
     def fit(self, trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule) -> None:
         """`trainer.fit` from the newest whole checkpoint, or from the beginning.
@@ -183,10 +184,12 @@ class Checkpoints(Callback):
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write the checkpoint after the current chunk. Nothing where the module ended the training itself."""
-        if trainer.should_stop:
-            return
         # Lightning counts the chunk that just ended as completed only after the callbacks; `ready` counts it already.
-        path = self.folder / f"{trainer.fit_loop.epoch_loop.batch_progress.current.ready:09d}.ckpt"
+        n_chunks = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if trainer.should_stop or n_chunks == self._last_saved:
+            return
+        self._last_saved = n_chunks
+        path = self.folder / f"{n_chunks:09d}.ckpt"
         trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero and path.exists():
             for old in sorted(self.folder.glob("[0-9]*.ckpt"), key=_n_chunks)[: -self.KEPT]:
