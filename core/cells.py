@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 
-UNNAMED_KEYS = ("experiment", "scale", "force", "output_dir", "artifacts_dir")
+UNNAMED_KEYS = (
+    "experiment", "scale", "force", "output_dir", "artifacts_dir", "logging", "cache",
+    "trainer.processes", "trainer.checkpoint_every_seconds",
+)  # fmt: skip
 MAX_NAME_BYTES = 180  # file systems allow 255 for one folder
 
 
@@ -15,9 +18,13 @@ def cell_name(override_dirname: str) -> str:
     `base` if nothing is left. A name too long for a folder ends in a hash of the whole.
     """
     overrides = re.split(r",(?=[^,=]+=)", override_dirname) if override_dirname else []
-    named = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in (*UNNAMED_KEYS, "logging", "cache")]
+    named = [override for override in overrides if not _is_unnamed(override.lstrip("+~").split("=")[0])]
     name = ",".join(named).replace("/", "_") or "base"
     if len(name.encode()) > MAX_NAME_BYTES:
         digest = hashlib.sha256(name.encode()).hexdigest()[:12]
         name = f"{name.encode()[:MAX_NAME_BYTES].decode(errors='ignore')}_{digest}"
     return name
+
+
+def _is_unnamed(key: str) -> bool:
+    return key in UNNAMED_KEYS or key.split(".")[0] in UNNAMED_KEYS

@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, reduce
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from core.artifacts import write_atomically
 
 RESULTS, FAILED = "results.json", "failed.json"
-IGNORED_KEYS = ("force", "output_dir", "artifacts_dir", "logging", "cache", "grid", "cell_folder")
+IGNORED_KEYS = (
+    "force", "output_dir", "artifacts_dir", "logging", "cache", "grid", "cell_folder",
+    "trainer.processes", "trainer.checkpoint_every_seconds",
+)  # fmt: skip
 REPORTED_PACKAGES = ("torch", "pytorch-lightning", "transformers", "datasets", "hydra-core", "numpy", "scikit-learn")
 
 Metrics = Mapping[str, float]
@@ -34,8 +37,11 @@ def comparable(cfg: DictConfig) -> dict[str, Any]:
     """The part of a resolved configuration that decides a cell's numbers."""
     container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert isinstance(container, dict)
-    plain = {str(key): value for key, value in container.items() if key not in IGNORED_KEYS}
-    return json.loads(json.dumps(plain))
+    plain = json.loads(json.dumps(container))
+    for key in IGNORED_KEYS:
+        *parents, last = key.split(".")
+        reduce(lambda node, parent: node.get(parent, {}), parents, plain).pop(last, None)
+    return plain
 
 
 def is_finished(folder: Path, cfg: DictConfig) -> bool:

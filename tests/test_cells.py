@@ -3,9 +3,10 @@ from core.cells import MAX_NAME_BYTES, cell_name
 
 def test_a_name_leaves_out_what_the_path_says_or_what_changes_no_number():
     overrides = (
-        "experiment=leask_batchtopk,logging.logger=none,method=topk,method.k=8,output_dir=/tmp/x,scale=smoke,seed=1"
+        "experiment=leask_batchtopk,logging.logger=none,method=topk,method.k=8,output_dir=/tmp/x,scale=smoke,seed=1,"
+        "trainer.devices=2,trainer.processes=2"
     )
-    assert cell_name(overrides) == "method=topk,method.k=8,seed=1"
+    assert cell_name(overrides) == "method=topk,method.k=8,seed=1,trainer.devices=2"
 
 
 def test_nothing_left_is_the_base_cell():

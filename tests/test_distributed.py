@@ -3,7 +3,6 @@
 import json
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,9 +60,10 @@ STREAM = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def setting(tmp_path: Path, tiny_model: dict[str, Any], words: Any):
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory, tiny_model: dict[str, Any], words: Any):
     """(configuration for a store of its own, request maker)."""
+    tmp_path = tmp_path_factory.mktemp("ranks")
     text = tmp_path / "words.jsonl"
     text.write_text("\n".join(json.dumps({"text": t}) for t in words.texts))
     data = {"_target_": "core.data.local.LocalText", "path": str(text)}
@@ -120,14 +120,21 @@ def assert_trained_alike(request: Request, one: DictConfig, other: DictConfig) -
     assert torch.equal(a["tokens_since_fired"], b["tokens_since_fired"])
 
 
+@pytest.fixture(scope="module")
+def ranks(setting) -> DictConfig:
+    """Every method's dictionary, trained by two ranks without interruption."""
+    cfg, request = setting
+    assert train_together([request(method, 2) for method in METHODS.values()], cfg("ranks")) == {}
+    return cfg("ranks")
+
+
 @pytest.mark.slow
-def test_two_ranks_train_what_one_process_trains_on_the_same_global_batches(setting):
+def test_two_ranks_train_what_one_process_trains_on_the_same_global_batches(setting, ranks):
     cfg, request = setting
     requests = [request(method, 2) for method in METHODS.values()]
-    assert train_together(requests, cfg("ranks")) == {}
     train_joined(requests, cfg("joined"))
     for one in requests:
-        assert_trained_alike(one, cfg("ranks"), cfg("joined"))
+        assert_trained_alike(one, ranks, cfg("joined"))
 
 
 @pytest.mark.slow
@@ -135,9 +142,9 @@ def test_three_ranks_train_what_one_process_trains_on_the_same_global_batches(se
     cfg, request = setting
     requests = [request(METHODS[name], 3, batch_size=96, buffer_tokens=768) for name in ("batchtopk", "relu_l1")]
     assert train_together(requests, cfg("ranks")) == {}
-    train_joined(requests, cfg("joined"))
+    train_joined(requests, cfg("joined three"))
     for one in requests:
-        assert_trained_alike(one, cfg("ranks"), cfg("joined"))
+        assert_trained_alike(one, cfg("ranks"), cfg("joined three"))
 
 
 def test_ranks_see_different_rows_which_together_are_all_rows(setting):
@@ -258,30 +265,31 @@ def run_ranks(requests: list[Request], cfg: DictConfig, folder: Path, chunk: int
 
 
 @pytest.mark.slow
-def test_ranks_that_are_stopped_go_on_to_the_same_bits(setting, tmp_path, capfd):
+def test_ranks_that_are_stopped_go_on_to_the_same_bits(setting, ranks, tmp_path):
     cfg, request = setting
     requests = sorted((request(METHODS[name], 2) for name in ("batchtopk", "jumprelu")), key=lambda r: r.key)
-    assert train_together(requests, cfg("whole")) == {}
     with pytest.raises(Exception, match=r"SIGTERM|143"):
         run_ranks(requests, cfg("stopped"), tmp_path, 3, "SIGTERM")
     [checkpoint] = Path(cfg("stopped").artifacts_dir).rglob("*.ckpt")
     assert int(checkpoint.stem) == 4
     assert train_together(requests, cfg("stopped")) == {}
     for one in requests:
-        a, b = weights(one, cfg("whole")), weights(one, cfg("stopped"))
+        a, b = weights(one, ranks), weights(one, cfg("stopped"))
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.slow
-def test_what_stops_one_rank_stops_all_and_is_the_error_of_the_training(setting, tmp_path):
+def test_what_stops_one_rank_stops_all_and_a_dictionary_that_diverges_stops_alone(setting, ranks, tmp_path):
     cfg, request = setting
-    started = time.monotonic()
     with pytest.raises(FloatingPointError, match="Activations are not finite"):
         run_ranks([request(TOPK, 2)], cfg("store"), tmp_path, 2, "FloatingPointError")
-    assert time.monotonic() - started < 60
     wild = request({**TOPK, "lr": 1e30, "decoder_norm": "none"}, 2)
-    with pytest.raises(NonFiniteLoss, match="optimiser step"):
-        load_or_train(wild, cfg("store"))
+    failed = train_together([wild, request(TOPK, 2)], cfg("store"))
+    assert failed.keys() == {wild.key} and isinstance(failed[wild.key], NonFiniteLoss)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(*(weights(request(TOPK, 2), c).values() for c in (cfg("store"), ranks)), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -294,7 +302,7 @@ def test_what_stops_one_rank_stops_all_and_is_the_error_of_the_training(setting,
 )
 def test_settings_that_do_not_fit_several_devices_are_named(setting, stream, trainer, named):
     cfg, request = setting
-    configuration = cfg("store")
+    configuration = cfg("unfit")
     configuration.trainer.update(trainer)
     with pytest.raises(UserError) as error:
         load_or_train(request(TOPK, 2, **stream), configuration)

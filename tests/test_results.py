@@ -19,6 +19,12 @@ def test_a_finished_cell_is_recognised_by_its_configuration(tmp_path: Path):
     assert not results.is_finished(tmp_path, config(seed=1))
 
 
+def test_how_a_training_is_spread_over_processes_is_no_part_of_its_result_and_over_devices_is(tmp_path: Path):
+    results.run_cell(config(trainer={"processes": "auto", "devices": 1}), tmp_path, lambda cfg: {"a": 1.0})
+    assert results.is_finished(tmp_path, config(trainer={"processes": 4, "devices": 1}))
+    assert not results.is_finished(tmp_path, config(trainer={"processes": "auto", "devices": 2}))
+
+
 def test_a_result_says_where_it_comes_from(tmp_path: Path):
     results.run_cell(config(), tmp_path, lambda cfg: {"a": 1.0})
     record = json.loads((tmp_path / results.RESULTS).read_text())
