@@ -116,6 +116,18 @@ def test_a_signal_ends_with_a_checkpoint_after_the_current_chunk(
     assert resumed.steps == list(range(step + 1, N)) and torch.equal(resumed.w, whole)
 
 
+def test_a_chunk_is_saved_once_also_when_it_is_due_and_the_run_is_told_to_stop(tmp_path: Path, monkeypatch):
+    saved, save = [], training.CheckpointFiles.save_checkpoint
+    monkeypatch.setattr(
+        training.CheckpointFiles,
+        "save_checkpoint",
+        lambda self, c, path, **_: saved.append(path.name) or save(self, c, path),
+    )
+    with pytest.raises(Interrupted):
+        fit(tmp_path / "a", stopped_at(2, stop_with(signal.SIGTERM)))
+    assert saved == ["000000001.ckpt", "000000002.ckpt", "000000003.ckpt"]
+
+
 def test_a_second_signal_stops_at_once(tmp_path: Path):
     with pytest.raises(Interrupted):
         fit(tmp_path / "a", stopped_at(4, stop_with(signal.SIGINT, times=2)), seconds=0)
