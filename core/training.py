@@ -282,7 +282,7 @@ def make_trainer(cfg: DictConfig, folder: Path, name: str, n_batches: int, callb
         devices=1,  # that this process sees; each of several ranks is a node of its own to Lightning
         num_nodes=distributed.n_ranks(),
         strategy=RanksStrategy() if distributed.is_active() else "auto",
-        precision=cfg.trainer.precision,
+        precision=_precision(cfg.trainer.precision),
         max_epochs=1,
         limit_train_batches=n_batches,
         plugins=_environment(),
@@ -309,6 +309,13 @@ def _environment() -> ClusterEnvironment | None:
     if SLURMEnvironment.detect():
         return SLURMEnvironment(auto_requeue=False)  # no hpc_ckpt_*.ckpt
     return None
+
+
+def _precision(name: str) -> Any:
+    """What Lightning is told: it only says how products are made, parameters and moments are fp32 in both cases."""
+    if name not in ("32-true", "bf16-mixed"):
+        raise UserError(f"trainer.precision={name!r} is neither 32-true nor bf16-mixed (products in bf16, on a GPU).")
+    return name
 
 
 def _logger(kind: str, folder: Path, name: str) -> Logger | bool:

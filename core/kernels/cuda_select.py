@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from core.kernels.codes import Support
-from core.kernels.cuda import on_device, pre_activations
+from core.kernels.cuda import on_device
 
 GROUPS_PER_ENTRY = 2  # groups for every entry wanted: more give a tighter bound and a longer search for it
 SMALLEST_GROUP, LARGEST_GROUP = 4, 256
@@ -39,16 +39,6 @@ ENTRIES_PER_CANDIDATE = 32  # candidates take about 50 bytes each while they are
 NAN = 0x7FFFFFFF  # the largest key
 
 Selected = tuple[Support, Tensor]
-
-
-def select_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> Selected:
-    """The k largest entries > 0 of every row of x W_enc^T + b_enc, made in bf16: their support and fp32 values."""
-    return topk(pre_activations(x, W_enc, b_enc), k)
-
-
-def select_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> Selected:
-    """The B k largest entries > 0 of the whole matrix x W_enc^T + b_enc, made in bf16."""
-    return batchtopk(pre_activations(x, W_enc, b_enc), k)
 
 
 def topk(z: Tensor, k: int) -> Selected:

@@ -7,7 +7,7 @@ that may be among the largest. A partition of the survivors then decides exactly
   by columns  (BatchTopK on large matrices) the bound is estimated from a few rows, a little too low, and blocks of
               columns small enough for the cache are compared with it; should fewer than n entries reach it, the
               estimate was too high, and groups decide instead
-Other devices use `topk` on the whole matrix.
+CUDA devices use `core.kernels.cuda_select`, others `topk` on the whole matrix.
 
 Shapes: B rows in the batch, R rows in a block, d = d_model, m = dict_size, n = entries kept. Ties go to the entry with
 the lower row-major position. Entries <= 0 are never kept; NaN counts as the largest value, so that it is not hidden.
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from core.kernels.codes import Support
+from core.kernels.device import in_bf16, triton_kernels
 
 BLOCK_ENTRIES = 1 << 24  # pre-activations in a block of rows: 64 MiB in fp32
 CACHED_ENTRIES = 1 << 22  # in a block of columns: 16 MiB
@@ -36,6 +37,8 @@ Select = Callable[[Tensor, Tensor, Tensor | None], Selected]
 
 def select_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> Selected:
     """The k largest entries > 0 of every row of x W_enc^T + b_enc: their support and values."""
+    if triton := triton_kernels(x):
+        return triton.select.topk(_pre_activations(x, W_enc, b_enc), k)
     if not _on_cpu(x):
         return _of_mask(_pre_activations(x, W_enc, b_enc), lambda z: mask_of_largest(z, k))
     return _of_blocks(x, W_enc, b_enc, lambda z: _row_candidates(z, k), lambda z: mask_of_largest(z, k))
@@ -72,6 +75,8 @@ def select_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> 
     """The B k largest entries > 0 of the whole matrix x W_enc^T + b_enc."""
     B, m = x.shape[0], W_enc.shape[0]
     n = k * B
+    if triton := triton_kernels(x):
+        return triton.select.batchtopk(_pre_activations(x, W_enc, b_enc), k)
     found = None
     if _on_cpu(x):
         large = B * m > CACHED_ENTRIES and B >= 4 * SAMPLED_ROWS
@@ -96,6 +101,10 @@ def mask_of_largest(z: Tensor, n: int) -> Tensor:
 
 
 def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, out: Tensor | None = None) -> Tensor:
+    if in_bf16():
+        triton = triton_kernels(x)
+        assert triton is not None
+        return triton.cuda.pre_activations(x, W_enc, b_enc)
     if b_enc is None:
         return torch.mm(x, W_enc.T, out=out)
     return torch.addmm(b_enc, x, W_enc.T, out=out)

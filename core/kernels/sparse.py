@@ -1,7 +1,7 @@
 """Encoding and decoding with k of m latents: one dense product, everything else on the entries that were kept.
 
 A dense step makes five products of 2 B d m operations (pre-activations, decoding, and their three gradients). Here the
-first is dense, and the rest costs 2 B d k each: sums of scaled rows (`embedding_bag`, on CPU and CUDA) and products
+first is dense, and the rest costs 2 B d k each: sums of scaled rows (`embedding_bag`; Triton on CUDA) and products
 sampled at the support. Pre-activations are not kept for the backward pass. `core.kernels.reference` says the same in
 plain autograd.
 
@@ -23,6 +23,7 @@ from torch.nn.functional import embedding_bag
 from core.kernels import reference
 from core.kernels.across import mask_of_batchtopk, select_global_batchtopk
 from core.kernels.codes import Codes, DenseCodes, SparseCodes, Support
+from core.kernels.device import in_bf16, triton_kernels
 from core.kernels.select import NotSparse, Select, mask_of_largest, select_above, select_topk
 
 # PyTorch says this once for every program that makes a CSR tensor; only `_sampled_product` does here.
@@ -111,8 +112,8 @@ class _Encode(torch.autograd.Function):
     ) -> tuple[Tensor, Support]:
         x_centred = x if centre is None else x - centre
         support, values = select(x_centred, W_enc, b_enc)
-        ctx.support = support
-        ctx.save_for_backward(x_centred, W_enc)
+        ctx.support, ctx.in_bf16 = support, in_bf16()
+        ctx.save_for_backward(_factor(x_centred, ctx.in_bf16), W_enc)
         return values, support
 
     @staticmethod
@@ -125,7 +126,7 @@ class _Encode(torch.autograd.Function):
         wants_x, wants_W, wants_b, wants_centre, _select = ctx.needs_input_grad
         d_x = d_W = d_b = d_centre = None
         if wants_x:
-            d_x = _sums_of_rows(d_values, support.cols, support.offsets, W_enc)
+            d_x = _sums_of_rows(d_values, support.cols, support.offsets, _factor(W_enc, ctx.in_bf16))
         if wants_W:
             d_W = _sums_of_rows(d_by_column, rows, offsets, x_centred)
         if wants_b or wants_centre:
@@ -137,7 +138,8 @@ class _Encode(torch.autograd.Function):
 class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, W_dec: Tensor, support: Support) -> Tensor:
-        ctx.support = support
+        ctx.support, ctx.in_bf16 = support, in_bf16()
+        W_dec = _factor(W_dec, ctx.in_bf16)
         ctx.save_for_backward(values, W_dec)
         return _sums_of_rows(values, support.cols, support.offsets, W_dec)
 
@@ -146,6 +148,7 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         values, W_dec = ctx.saved_tensors
         support: Support = ctx.support
+        d_out = _factor(d_out, ctx.in_bf16)
         d_values = d_W = None
         if ctx.needs_input_grad[0]:
             d_values = _sampled_product(d_out, W_dec, support)
@@ -155,13 +158,22 @@ class _Decode(torch.autograd.Function):
         return d_values, d_W, None
 
 
+def _factor(x: Tensor, to_bf16: bool) -> Tensor:
+    """x as products see it."""
+    return x.bfloat16() if to_bf16 else x
+
+
 def _sums_of_rows(weights: Tensor, index: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
     """out_i = sum of weights_e table[index_e] over e from offsets_i to offsets_{i + 1}."""
+    if triton := triton_kernels(table):
+        return triton.cuda.sums_of_rows(weights, index, offsets, table)
     return embedding_bag(index, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 def _sampled_product(left: Tensor, right: Tensor, support: Support) -> Tensor:
     """`[n]`: left_i . right_j for every entry (i, j) of the support; left `[B, d]`, right `[m, d]`."""
+    if triton := triton_kernels(left):
+        return triton.cuda.sampled_product(left, right, support.rows, support.cols)
     zeros = left.new_zeros(support.cols.numel())
     pattern = torch.sparse_csr_tensor(support.offsets, support.cols, zeros, support.shape, check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()

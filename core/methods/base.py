@@ -22,6 +22,7 @@ from core.data.batch import Batch, InputNorm, Normalisation
 from core.errors import NonFiniteLoss, UserError
 from core.kernels import sparse
 from core.kernels.codes import Codes
+from core.kernels.device import products_in_bf16
 from core.methods.checks import require, require_one_of
 from core.methods.decoder import project_gradient, unit_rows_
 from core.methods.optimizer import ClippingAdam
@@ -168,7 +169,8 @@ class DictionaryMethod(pl.LightningModule, ABC):
         `optimizer.step`."""
         if self.W_enc.dtype != torch.float32:
             raise UserError(f"trainer.precision: parameters must stay in fp32, not {self.W_enc.dtype}; use 32-true.")
-        with torch.autocast(self.W_enc.device.type, enabled=False):
+        kind = self.W_enc.device.type
+        with products_in_bf16(torch.is_autocast_enabled(kind)), torch.autocast(kind, enabled=False):
             if self.n_updates == 0:
                 first = distributed.all_rows(batch.x)
                 self.norm.fit(first)

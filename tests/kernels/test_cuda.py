@@ -19,7 +19,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed (it comes with the CUDA builds of PyTorch)")
 
-from core.kernels import cuda, cuda_select, reference
+from core.kernels import cuda, cuda_select, device, reference, sparse
 from core.kernels.codes import Support
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -257,15 +257,62 @@ def test_a_row_with_few_positive_entries_keeps_them_beside_one_full_of_ties():
     assert values.tolist() == [2, 1, 1, 1]
 
 
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything goes through the Triton kernels, in the interpreter too."""
+    monkeypatch.setattr(device, "_is_served", lambda x: x.dtype != torch.float64)
+
+
 @here
-def test_selection_from_inputs_and_weights_keeps_what_their_product_keeps():
+@pytest.mark.usefixtures("served")
+@pytest.mark.parametrize(("to_bf16", "tolerance"), [(False, 1e-4), (True, 3e-2)])
+@pytest.mark.parametrize("encoder", ["encode_topk", "encode_batchtopk"])
+def test_encoding_decoding_and_all_gradients_equal_dense_autograd(encoder: str, to_bf16: bool, tolerance: float):
     g = torch.Generator().manual_seed(0)
-    x, W, b = (torch.randn(s, generator=g).to(DEVICE) for s in ((5, 8), (40, 8), (40,)))
-    z = cuda.pre_activations(x, W, b)
-    for rule in ("topk", "batchtopk"):
-        support, values = getattr(cuda_select, f"select_{rule}")(x, W, b, 3)
-        assert torch.equal(z[support.rows, support.cols], values)
-        assert torch.equal(support.rows * 40 + support.cols, expected_selection(rule, z, 3)[0])
+    tensors = [torch.randn(s, generator=g) for s in ((9, 24), (70, 24), (70,), (70, 24))]
+    upstream = torch.randn(9, 24, generator=g).to(DEVICE)
+
+    def run(module: Any) -> list[Tensor]:
+        rounded = [t.bfloat16().float() if to_bf16 else t for t in tensors]  # so that both keep the same entries
+        x, W_enc, b_enc, W_dec = (t.to(DEVICE).requires_grad_() for t in rounded)
+        codes = getattr(module, encoder)(x, W_enc, b_enc, 5)
+        x_hat = module.decode(codes, W_dec)
+        (x_hat * upstream).sum().backward()
+        return [t.detach() for t in (codes.dense(), x_hat, x.grad, W_enc.grad, b_enc.grad, W_dec.grad)]
+
+    with device.products_in_bf16(to_bf16):
+        found = run(sparse)
+    for a, b in zip(found, run(reference), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, atol=tolerance * float(b.abs().max()), rtol=0)
+
+
+@here
+@pytest.mark.usefixtures("served")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_training_through_the_kernels_comes_close_to_training_on_the_cpu(precision: str, monkeypatch):
+    from core.data.batch import Batch
+    from core.methods.batchtopk import BatchTopK
+
+    g = torch.Generator().manual_seed(0)
+    atoms = torch.randn(20, 16, generator=g)
+    x = [torch.relu(torch.randn(32, 20, generator=g) - 1) @ atoms for _ in range(4)]
+
+    def losses(on: str, bf16: bool) -> list[float]:
+        method = BatchTopK(
+            d_model=16, dict_size=40, k=3, use_enc_bias=False, threshold_rule="ema", threshold_ema_rate=0.1, aux="r1",
+            aux_coefficient=0.1, k_aux=8, lr=1e-2, betas=(0.9, 0.99), input_norm="token_std", seed=0,
+            decoder_norm="before_step", dead_after_tokens=64, grad_clip=1.0, warmup_steps=0, decay_fraction=0.0,
+            path="sparse",
+        ).to(on)  # fmt: skip
+        optimizer = method.configure_optimizers()
+        with torch.autocast(on, torch.bfloat16, enabled=bf16):
+            return [float(method.update(Batch(b.to(on)), optimizer)["loss"]) for b in x]
+
+    found = losses(DEVICE, precision == "bf16-mixed")
+    monkeypatch.setattr(device, "_is_served", lambda x: False)
+    expected = losses("cpu", False)
+    assert found == pytest.approx(expected, rel=2e-2 if precision == "bf16-mixed" else 1e-4)
 
 
 # ---- at the sizes of a training step; only on a GPU

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from core.errors import UserError
 from core.kernels import reference, select, sparse
 from core.kernels.codes import DenseCodes, SparseCodes
+from core.kernels.device import products_in_bf16
 
 ENCODERS = ("encode_topk", "encode_batchtopk")
 
@@ -215,6 +217,11 @@ def test_codes_agree_with_their_dense_form():
     by_column = codes.support.by_column
     assert by_column.rows.tolist() == [2, 0, 0, 2] and by_column.offsets.tolist() == [0, 1, 2, 2, 4]
     assert codes.values[by_column.order].tolist() == [3, 2, 1, 4]
+
+
+def test_products_in_bf16_are_refused_where_no_kernel_makes_them():
+    with pytest.raises(UserError, match=r"trainer\.precision=bf16-mixed needs a CUDA device"), products_in_bf16(True):
+        sparse.encode_topk(torch.ones(2, 3), torch.ones(8, 3), None, 1)
 
 
 def test_codes_are_differentiable_in_their_values():
