@@ -20,7 +20,7 @@ demo: $(READY) ## the main experiment on the bundled model, then the report: min
 	@status=0; HF_HUB_OFFLINE=1 $(PY) run.py experiment=leask_batchtopk scale=demo || status=$$?; \
 	$(PY) -m reports.compare || status=$$?; exit $$status
 
-test: $(READY) ## the whole test suite
+test: .venv/.triton ## the whole test suite
 	$(PY) -m pytest
 
 test-quick: $(READY) ## the tests that take no more than a few seconds each
@@ -39,6 +39,12 @@ reproduce-all: $(READY) ## all experiments of all papers (SCALE=demo|paper), one
 
 $(PAPERS:%=reproduce-%): reproduce-%: $(READY)
 	@$(call run_each,$(filter $*_%,$(EXPERIMENTS)))
+
+# CUDA builds of PyTorch 2.13 bring this Triton; without one it is installed for the kernels' tests, which interpret them.
+.venv/.triton: $(READY)
+	@$(PY) -c 'import triton' 2>/dev/null || test "$$(uname -sm)" != "Linux x86_64" || \
+		$(PY) -m pip install --quiet --disable-pip-version-check --no-deps triton==3.7.1
+	@touch $@
 
 bench: $(READY) ## all benchmarks (SCALE=demo|paper), then the report; `make peers` first for the other libraries
 	@$(call run_each,$(BENCHMARKS))
