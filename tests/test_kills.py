@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
@@ -42,6 +43,10 @@ STREAM = [
     "stream.buffer_tokens=512", "stream.rows_per_forward=8", "stream.batches_per_chunk=2",
     "stream.calibration_batches=3", "trainer.checkpoint_every_seconds=1e-9", "trainer.accelerator=cpu",
 ]  # fmt: skip
+
+ERROR = 3
+# Exit codes: once its handlers are installed, a process ends as run.py does; before, as Python does.
+KILLED = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15), signal.SIGINT: (130, -2, 1)}
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["tests.fork_server"])
@@ -104,6 +109,9 @@ def _live(requests: list[Request], cfg: DictConfig, folder: Path, crash: str | N
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(ERROR)
 
 
 def die(*_: Any, **__: Any) -> Any:
@@ -318,7 +326,7 @@ def test_a_disk_that_is_full_when_a_dictionary_is_stored_keeps_the_checkpoint(se
     assert subject.result() == whole("batchtopk")[0] and subject.is_clean()
 
 
-def survive(subject: Subject, number: int, n_kills: int, seconds: float, seed: str) -> list[float]:
+def survive(subject: Subject, number: signal.Signals, n_kills: int, seconds: float, seed: str) -> list[float]:
     """Kill `n_kills` times at moments uniform over an uninterrupted life; start again, and again from nothing whenever
     a training has ended. Returns the moments."""
     rng, moments = random.Random(seed), []
@@ -331,8 +339,7 @@ def survive(subject: Subject, number: int, n_kills: int, seconds: float, seed: s
                 os.kill(process.pid or 0, number)
 
         code = subject.live(kill=kill)
-        yield_to = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15), signal.SIGINT: (130, -2)}[signal.Signals(number)]
-        assert code in (0, *yield_to), f"{code} after {moments}, {moment}:\n{subject.log.read_text()}"
+        assert code in (0, *KILLED[number]), f"{code} after {moments}, {moment}:\n{subject.log.read_text()}"
         if code == 0:
             return moments
         moments.append(moment)
