@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from core.analysis.evaluate import Evaluation, evaluate_compat, evaluate_dictionary
+from core.analysis.evaluate import Evaluation, evaluate_compat, evaluate_dictionary, n_compat_rows
 from core.fleet import Request
 from experiments.common import (
     compat_reference_losses,
@@ -24,6 +24,7 @@ from experiments.common import (
 
 def dictionaries(cfg: DictConfig) -> list[Request]:
     """What the fleet trains for this cell."""
+    n_compat_rows(cfg.evaluation.compat_tokens, cfg.evaluation.n_rows, cfg.stream.n_ctx)  # before hours are spent
     return [request(cfg)]
 
 

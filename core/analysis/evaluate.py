@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from core.errors import UserError
 from core.methods.base import DictionaryMethod
 from core.metrics.downstream import SplicedSums
 from core.metrics.reconstruction import ReconstructionSums
@@ -178,10 +179,18 @@ def evaluate_compat(
 
 def compat_rows(rows: Tensor, n_tokens: int = COMPAT_TOKENS) -> Tensor:
     """The first rows `[R, T]` that have `n_tokens` tokens together."""
-    n_rows = n_tokens // rows.shape[1]
-    if not 0 < n_rows <= len(rows):
-        raise ValueError(f"{n_tokens} tokens need {n_rows} rows of {rows.shape[1]} tokens; there are {len(rows)}.")
-    return rows[:n_rows]
+    return rows[: n_compat_rows(n_tokens, *rows.shape)]
+
+
+def n_compat_rows(n_tokens: int, n_rows: int, n_ctx: int) -> int:
+    """How many rows have `n_tokens` tokens together. Raises UserError unless there are so many."""
+    n = n_tokens // n_ctx
+    if not 0 < n <= n_rows:
+        raise UserError(
+            f"evaluation.compat_tokens={n_tokens} needs 1 row or more of {n_ctx} tokens, and at most "
+            f"evaluation.n_rows={n_rows}: raise evaluation.n_rows, or change evaluation.compat_tokens."
+        )
+    return n
 
 
 class _RowSums(NamedTuple):

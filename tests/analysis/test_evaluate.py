@@ -7,6 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from core.analysis.evaluate import downstream_reference, evaluate_compat, evaluate_dictionaries, evaluate_dictionary
 from core.data.batch import InputNorm
 from core.kernels.codes import DenseCodes, SparseCodes
+from core.errors import UserError
 from core.methods.batchtopk import BatchTopK
 from core.models.language_model import Edit, LanguageModel
 
@@ -208,7 +209,7 @@ def test_nan_stops_the_evaluation_and_names_the_dictionary(lm, rows):
 
 
 def test_too_few_rows_for_the_compat_batch_are_refused(lm, rows):
-    with pytest.raises(ValueError, match="there are 24"):
+    with pytest.raises(UserError, match=r"at most evaluation\.n_rows=24"):
         evaluate_compat(toy(), lm, SITE, rows)
 
 
