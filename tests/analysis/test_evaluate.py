@@ -6,8 +6,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from core.analysis.evaluate import downstream_reference, evaluate_compat, evaluate_dictionaries, evaluate_dictionary
 from core.data.batch import InputNorm
-from core.kernels.codes import DenseCodes, SparseCodes
 from core.errors import UserError
+from core.kernels.codes import DenseCodes, SparseCodes
 from core.methods.batchtopk import BatchTopK
 from core.models.language_model import Edit, LanguageModel
 
