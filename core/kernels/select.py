@@ -27,6 +27,7 @@ from core.kernels.device import in_bf16, triton_kernels
 
 BLOCK_ENTRIES = 1 << 24  # pre-activations in a block of rows: 64 MiB in fp32
 CACHED_ENTRIES = 1 << 22  # in a block of columns: 16 MiB
+GATHER_COST = 8  # of an entry looked up on its own, in entries of a matrix that is read through
 SAMPLED_ROWS = 64  # from which the bound is estimated
 SAMPLE_MARGIN = 1.25  # entries that the estimated bound should let through, for each one wanted
 POSITIVE = float(np.finfo(np.float32).smallest_subnormal)
@@ -145,8 +146,8 @@ def _of_mask(z: Tensor, choose: Callable[[Tensor], Tensor]) -> Selected:
 def _support(index: Tensor, shape: tuple[int, int]) -> Support:
     starts = torch.arange(shape[0] + 1, device=index.device) * shape[1]
     offsets = torch.searchsorted(index, starts)
-    rows = torch.repeat_interleave(offsets.diff(), output_size=index.numel())
-    return Support(rows, index - starts[rows], shape, offsets)
+    rows = index // shape[1]
+    return Support(rows, index - rows * shape[1], shape, offsets)
 
 
 Positions = tuple[np.ndarray, np.ndarray]  # row-major positions, sorted, and the values there
@@ -238,7 +239,10 @@ class Groups(NamedTuple):
     def entries_from(self, bound: float | np.ndarray) -> np.ndarray:
         """Row-major positions, sorted, of the entries >= bound: a number, or one for each row `[R, 1]`."""
         m, n_groups = self.z.shape[1], self.maxima.shape[1]
-        rows, first = np.divmod(np.flatnonzero(self.maxima >= bound), n_groups)
+        reached = np.flatnonzero(self.maxima >= bound)
+        if reached.size * self.size * GATHER_COST > self.z.size:
+            return np.flatnonzero(self.z >= bound)
+        rows, first = np.divmod(reached, n_groups)
         inside = (rows * m + first)[:, None] + np.arange(self.size) * n_groups
         least = bound[rows] if isinstance(bound, np.ndarray) else bound
         found = inside[self.z.ravel()[inside] >= least]

@@ -180,7 +180,8 @@ class DictionaryMethod(pl.LightningModule, ABC):
             self.observe(codes)
             terms = self.losses(x, codes)
             loss = torch.stack(list(terms.values())).sum()
-            optimizer.zero_grad(set_to_none=True)
+            for parameter in self.parameters():
+                parameter.grad = None
             loss.backward()
             distributed.mean_gradients_(self.parameters())
         if self.decoder_norm != "none" and self.W_dec.grad is not None:

@@ -31,6 +31,7 @@ def problems(draw: st.DrawFn) -> dict:
         "bias": draw(st.booleans()),
         "block": draw(st.sampled_from([1, 3 * m, 1 << 24])),
         "cached": draw(st.sampled_from([1, 3 * B, 1 << 22])),
+        "gather": draw(st.sampled_from([0, 8])),
         "sampled": draw(st.sampled_from([1, 2, 64])),
         "margin": draw(st.sampled_from([0.1, 1.25, 4.0])),
     }
@@ -60,6 +61,7 @@ def test_values_and_all_gradients_equal_dense_autograd(encoder: str, path: str, 
         patch.setattr(select, "BLOCK_ENTRIES", problem["block"])
         patch.setattr(select, "CACHED_ENTRIES", problem["cached"])
         patch.setattr(select, "SAMPLED_ROWS", problem["sampled"])
+        patch.setattr(select, "GATHER_COST", problem["gather"])
         patch.setattr(select, "SAMPLE_MARGIN", problem["margin"])
         found = run(sparse, encoder, problem, path=path)
     assert_equal(found, run(reference, encoder, problem))
