@@ -56,7 +56,8 @@ _failed_here: dict[tuple[str, str], Exception] = {}  # by store and key: what th
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One dictionary: plain, resolved configurations of the method, the stream, the language model and the text."""
+    """One dictionary: plain, resolved configurations of the method, the stream, the language model and the text. `seed`
+    is that of the stream: which text it draws, and how it shuffles."""
 
     method: dict[str, Any]
     stream: dict[str, Any]

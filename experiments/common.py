@@ -29,7 +29,8 @@ Made = TypeVar("Made")
 def request(cfg: DictConfig) -> Request:
     """The dictionary that a cell's `method`, `stream`, `model` and `data` describe."""
     parts = {key: plain(cfg[key]) for key in ("method", "stream", "model", "data")}
-    return Request(precision=cfg.trainer.precision, seed=cfg.seed, devices=cfg.trainer.devices, **parts)
+    seed = parts["stream"].pop("seed")
+    return Request(precision=cfg.trainer.precision, seed=seed, devices=cfg.trainer.devices, **parts)
 
 
 def trained(cfg: DictConfig) -> DictionaryMethod:

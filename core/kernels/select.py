@@ -92,7 +92,8 @@ def select_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> 
 
 def mask_of_largest(z: Tensor, n: int) -> Tensor:
     """bool mask of the `n` largest entries > 0 along the last axis, on any device."""
-    n = min(n, z.shape[-1])
+    if n >= z.shape[-1]:
+        return ~(z <= 0)
     last = z.topk(n, dim=-1, sorted=False).values
     last = last.where(~last.isnan(), torch.inf).amin(-1, keepdim=True)
     above = ~(z <= last)
@@ -146,7 +147,7 @@ def _of_mask(z: Tensor, choose: Callable[[Tensor], Tensor]) -> Selected:
 def _support(index: Tensor, shape: tuple[int, int]) -> Support:
     starts = torch.arange(shape[0] + 1, device=index.device) * shape[1]
     offsets = torch.searchsorted(index, starts)
-    rows = index // shape[1]
+    rows = torch.repeat_interleave(offsets.diff(), output_size=index.numel())
     return Support(rows, index - rows * shape[1], shape, offsets)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
 from omegaconf import DictConfig, open_dict
 
 from core import results
@@ -25,34 +25,53 @@ class FleetLauncher(BasicLauncher):
     """Runs the cells in this process after a prefetch. Raises UserError at the end if cells failed."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        pending = self._pending(job_overrides)
-        print(f"{len(job_overrides)} cells, {len(pending)} to run", file=sys.stderr)
+        setup_globals()
+        cells = self._compose(job_overrides, initial_job_idx)
+        pending = [cfg for cfg in map(self._pending, cells) if cfg is not None]
+        print(f"{len(cells)} cells, {len(pending)} to run", file=sys.stderr)
         self._prefetch(pending)
         returns: list[JobReturn] = []
-        with cells_bar(len(job_overrides)) as advance:
-            for index, overrides in enumerate(job_overrides, initial_job_idx):
-                returns += super().launch([overrides], index)
+        with cells_bar(len(cells)) as advance:
+            for cell in cells:
+                returns.append(self._run(cell))
                 advance()
         failed = [r for r in returns if r.status != JobStatus.COMPLETED]
         if failed:
             raise CellsFailedError(len(returns), failed)
         return returns
 
-    def _pending(self, job_overrides: Sequence[Sequence[str]]) -> list[DictConfig]:
-        """The configurations of the cells that are not finished yet."""
+    def _compose(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[DictConfig]:
+        """The configuration of every cell, Hydra's own node included. Composing one takes a fifth of a second, so it is
+        done once."""
         assert self.hydra_context is not None and self.config is not None
-        pending = []
-        for index, overrides in enumerate(job_overrides):
-            cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-            with open_dict(cfg):
-                cfg.hydra.job.id = cfg.hydra.job.num = index
-            HydraConfig.instance().set_config(cfg)  # the folder's name is made from the cell's own overrides
-            folder = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
-            with open_dict(cfg):
-                del cfg["hydra"]
-            if cfg.force or not results.is_finished(folder, cfg):
-                pending.append(cfg)
-        return pending
+        cells = []
+        for index, overrides in enumerate(job_overrides, initial_job_idx):
+            cell = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+            with open_dict(cell):
+                cell.hydra.job.id = cell.hydra.job.num = index
+            cells.append(cell)
+        return cells
+
+    @staticmethod
+    def _pending(cell: DictConfig) -> DictConfig | None:
+        """The configuration as the experiment will see it, if the cell is not finished yet."""
+        HydraConfig.instance().set_config(cell)  # the folder's name is made from the cell's own overrides
+        folder = Path(cell.hydra.sweep.dir) / cell.hydra.sweep.subdir
+        cfg = cell.copy()
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return None if results.is_finished(folder, cfg) and not cfg.force else cfg
+
+    def _run(self, cell: DictConfig) -> JobReturn:
+        assert self.hydra_context is not None and self.config is not None and self.task_function is not None
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        return run_job(
+            task_function=self.task_function,
+            config=cell,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+            hydra_context=self.hydra_context,
+        )
 
     @staticmethod
     def _prefetch(pending: list[DictConfig]) -> None:
