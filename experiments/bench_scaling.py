@@ -58,10 +58,10 @@ def one_step(cfg: DictConfig, axis: str, value: int, device: torch.device) -> di
     shape = {**cfg.base, axis: value}
     x = structured_rows(shape["batch_size"], shape["d_model"], cfg.seed).to(device)
     method = built(cfg.step, device, **shape_of(shape))
-    optimizer, batch = method.configure_optimizers(), Batch(x)
+    optimizer = method.configure_optimizers()
     tasks: dict[str, Task] = {
         "product": product(x, shape["dict_size"]),
-        "step": lambda: method.update(batch, optimizer),
+        "step": lambda: method.update(Batch(x), optimizer),
     }
     times = alternate(tasks, device, cfg.repetitions, cfg.warmup)
     ratio = times.ratio("step", "product")
