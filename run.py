@@ -67,12 +67,17 @@ def run_hydra() -> int:
 
     from core.cells import cell_name
     from core.errors import NonFiniteLoss, UserError
+    from core.interrupts import raise_if_interrupted
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us here instead of ending the process
     OmegaConf.register_new_resolver("cell", cell_name, replace=True)
+    mendable = (UserError, NonFiniteLoss, FloatingPointError, OSError, HydraException, OmegaConfBaseException)
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
-    except (UserError, NonFiniteLoss, FloatingPointError, OSError, HydraException, OmegaConfBaseException) as error:
+    except Exception as error:
+        raise_if_interrupted(error)
+        if not isinstance(error, mendable):
+            raise
         cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
         print(f"error: {error}{cause}", file=sys.stderr)
         return 1

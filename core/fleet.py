@@ -39,6 +39,7 @@ from core.data.cache import CachedStream, Shards, fill_spec
 from core.data.module import ActivationData
 from core.data.rows import RowStream
 from core.errors import UserError
+from core.interrupts import raise_if_interrupted
 from core.methods.base import DictionaryMethod
 from core.methods.saved import load_dictionary, save_dictionary
 from core.methods.together import Fleet
@@ -305,6 +306,7 @@ def _build(requests: Sequence[Request]) -> tuple[dict[str, DictionaryMethod], di
             methods[request.key] = instantiate(request.method)
             methods[request.key].n_steps = request.n_batches
         except Exception as error:
+            raise_if_interrupted(error)
             failed[request.key] = error.__cause__ if isinstance(error.__cause__, UserError) else error
     return methods, failed
 

@@ -28,6 +28,17 @@ class Interrupted(BaseException):
         return 128 + self.signum
 
 
+def raise_if_interrupted(error: BaseException) -> None:
+    """Raise the Interrupted that an error came from: cleaning up after one, a library can fail in its turn, and what is
+    heard is the second error alone."""
+    seen: list[BaseException | None] = [error]
+    for one in seen:
+        if isinstance(one, Interrupted):
+            raise one
+        if one is not None:
+            seen += [other for other in (one.__cause__, one.__context__) if other not in seen]
+
+
 def stop_at_once(signum: int, frame: FrameType | None) -> None:
     """The handler for work that leaves nothing half-written wherever it stops."""
     raise Interrupted(signum)

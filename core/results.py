@@ -22,6 +22,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from core.artifacts import write_atomically
+from core.interrupts import raise_if_interrupted
 
 RESULTS, FAILED = "results.json", "failed.json"
 IGNORED_KEYS = (
@@ -76,6 +77,7 @@ def run_cell(cfg: DictConfig, folder: Path, run: Callable[[DictConfig], Metrics]
         write_atomically(folder / RESULTS, json.dumps(record, indent=1))
         (folder / FAILED).unlink(missing_ok=True)
     except Exception as error:
+        raise_if_interrupted(error)
         record = {
             **_provenance(cfg, started),
             "error": type(error).__name__,

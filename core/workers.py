@@ -26,7 +26,7 @@ from types import FrameType
 from typing import Any
 
 from core.errors import NonFiniteLoss, UserError
-from core.interrupts import Interrupted, handled_by, stop_at_once
+from core.interrupts import Interrupted, handled_by, raise_if_interrupted, stop_at_once
 
 ROOT = Path(__file__).parents[1]
 SAID_BY_MESSAGE = (UserError, NonFiniteLoss, FloatingPointError, OSError)
@@ -208,6 +208,7 @@ def _outcome(task: Task) -> Any:
     try:
         return getattr(import_module(module), name)(*task.arguments)
     except Exception as error:
+        raise_if_interrupted(error)
         if not isinstance(error, SAID_BY_MESSAGE):
             traceback.print_exc()
         return portable(error)

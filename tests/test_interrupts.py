@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from core.interrupts import SIGNALS, Deferred, Interrupted, handled_by, stop_at_once
+from core.interrupts import SIGNALS, Deferred, Interrupted, handled_by, raise_if_interrupted, stop_at_once
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -25,6 +25,23 @@ def test_the_first_signal_is_noted_and_the_second_one_stops_at_once(capfd: pytes
             os.kill(os.getpid(), signal.SIGTERM)
         assert signal.getsignal(signal.SIGINT) is stop_at_once
     assert "SIGINT: stopping after the current chunk" in capfd.readouterr().err
+
+
+def test_an_interruption_is_found_behind_the_error_of_a_library_that_cleans_up():
+    def clean_up_badly() -> None:
+        try:
+            try:
+                raise Interrupted(signal.SIGTERM)
+            finally:
+                raise AttributeError("half of an object")
+        except AttributeError as error:
+            raise ValueError("could not be built") from error
+
+    with pytest.raises(ValueError, match="could not be built") as wrong:
+        clean_up_badly()
+    with pytest.raises(Interrupted):
+        raise_if_interrupted(wrong.value)
+    raise_if_interrupted(ValueError("of its own"))
 
 
 def test_a_signal_that_the_shell_ignores_stays_ignored():

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, open_dict
 
 from core import results
 from core.errors import UserError
+from core.interrupts import raise_if_interrupted
 
 
 class FleetLauncher(BasicLauncher):
@@ -65,13 +66,16 @@ class FleetLauncher(BasicLauncher):
     def _run(self, cell: DictConfig) -> JobReturn:
         assert self.hydra_context is not None and self.config is not None and self.task_function is not None
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        return run_job(
+        job = run_job(
             task_function=self.task_function,
             config=cell,
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
             hydra_context=self.hydra_context,
         )
+        if job.status != JobStatus.COMPLETED:
+            raise_if_interrupted(job._return_value)
+        return job
 
     @staticmethod
     def _prefetch(pending: list[DictConfig]) -> None:
