@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -267,22 +268,25 @@ def test_a_complete_cache_is_read_whatever_the_limits(cached):
     take(cached(max_gb=0, keep_free_gb=1e9, lm_allowed=False), 12)
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """Every write beyond 8 kB of a file fails, as on a disk that is full."""
+    """Every write beyond 8 kB of a file fails, as on a disk that is full. Not a fixture: pytest reports before a fixture
+    ends, and its report may be a file longer than that."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_on_a_full_disk_the_run_goes_on_from_the_stream_and_nothing_half_written_remains(
-    cached, live, capsys, small_files
-):
+def test_on_a_full_disk_the_run_goes_on_from_the_stream_and_nothing_half_written_remains(cached, live, capsys):
     stream = cached()
-    assert same(take(stream, 12), take(live(), 12))
+    with small_files():
+        batches = take(stream, 12)
+    assert same(batches, take(live(), 12))
     assert capsys.readouterr().err.count("could not be written") == 1
     assert {path.name for path in stream.shards.folder.iterdir()} <= {MANIFEST, "write.lock"}
 
