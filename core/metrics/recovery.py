@@ -1,0 +1,136 @@
+"""How well codes and dictionaries are recovered: the mean correlation coefficient (MCC) and what it is by chance.
+
+Shapes: n samples, P and Q columns (codes or atoms), N true codes, M observed dimensions; `...` are runs. Everything is
+computed in float64 on the CPU. A run with a NaN or an infinity in it gets NaN, the others keep their values.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeVar
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from core.data.sparse_codes import SparseCodes
+from core.errors import UserError
+from core.seeding import derived_seed, generator
+
+Kind = Literal["pearson", "cosine"]
+Number = TypeVar("Number", float, Tensor)
+VARIANCE_FLOOR = 1e-12  # a column below it is constant (Pearson) or zero (cosine) and correlates 0 with everything
+
+
+def correlations(A: Tensor, B: Tensor, kind: Kind = "pearson") -> Tensor:
+    """Correlation of every column of A `[..., n, P]` with every column of B `[..., n, Q]`: `[..., P, Q]`, signed.
+
+    `pearson` is the cosine of centred columns, `cosine` that of the columns as they are. A column whose variance (for
+    `cosine`: mean square) is below 1e-12 correlates 0 with everything.
+    Raises UserError for empty input, different n, or fewer than 2 samples with `pearson`.
+    """
+    return (_standardised(A, B, kind).mT @ _standardised(B, A, kind)).clamp_(-1, 1)
+
+
+def mcc(S: Tensor, S_hat: Tensor, kind: Kind = "pearson") -> Tensor:
+    """Mean over S's columns `[..., n, P]` of |correlation| with the matched column of S_hat `[..., n, Q]`: `[...]`.
+
+    Columns are matched one to one so that the sum is largest (Hungarian algorithm). With Q < P the columns of S that
+    find no partner count 0; with Q > P the surplus columns of S_hat are left out. `pearson` is O'Neill et al. 2025,
+    eq. 7; `cosine` is SAELens's `mean_correlation_coefficient`.
+    Raises UserError as `correlations` does.
+    """
+    C = correlations(S, S_hat, kind).abs()  # [..., P, Q]
+    flat = [_largest_sum(c) for c in C.flatten(0, -3)] if C.ndim > 2 else [_largest_sum(C)]
+    return torch.tensor(flat, dtype=torch.float64).reshape(C.shape[:-2]) / C.shape[-2]
+
+
+def dictionary_mcc(D: Tensor, D_hat: Tensor, kind: Kind = "pearson") -> Tensor:
+    """MCC of the atoms D `[..., N, M]` and D_hat `[..., N', M]` with the M coordinates as samples: `[...]`.
+
+    High by chance, see `chance_dictionary_mcc`; with M = 2, |Pearson| is 1 for any two atoms and says nothing.
+    """
+    return mcc(D.mT, D_hat.mT, kind)
+
+
+def unmatched_correlation(S: Tensor, S_hat: Tensor) -> Tensor:
+    """Mean over i of the signed Pearson correlation of S[..., i] and S_hat[..., i], both `[..., n, N]`: `[...]`.
+
+    For codes whose order is known (O'Neill et al. 2025, known sparse codes): no matching, no absolute value.
+    Raises UserError as `correlations` does, and for different widths.
+    """
+    if S.shape[-1] != S_hat.shape[-1]:
+        raise UserError(
+            f"Codes of equal index are compared, but there are {S.shape[-1]} true and {S_hat.shape[-1]} codes."
+        )
+    product = _standardised(S, S_hat, "pearson") * _standardised(S_hat, S, "pearson")
+    return product.sum(-2).clamp_(-1, 1).mean(-1)
+
+
+def chance_dictionary_mcc(N: int, M: int, kind: Kind = "pearson", n_draws: int = 20, seed: int = 0) -> float:
+    """Mean dictionary MCC of two independent dictionaries of N unit-norm Gaussian atoms in M dimensions."""
+    _at_least_1(N=N, M=M, n_draws=n_draws)
+    g = generator(seed, "chance", "dictionary")
+    total = 0.0
+    for _ in range(n_draws):
+        D, other = (normalize(torch.randn(N, M, generator=g), dim=1) for _ in range(2))
+        total += dictionary_mcc(D, other, kind).item()
+    return total / n_draws
+
+
+def chance_latent_mcc(
+    N: int,
+    M: int,
+    K: int,
+    zipf_alpha: float | None = None,
+    kind: Kind = "pearson",
+    n_samples: int = 1024,
+    n_draws: int = 20,
+    seed: int = 0,
+) -> float:
+    """Mean latent MCC of untrained encoders ReLU(X W), W `[M, N]` uniform within +-1 / sqrt(M) (torch's Linear)."""
+    _at_least_1(n_samples=n_samples, n_draws=n_draws)
+    source, g = SparseCodes(N, M, K, zipf_alpha), generator(seed, "chance", "latent")
+    total = 0.0
+    for draw in range(n_draws):
+        S = source.codes(n_samples, g)
+        W = torch.empty(M, N).uniform_(-(M**-0.5), M**-0.5, generator=g)
+        S_hat = (S @ source.dictionary(derived_seed(seed, "chance", draw)) @ W).relu()
+        total += mcc(S, S_hat, kind).item()
+    return total / n_draws
+
+
+def chance_corrected(value: Number, chance: float) -> Number:
+    """(MCC - chance) / (1 - chance): 0 at chance, 1 at perfect recovery; NaN where chance itself is 1."""
+    return (value - chance) / (1 - chance) if chance < 1 else value * math.nan
+
+
+def _standardised(A: Tensor, other: Tensor, kind: Kind) -> Tensor:
+    """A's columns centred (`pearson`) and scaled to unit norm, float64; constant columns become 0."""
+    n, least = A.shape[-2], 2 if kind == "pearson" else 1
+    if kind not in ("pearson", "cosine"):
+        raise UserError(f"kind: {kind!r} must be pearson or cosine.")
+    if n != other.shape[-2]:
+        raise UserError(f"Correlations need the same samples on both sides, not {n} and {other.shape[-2]}.")
+    if n < least or 0 in A.shape:
+        raise UserError(f"kind: {kind} correlations need {least} samples and 1 column, not shape {tuple(A.shape)}.")
+    A = A.detach().to("cpu", torch.float64)
+    if kind == "pearson":
+        A = A - A.mean(-2, keepdim=True)
+    square = A.square().sum(-2, keepdim=True)
+    return torch.where(square < VARIANCE_FLOOR * n, 0.0, A / square.sqrt())
+
+
+def _largest_sum(C: Tensor) -> float:
+    """The largest sum over one-to-one pairs of rows and columns of C `[P, Q]`; NaN if there is one in C."""
+    if C.isnan().any():
+        return math.nan
+    rows, columns = linear_sum_assignment(C.numpy(), maximize=True)
+    return C[rows, columns].sum().item()
+
+
+def _at_least_1(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise UserError(f"{name}: {value} must be at least 1.")
