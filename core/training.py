@@ -37,12 +37,14 @@ from core.interrupts import Deferred, Interrupted, handled_by
 class TokenProgress(Callback):
     """A bar over the tokens of one training: rate, time left, and whatever was logged with `prog_bar=True`.
 
-    Where standard error is not a terminal it says one line every `quiet_seconds` instead.
+    Where standard error is not a terminal it says one line every `quiet_seconds` instead. `unit`: what is counted.
     """
 
-    def __init__(self, title: str, n_tokens: int, tokens_per_batch: int, quiet_seconds: float) -> None:
+    def __init__(
+        self, title: str, n_tokens: int, tokens_per_batch: int, quiet_seconds: float, unit: str = "tokens"
+    ) -> None:
         self.title, self.n_tokens, self.tokens_per_batch = title, n_tokens, tokens_per_batch
-        self.quiet_seconds = quiet_seconds
+        self.quiet_seconds, self.unit = quiet_seconds, unit
         self.bar: Progress | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -61,7 +63,7 @@ class TokenProgress(Callback):
         if self.bar is None and now - self.said < self.quiet_seconds:
             return
         logged = " ".join(f"{name} {float(value):.4g}" for name, value in trainer.progress_bar_metrics.items())
-        note = f"{self.done:,}/{self.n_tokens:,} tokens, {rate:,.0f}/s {logged}"
+        note = f"{self.done:,}/{self.n_tokens:,} {self.unit}, {rate:,.0f}/s {logged}"
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, note=note)
         else:

@@ -1,0 +1,171 @@
+"""How samples get their codes, for many runs as one tensor program, with gradients written out.
+
+A problem of this size costs more to dispatch than to compute, so runs (seeds, penalties, data sets) are stacked along a
+first axis. No run sees another: each comes out as it would alone. Every coder has `forward(X) -> S`, which keeps what
+`backward(dS)` needs to fill the parameters' `.grad`; both work in buffers of their own, overwritten by the next call.
+
+Shapes: R runs, n samples, M observed dimensions, N codes, h hidden units.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from core.seeding import generator
+
+
+class Buffers:
+    """Tensors that are overwritten again and again, by name; made anew when the shape changes."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        if name not in self._kept or self._kept[name].shape != shape:
+            self._kept[name] = like.new_empty(shape)
+        return self._kept[name]
+
+
+class Coder(nn.Module, ABC):
+    """Nonnegative codes of R runs, each with parameters of its own along their first axis.
+
+    k  `[R]` how many codes of a sample are kept, the largest; None keeps all. A run's k may differ from another's.
+    """
+
+    k: Tensor | None
+
+    def __init__(self, k: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("k", k, persistent=False)
+        self._buffers_of = Buffers()
+
+    @abstractmethod
+    def forward(self, X: Tensor) -> Tensor:
+        """X `[R, n, M]` -> S `[R, n, N]`, valid until the next call."""
+
+    @abstractmethod
+    def backward(self, dS: Tensor) -> None:
+        """Fill `.grad` from the gradient `[R, n, N]` with respect to the last S. Overwrites `dS`."""
+
+    def _kept(self, S: Tensor) -> Tensor:
+        return S if self.k is None else keep_largest_(S, self.k)
+
+
+class LinearCoder(Coder):
+    """S = ReLU(X W_enc + b_enc): the encoder of a sparse autoencoder (O'Neill et al. 2025, sec. 3).
+
+    seeds  one for each run; weights and biases start as `torch.nn.Linear`'s do, U(-1/sqrt(M), 1/sqrt(M))
+    """
+
+    def __init__(self, seeds: Sequence[int], M: int, N: int, bias: bool = False, k: Tensor | None = None) -> None:
+        super().__init__(k)
+        self.W_enc, self.b_enc = linear(seeds, M, N, bias, "W_enc")
+
+    def forward(self, X: Tensor) -> Tensor:
+        self.X = X
+        self.S = self._kept(relu_linear(X, self.W_enc, self.b_enc, self._buffers_of, "S"))
+        return self.S
+
+    def backward(self, dS: Tensor) -> None:
+        through_relu_(dS, self.S)
+        linear_gradients(self.X, dS, self.W_enc, self.b_enc)
+
+
+class MLPCoder(Coder):
+    """S = ReLU(ReLU(X W_1 + b_1) W_2 + b_2): the more expressive encoder of O'Neill et al. 2025, sec. 3.
+
+    seeds  one for each run; layers start as `torch.nn.Linear`'s do
+    width  h
+    """
+
+    def __init__(
+        self, seeds: Sequence[int], M: int, N: int, width: int, bias: bool = False, k: Tensor | None = None
+    ) -> None:
+        super().__init__(k)
+        self.W_1, self.b_1 = linear(seeds, M, width, bias, "W_1")
+        self.W_2, self.b_2 = linear(seeds, width, N, bias, "W_2")
+
+    def forward(self, X: Tensor) -> Tensor:
+        self.X = X
+        self.H = relu_linear(X, self.W_1, self.b_1, self._buffers_of, "H")  # [R, n, h]
+        self.S = self._kept(relu_linear(self.H, self.W_2, self.b_2, self._buffers_of, "S"))
+        return self.S
+
+    def backward(self, dS: Tensor) -> None:
+        through_relu_(dS, self.S)
+        linear_gradients(self.H, dS, self.W_2, self.b_2)
+        dH = self._buffers_of("dH", dS, *self.H.shape)
+        torch.bmm(dS, self.W_2.mT, out=dH)
+        through_relu_(dH, self.H)
+        linear_gradients(self.X, dH, self.W_1, self.b_1)
+
+
+class LogCodes(Coder):
+    """S = exp(L): free codes of the training samples, learned with the dictionary (sparse coding in O'Neill et al. 2025).
+
+    A new sample has no code here: `core.stacked.inference.log_codes` optimises one.
+
+    init  where L starts. The authors' -10 costs the first thousands of steps: Adam moves L by at most about its
+          learning rate per step.
+    """
+
+    def __init__(self, n_runs: int, n: int, N: int, init: float = -10.0, k: Tensor | None = None) -> None:
+        super().__init__(k)
+        self.L = _parameter(torch.full((n_runs, n, N), init))
+
+    def forward(self, X: Tensor) -> Tensor:
+        self.S = self._kept(torch.exp(self.L, out=self._buffers_of("S", self.L, *self.L.shape)))
+        return self.S
+
+    def backward(self, dS: Tensor) -> None:
+        torch.mul(dS, self.S, out=self.L.grad)
+
+
+def linear(seeds: Sequence[int], fan_in: int, fan_out: int, bias: bool, name: str) -> tuple[Tensor, Tensor | None]:
+    """Weights `[R, fan_in, fan_out]` and biases `[R, 1, fan_out]` of one layer."""
+    bound = 1 / math.sqrt(fan_in)
+    drawn = [
+        torch.empty(fan_in + 1, fan_out).uniform_(-bound, bound, generator=generator(s, "init", name)) for s in seeds
+    ]
+    both = torch.stack(drawn)
+    return _parameter(both[:, 1:].contiguous()), _parameter(both[:, :1].contiguous()) if bias else None
+
+
+def _parameter(start: Tensor) -> nn.Parameter:
+    parameter = nn.Parameter(start)
+    parameter.grad = torch.zeros_like(start)
+    return parameter
+
+
+def relu_linear(X: Tensor, W: Tensor, b: Tensor | None, buffers: Buffers, name: str) -> Tensor:
+    """ReLU(X W + b) `[R, n, out]` in the buffer of that name."""
+    Z = buffers(name, X, len(W), X.shape[-2], W.shape[-1])
+    if b is None:
+        torch.bmm(X, W, out=Z)
+    else:
+        torch.baddbmm(b, X, W, out=Z)
+    return Z.clamp_(min=0)
+
+
+def through_relu_(dS: Tensor, S: Tensor) -> None:
+    """Zero the gradient where the unit is off, in place."""
+    torch.ops.aten.threshold_backward.grad_input(dS, S, 0, grad_input=dS)
+
+
+def linear_gradients(X: Tensor, dZ: Tensor, W: Tensor, b: Tensor | None) -> None:
+    """Gradients of Z = X W + b into `W.grad` and `b.grad`."""
+    torch.bmm(X.mT, dZ, out=W.grad)
+    if b is not None:
+        torch.sum(dZ, 1, keepdim=True, out=b.grad)
+
+
+def keep_largest_(S: Tensor, k: Tensor) -> Tensor:
+    """Zero all but the k largest of each sample, in place: S `[R, n, N]`, k `[R]`. Of equals all are kept."""
+    largest = S.topk(int(k.max()), dim=-1).values  # [R, n, max k]
+    smallest = largest.gather(-1, (k - 1).view(-1, 1, 1).expand(-1, S.shape[1], 1))  # [R, n, 1]
+    return S.masked_fill_(S < smallest, 0)

@@ -1,0 +1,126 @@
+"""What the runs of a stack minimise. An objective holds the data, and the dictionary where there is one.
+
+`gradients(coder, step)` fills the `.grad` of coder and dictionary and gives each run's loss `[R]`. The loss of a stack
+is the sum of its runs' losses, so that no run's gradient depends on another.
+
+Shapes: R runs, n samples, M observed dimensions, N codes; D `[R, N, M]`, atoms are rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import UserError
+from core.seeding import generator
+from core.stacked.coders import Buffers, Coder
+
+
+class Objective(nn.Module, ABC):
+    """The loss of a stack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers_of = Buffers()
+
+    @abstractmethod
+    def gradients(self, coder: Coder, step: int) -> Tensor:
+        """Loss of each run `[R]` before the step; gradients are left in the parameters."""
+
+
+class Reconstruction(Objective):
+    """||X - S D||^2 / (n M) + l1 ||S||_1 / (n N), all samples in every step (O'Neill et al. 2025, sec. 4).
+
+    X        `[R, n, M]`
+    l1       `[R]`
+    D        `[R, N, M]` to start from, or the true one
+    learn_D  whether the dictionary is learned. Its atoms are then set to unit norm before every forward pass, as the
+             authors do it, without a projection of the gradient.
+    """
+
+    X: Tensor
+    l1: Tensor
+
+    def __init__(self, X: Tensor, l1: Tensor, D: Tensor, learn_D: bool) -> None:
+        super().__init__()
+        self.learn_D = learn_D
+        self.register_buffer("X", X.contiguous(), persistent=False)
+        self.register_buffer("l1", l1.view(-1, 1, 1), persistent=False)
+        self.D = nn.Parameter(D.clone(), requires_grad=learn_D)
+        if learn_D:
+            self.D.grad = torch.zeros_like(self.D)
+
+    def gradients(self, coder: Coder, step: int) -> Tensor:
+        (R, n, M), N = self.X.shape, self.D.shape[1]
+        if self.learn_D:
+            normalise_(self.D)
+        S = coder(self.X)
+        E = self._buffers_of("E", self.X, R, n, M)
+        torch.baddbmm(self.X, S, self.D, beta=-1, out=E)  # the error, X_hat - X
+        loss = E.square().sum((1, 2)) / (n * M) + self.l1.view(-1) * S.sum((1, 2)) / (n * N)
+        if self.learn_D:
+            torch.bmm(S.mT, E, out=self.D.grad).mul_(2 / (n * M))
+        dS = self._buffers_of("dS", S, R, n, N)
+        torch.baddbmm(self.l1 / (n * N), E, self.D.mT, alpha=2 / (n * M), out=dS)
+        coder.backward(dS)
+        return loss
+
+
+Batches = Callable[[int], tuple[Tensor, Tensor]]  # step -> X [R, n, M], S [R, n, N] or [1, n, N]
+
+
+class KnownCodes(Objective):
+    """The codes themselves are the target (O'Neill et al. 2025, "known sparse codes").
+
+    batches  step -> X `[R, n, M]` and the true codes `[R, n, N]`, or `[1, n, N]` for all runs
+    kind     cosine   -(1/N) sum_j <S_j, S_hat_j> / (|S_j| |S_hat_j|) over the samples of unit j: the authors' objective
+             mse      ||S - S_hat||^2 / (n N), which leaves more units dead
+    """
+
+    def __init__(self, batches: Batches, kind: Literal["cosine", "mse"] = "cosine") -> None:
+        super().__init__()
+        if kind not in ("cosine", "mse"):
+            raise UserError(f"objective={kind!r} is neither cosine nor mse.")
+        self.batches, self.kind = batches, kind
+
+    def gradients(self, coder: Coder, step: int) -> Tensor:
+        X, S = self.batches(step)
+        S_hat = coder(X)
+        dS = self._buffers_of("dS", S_hat, *S_hat.shape)
+        loss = self._cosine(S, S_hat, dS) if self.kind == "cosine" else self._mse(S, S_hat, dS)
+        coder.backward(dS)
+        return loss
+
+    def _cosine(self, S: Tensor, S_hat: Tensor, dS: Tensor) -> Tensor:
+        """A unit that is silent on the whole batch, or ought to be, has cosine 0 and no gradient."""
+        work = self._buffers_of("work", S_hat, *S_hat.shape)
+        inner = torch.mul(S, S_hat, out=work).sum(1, keepdim=True)  # [R, 1, N]
+        norm = torch.linalg.vector_norm(S, dim=1, keepdim=True) * torch.linalg.vector_norm(S_hat, dim=1, keepdim=True)
+        scale = torch.where(norm > 0, 1 / (norm * S_hat.shape[-1]), 0)
+        pull = torch.where(norm > 0, inner * scale / S_hat.square().sum(1, keepdim=True), 0)
+        torch.mul(S_hat, pull, out=dS)
+        torch.mul(S, scale, out=work)
+        dS.sub_(work)
+        return -(inner * scale).sum((1, 2))
+
+    def _mse(self, S: Tensor, S_hat: Tensor, dS: Tensor) -> Tensor:
+        size = S_hat[0].numel()
+        torch.sub(S_hat, S, out=dS)
+        loss = dS.square().sum((1, 2)) / size
+        dS.mul_(2 / size)
+        return loss
+
+
+def random_dictionary(seeds: Sequence[int], N: int, M: int) -> Tensor:
+    """`[R, N, M]`, standard normal, before any normalisation."""
+    return torch.stack([torch.randn(N, M, generator=generator(seed, "init", "D")) for seed in seeds])
+
+
+def normalise_(D: Tensor) -> Tensor:
+    """Atoms to unit norm, in place."""
+    with torch.no_grad():
+        return D.div_(torch.linalg.vector_norm(D, dim=-1, keepdim=True))

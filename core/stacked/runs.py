@@ -1,0 +1,116 @@
+"""Training a stack of runs in one Lightning fit: resumed exactly, evaluated along the way.
+
+A Lightning step covers all optimiser steps up to the next evaluation. One Adam over the stacked parameters equals one
+for each run, since Adam works entry by entry.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from core.artifacts import content_key
+from core.errors import NonFiniteLoss
+from core.results import comparable
+from core.stacked.coders import Coder
+from core.stacked.objectives import Objective
+from core.training import Checkpoints, TokenProgress, make_trainer
+
+Evaluate = Callable[[int], Mapping[str, Tensor]]  # steps done -> {metric: [R]}
+
+
+class StackedRuns(pl.LightningModule):
+    """A coder and an objective under one Adam (betas 0.9 and 0.999, eps 1e-8, no schedule).
+
+    evaluate  called after every chunk of steps and before the first; what it measures is kept in `curves`
+    """
+
+    def __init__(self, name: str, coder: Coder, objective: Objective, lr: float, evaluate: Evaluate) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.name, self.coder, self.objective, self.lr = name, coder, objective, lr
+        self.evaluate = evaluate
+        self.curves: dict[int, dict[str, Tensor]] = {}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        learned = [p for p in self.parameters() if p.requires_grad]
+        return torch.optim.Adam(learned, lr=self.lr, fused=True)
+
+    def on_train_start(self) -> None:
+        if not self.curves:
+            self._measure(0)
+
+    def training_step(self, chunk: range, batch_idx: int) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        with torch.no_grad():
+            for step in chunk:
+                loss = self.objective.gradients(self.coder, step)
+                optimizer.step()
+        if not bool(loss.isfinite().all()):
+            raise NonFiniteLoss(chunk[-1], self.name)
+        self._measure(chunk[-1] + 1)
+        self.log("loss", loss.mean(), prog_bar=True)
+
+    def _measure(self, step: int) -> None:
+        with torch.no_grad():
+            self.curves[step] = {name: value.detach().clone() for name, value in self.evaluate(step).items()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["curves"] = self.curves
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.curves = checkpoint["curves"]
+
+
+class Steps(pl.LightningDataModule):
+    """The numbers of the optimiser steps, in chunks that end where the runs are to be evaluated."""
+
+    def __init__(self, n_steps: int, every: int) -> None:
+        super().__init__()
+        self.n_steps, self.every = n_steps, every
+        self.done = 0
+
+    @property
+    def n_chunks(self) -> int:
+        return -(-self.n_steps // self.every)
+
+    def train_dataloader(self) -> Iterator[range]:
+        return (
+            range(start, min(start + self.every, self.n_steps)) for start in range(self.done, self.n_steps, self.every)
+        )
+
+    def transfer_batch_to_device(self, batch: range, device: torch.device, dataloader_idx: int) -> range:
+        """Lightning calls this when a chunk begins; checkpoints are written when it has ended."""
+        self.done = batch.stop
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.done = state_dict["done"]
+
+
+def train(cfg: DictConfig, coder: Coder, objective: Objective, evaluate: Evaluate) -> dict[int, dict[str, Tensor]]:
+    """Train for `cfg.steps` steps at `cfg.lr`, evaluating every `cfg.log_every`; steps done -> {metric: [R]}.
+
+    Checkpoints lie in the cell's folder while it trains, under a key of its configuration. Raises NonFiniteLoss, and
+    Interrupted after SIGINT or SIGTERM, with a checkpoint.
+    """
+    runs, data = StackedRuns(cfg.name, coder, objective, cfg.lr, evaluate), Steps(cfg.steps, cfg.log_every)
+    folder = Path(cfg.cell_folder) / "checkpoints" / content_key(comparable(cfg))
+    checkpoints = Checkpoints(folder, cfg.trainer.checkpoint_every_seconds)
+    progress = TokenProgress(cfg.name, cfg.steps, cfg.log_every, cfg.logging.quiet_seconds, unit="steps")
+    logs = Path(cfg.output_dir) / "logs" / cfg.name
+    trainer = make_trainer(cfg, logs, Path(cfg.cell_folder).name, data.n_chunks, [progress, checkpoints])
+    checkpoints.fit(trainer, runs, data)
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    return runs.curves
