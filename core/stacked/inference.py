@@ -1,0 +1,270 @@
+"""Codes of given samples under given dictionaries, for a stack of runs at once; gradients are written out by hand.
+
+Shapes: R runs, n samples, N atoms, M observed dimensions. X [R, n, M], D [R, N, M] with atoms as rows, codes S [R, n, N]
+>= 0. One data set [n, M] or one dictionary [N, M] serves all runs; where both come without the run axis, so do the codes.
+`l1` is a number, or one for each run [R]. Codes have the dtype of X.
+
+All penalised solvers minimise the objective of O'Neill et al. 2025 (their code's scaling), for each run
+
+    L(S) = ||X - S D||^2 / (n M) + l1 ||S||_1 / (n N),
+
+which is per sample 1/2 ||x - s D||^2 + mu ||s||_1 with mu = l1 M / (2 N). Nothing couples two runs, so a stack gives each
+run what it would get alone, to rounding. A bad shape or number is a UserError.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+import scipy.optimize
+import torch
+from torch import Tensor
+
+from core.errors import UserError
+
+Callback = Callable[[int, Tensor], None]
+PerRun = float | Sequence[float] | Tensor
+
+CHECK_EVERY = 25  # iterations between two looks at convergence or at non-finite codes
+CHUNK_BYTES = 256 * 2**20  # of one [rows, N] buffer in `lca`
+
+
+@torch.no_grad()
+def log_codes(
+    X: Tensor,
+    D: Tensor,
+    l1: PerRun,
+    iterations: int,
+    lr: float,
+    init: float | Tensor = -10.0,
+    *,
+    floor: float = 1e-2,
+    mask_k: int | None = None,
+    callback: Callback | None = None,
+    callback_at: Collection[int] = (),
+) -> Tensor:
+    """Full-batch Adam (0.9, 0.999, 1e-8) on log-codes, S = exp(L): sparse coding's inference and the paper's ITO.
+
+    init         L at the start (the authors' -10), or codes S0 >= 0, then L = log(max(S0, floor))
+    floor        of such codes. The paper's text means 1e-10, with which a code of zero hardly moves
+    mask_k       keep the k largest codes of a sample and zero the others, in every iteration, also in what is returned
+    callback     called with (iteration, S) at the iterations in `callback_at`, counted in updates made, 0 = the start.
+                 S is a buffer that the next iteration overwrites
+    """
+    X, D, unbatched = _stacked(X, D)
+    (R, n, M), N = X.shape, D.shape[1]
+    _check(iterations, lr=lr)
+    _check_k(mask_k, N)
+    penalty = _per_run(l1, X, "l1").view(R, 1, 1).div(n * N).expand(R, n, N)
+    L, D_t = _start(init, floor, (R, n, N), X), D.mT.contiguous()
+    S, residual, L.grad = torch.empty_like(L), torch.empty_like(X), torch.empty_like(L)
+    optimizer = torch.optim.Adam([L], lr=lr, fused=True)
+    for iteration in range(iterations + 1):
+        torch.exp(L, out=S)
+        if mask_k is not None:
+            hard_top_k(S, mask_k, out=S)
+        if iteration == iterations or iteration % CHECK_EVERY == 0:
+            _check_finite(S, f"log-codes at iteration {iteration}: lower lr, now {lr:g}")
+        if callback is not None and iteration in callback_at:
+            callback(iteration, S[0] if unbatched else S)
+        if iteration < iterations:
+            torch.baddbmm(X, S, D, beta=-1, out=residual)
+            torch.baddbmm(penalty, residual, D_t, alpha=2 / (n * M), out=L.grad).mul_(S)
+            optimizer.step()
+    return S[0] if unbatched else S
+
+
+@torch.no_grad()
+def fista(X: Tensor, D: Tensor, l1: PerRun, iterations: int = 3000, tolerance: float = 1e-5) -> Tensor:
+    """Nonnegative LASSO by accelerated proximal gradients (Beck and Teboulle 2009), momentum restarted per sample where
+    it points uphill (O'Donoghue and Candes 2015).
+
+    The step is 1 / lambda_max(D D^T) of a run. A run ends when none of its samples violates the optimality conditions of
+    1/2 ||x - s D||^2 + mu ||s||_1 by more than `tolerance` (in units of x), or after `iterations`; `kkt_violation` tells
+    which. fp32 reaches about 1e-6 times the size of x; for more, hand over fp64.
+    """
+    X, D, unbatched = _stacked(X, D)
+    (R, n, M), N = X.shape, D.shape[1]
+    _check(iterations, tolerance=tolerance)
+    step = 1 / _largest_eigenvalue(D)  # [R, 1, 1]
+    threshold = step * _per_run(l1, X, "l1").view(R, 1, 1) * (M / (2 * N))
+    D_step = D.mT * step
+    S = X.new_zeros(R, n, N)
+    done, running = torch.empty_like(S), torch.arange(R)
+    Y, t = torch.zeros_like(S), S.new_ones(R, n, 1)
+    new, delta, gap, product, residual = (torch.empty_like(buffer) for buffer in (S, S, S, S, X))
+    for iteration in range(1, iterations + 1):
+        torch.baddbmm(X, Y, D, beta=-1, out=residual)
+        torch.baddbmm(Y, residual, D_step, alpha=-1, out=new).sub_(threshold).clamp_(min=0)
+        torch.sub(new, S, out=delta)
+        torch.sub(Y, new, out=gap)
+        uphill = torch.mul(gap, delta, out=product).sum(-1, keepdim=True) > 0
+        t_new = (t.square() * 4 + 1).sqrt_().add_(1).mul_(0.5)
+        momentum = (t - 1).div_(t_new).masked_fill_(uphill, 0)
+        t = t_new.masked_fill_(uphill, 1)
+        torch.addcmul(new, momentum, delta, out=Y)
+        S, new = new, S
+        if iteration % CHECK_EVERY and iteration < iterations:
+            continue
+        open_ = (gap.abs_() / step).amax(dim=(1, 2)) > tolerance
+        if iteration == iterations or not open_.all():
+            ended = torch.zeros_like(open_) if iteration < iterations else open_
+            ended = ended | ~open_
+            done[running[ended]] = S[ended]
+            kept = ~ended
+            running, X, D, D_step, step, threshold = (a[kept] for a in (running, X, D, D_step, step, threshold))
+            S, Y, t, new, delta, gap, product, residual = (
+                a[kept] for a in (S, Y, t, new, delta, gap, product, residual)
+            )
+            if not len(running):
+                break
+    _check_finite(done, "fista's codes: look at X and D")
+    return done[0] if unbatched else done
+
+
+@torch.no_grad()
+def lca(
+    X: Tensor, D: Tensor, l1: PerRun, iterations: int = 1000, tolerance: float = 1e-5, rate: float | None = None
+) -> Tensor:
+    """Locally competitive algorithm (Rozell et al. 2008), nonnegative, for the same objective.
+
+        a = ReLU(u - mu),   u <- u + rate (D (x - a D) + a - u),   u = 0 at the start.
+
+    Its rest points are the solutions of the LASSO. `rate` is the Euler step over the time constant; None takes 1 /
+    lambda_max(D D^T), at most 1. Samples are taken in chunks, so that N = 16,896 atoms do. A chunk ends when no u moves by
+    more than `rate * tolerance`, or after `iterations`.
+    """
+    X, D, unbatched = _stacked(X, D)
+    (R, n, M), N = X.shape, D.shape[1]
+    _check(iterations, tolerance=tolerance)
+    steps = 1 / _largest_eigenvalue(D).clamp(min=1) if rate is None else X.new_full((R, 1, 1), rate)
+    mu = _per_run(l1, X, "l1").view(R, 1, 1) * (M / (2 * N))
+    S = X.new_empty(R, n, N)
+    rows = max(1, CHUNK_BYTES // (N * X.element_size()))
+    for run in range(R):
+        for begin in range(0, n, rows):
+            part = slice(begin, begin + rows)
+            S[run, part] = _lca_rows(X[run, part], D[run], mu[run], steps[run], iterations, tolerance)
+    _check_finite(S, f"LCA's codes: lower rate, now {rate}")
+    return S[0] if unbatched else S
+
+
+def _lca_rows(x: Tensor, D: Tensor, mu: Tensor, rate: Tensor, iterations: int, tolerance: float) -> Tensor:
+    u = x.new_zeros(len(x), len(D))
+    a, du, residual = torch.zeros_like(u), torch.empty_like(u), torch.empty_like(x)
+    for iteration in range(1, iterations + 1):
+        torch.addmm(x, a, D, alpha=-1, out=residual)
+        torch.addmm(a, residual, D.T, out=du).sub_(u)
+        u.addcmul_(du, rate)
+        torch.sub(u, mu, out=a).relu_()
+        if iteration % CHECK_EVERY == 0 and not du.abs().max() > tolerance:
+            break
+    return a
+
+
+def nnls(X: Tensor, D: Tensor) -> Tensor:
+    """Nonnegative least squares, l1 = 0, by SciPy's active sets: exact, sample by sample, in fp64 on the CPU.
+
+    Where many codes fit a sample exactly (M < N), the result is one with at most M non-zeros.
+    """
+    X, D, unbatched = _stacked(X, D)
+    solved = [
+        np.stack([scipy.optimize.nnls(A, x)[0] for x in rows])
+        for A, rows in zip(D.mT.double().cpu().numpy(), X.double().cpu().numpy(), strict=True)
+    ]
+    S = torch.from_numpy(np.stack(solved)).to(X)
+    return S[0] if unbatched else S
+
+
+def hard_top_k(S: Tensor, k: int, out: Tensor | None = None) -> Tensor:
+    """S [..., N] with all but the k largest entries of a row set to zero; `out` may be S itself."""
+    _check_k(k, S.shape[-1])
+    values, index = S.topk(k, dim=-1)
+    out = torch.empty_like(S) if out is None else out
+    return out.zero_().scatter_(-1, index, values)
+
+
+def objective(X: Tensor, D: Tensor, S: Tensor, l1: PerRun) -> Tensor:
+    """L(S) of every run, [R]; a scalar where X and D have no run axis. S >= 0."""
+    X, D, unbatched = _stacked(X, D)
+    S = S.expand(len(X), -1, -1)
+    loss = (X - S @ D).square().mean((1, 2)) + _per_run(l1, X, "l1") * S.mean((1, 2))
+    return loss[0] if unbatched else loss
+
+
+def kkt_violation(X: Tensor, D: Tensor, S: Tensor, l1: PerRun) -> Tensor:
+    """By how much S >= 0 misses optimality, per run [R] (a scalar without run axis), in units of x.
+
+    At a minimum d_j . (x - s D) = mu where s_j > 0, and <= mu where s_j = 0.
+    """
+    X, D, unbatched = _stacked(X, D)
+    S = S.expand(len(X), -1, -1)
+    mu = _per_run(l1, X, "l1").view(-1, 1, 1) * (X.shape[2] / (2 * D.shape[1]))
+    excess = (X - S @ D) @ D.mT - mu
+    worst = torch.where(S > 0, excess.abs(), excess.clamp(min=0)).amax((1, 2))
+    return worst[0] if unbatched else worst
+
+
+def _stacked(X: Tensor, D: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """X [R, n, M] and D [R, N, M], expanded where one serves all runs, and whether neither had the run axis."""
+    shapes = f"X {list(X.shape)}, D {list(D.shape)}"
+    if X.dim() not in (2, 3) or D.dim() not in (2, 3) or X.shape[-1] != D.shape[-1]:
+        raise UserError(f"{shapes}: they must be [n, M] or [R, n, M], and [N, M] or [R, N, M] with atoms as rows.")
+    if X.dim() == D.dim() == 3 and len(X) != len(D):
+        raise UserError(f"{shapes}: as many runs must stand in X as in D.")
+    if X.dtype != D.dtype:
+        raise UserError(f"X is {X.dtype} and D is {D.dtype}: give both the same dtype.")
+    for name, tensor in (("X", X), ("D", D)):
+        if not tensor.numel() or not tensor.isfinite().all():
+            raise UserError(f"{name} {list(tensor.shape)} is empty or holds values that are not finite.")
+    R = max(len(a) if a.dim() == 3 else 1 for a in (X, D))
+    return X.expand(R, -1, -1), D.expand(R, -1, -1), X.dim() == D.dim() == 2
+
+
+def _per_run(value: PerRun, like: Tensor, name: str) -> Tensor:
+    """[R], finite and >= 0."""
+    R = len(like)
+    values = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    if values.shape not in ((), (R,)):
+        raise UserError(f"{name} has shape {list(values.shape)}: give one number, or one for each of {R} runs.")
+    if not values.isfinite().all() or (values < 0).any():
+        raise UserError(f"{name}={value}: it must be finite and not negative.")
+    return values.expand(R)
+
+
+def _start(init: float | Tensor, floor: float, shape: tuple[int, int, int], like: Tensor) -> Tensor:
+    if not isinstance(init, Tensor):
+        return like.new_full(shape, init)
+    if init.shape not in (shape, shape[1:]) or not floor > 0 or not (init >= 0).all():
+        raise UserError(
+            f"init {list(init.shape)} with floor={floor}: starting codes are {list(shape)}, >= 0, floor > 0."
+        )
+    return init.to(like).clamp(min=floor).log_().expand(shape).clone()
+
+
+def _largest_eigenvalue(D: Tensor) -> Tensor:
+    """lambda_max(D D^T), [R, 1, 1]."""
+    value = torch.linalg.matrix_norm(D.double(), ord=2).square().to(D).view(-1, 1, 1)
+    if not (value > 0).all():
+        raise UserError("A dictionary of zeros has no codes: look at D.")
+    return value
+
+
+def _check(iterations: int, **positive: float) -> None:
+    if iterations < 1:
+        raise UserError(f"iterations={iterations}: at least 1.")
+    for name, value in positive.items():
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"{name}={value}: it must be finite and positive.")
+
+
+def _check_k(k: int | None, N: int) -> None:
+    if k is not None and not 1 <= k <= N:
+        raise UserError(f"k={k}: between 1 and the {N} codes of a sample.")
+
+
+def _check_finite(S: Tensor, what: str) -> None:
+    if not S.isfinite().all():
+        raise UserError(f"Not finite any more: {what}.")
