@@ -21,7 +21,7 @@ ZIPF_MAGNITUDE_OFFSET = 0.1  # added to a code's probability: the factor of its 
 
 @dataclass(frozen=True)
 class Problem:
-    """A dictionary and samples, float32: D `[N, M]`, S_train `[n_train, N]`, X_train `[n_train, M]`, and test likewise."""
+    """Dictionary and samples, float32: D `[N, M]`, S_train `[n_train, N]`, X_train `[n_train, M]`; test likewise."""
 
     D: Tensor
     S_train: Tensor
@@ -32,7 +32,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class SparseCodes:
-    """The law that codes and dictionary are drawn from (O'Neill et al. 2025, and the Zipf variant of their released code).
+    """The law that codes and dictionary are drawn from (O'Neill et al. 2025, and the Zipf variant of their code).
 
     Exactly K codes of a sample are active. Without `zipf_alpha` every set of K codes is equally likely and magnitudes
     are half-normal, |N(0, 1)|. With it, code i = 1..N has the weight w_i = i^-alpha / sum_j j^-alpha: the K codes are
