@@ -28,9 +28,9 @@ def n_supports(N: int, K: int) -> int:
 def l0_oracle(X: Tensor, D: Tensor, K: int) -> Tensor:
     """argmin ||x - s D|| over s >= 0 with at most K non-zeros, for every sample, computed in fp64.
 
-    On a support the least-squares codes are closed-form; where one of them is negative, the best nonnegative codes lie on
-    a smaller support, so supports of every size up to K are tried and those without negative codes compared. Of equally
-    good supports the smaller one wins.
+    On a support the least-squares codes are closed-form; where one of them is negative, the best nonnegative codes lie
+    on a smaller support, so supports of every size up to K are tried and those without negative codes compared. Of
+    equally good supports the smaller one wins.
 
     Raises UserError if K > N or K > M, or if the fits are more than `MOST_FITS`.
     """
