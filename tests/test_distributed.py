@@ -41,7 +41,8 @@ JUMPRELU = {
 }  # fmt: skip
 RELU_L1 = {
     "_target_": "core.methods.relu_l1.ReluL1", "l1_coefficient": 0.01, "l1_warmup_steps": 0,
-    "b_dec_init": "geometric_median", "path": "auto", **COMMON,
+    "reconstruction": "squared_error", "subtract_b_dec": True, "b_dec_init": "geometric_median", "resample_every": 0,
+    "path": "auto", **COMMON,
 }  # fmt: skip
 METHODS = {
     "topk": TOPK,

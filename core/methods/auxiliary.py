@@ -20,9 +20,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from core import distributed
 from core.kernels import sparse
-from core.methods.sparsity import mse
+from core.methods.sparsity import mse, normalised_mse
 
 Aux = Literal["r1", "normalized", "r2_compat", "none"]
 
@@ -56,6 +55,4 @@ def aux_loss(
     e_hat = sparse.decode(codes, W_dec[which])
     if kind == "r1":
         return mse(e, e_hat)
-    e = e.detach()
-    centre = distributed.mean(e.mean(0))  # of the global batch
-    return mse(e, e_hat) / distributed.mean(mse(e, centre.expand_as(e))).clamp(min=1e-12)
+    return normalised_mse(e.detach(), e_hat)

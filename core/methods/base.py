@@ -24,11 +24,11 @@ from core.kernels import sparse
 from core.kernels.codes import Codes
 from core.kernels.device import products_in_bf16
 from core.methods.checks import require, require_one_of
-from core.methods.decoder import project_gradient, unit_rows_
+from core.methods.decoder import project_gradient, unit_columns_, unit_rows_
 from core.methods.optimizer import ClippingAdam
 from core.seeding import generator
 
-DecoderNorm = Literal["before_step", "after_step", "none"]
+DecoderNorm = Literal["before_step", "after_step", "rows_compat", "none"]
 
 
 class DictionaryMethod(pl.LightningModule, ABC):
@@ -41,7 +41,10 @@ class DictionaryMethod(pl.LightningModule, ABC):
                        `scalar` is measured on the first batch
     seed               of the initialisation
     decoder_norm       keep decoder rows at unit norm, with the gradient's part along them removed: rescaled before the
-                       optimiser's step (then saved rows are off by O(lr), as in the BatchTopK authors' code) or after
+                       optimiser's step (then saved rows are off by O(lr), as in the BatchTopK authors' code) or after.
+                       `rows_compat`: instead the columns of W_dec, one for each coordinate, get unit norm after the
+                       step, and the gradient is left whole. This is the axis slip of O'Neill et al.'s GPT-2 code, which
+                       normalised the rows of a [d, m] matrix: atoms then have a norm of about sqrt(d / m)
     dead_after_tokens  a latent is dead when it has not fired for this many tokens
     grad_clip          largest norm of the whole gradient
     warmup_steps       the learning rate rises linearly over this many steps
@@ -122,6 +125,9 @@ class DictionaryMethod(pl.LightningModule, ABC):
         self.tokens_since_fired += codes.shape[0] * distributed.n_ranks()
         self.tokens_since_fired.masked_fill_(distributed.anywhere(codes.fired()), 0)
 
+    def after_step(self, optimizer: ClippingAdam) -> None:
+        """Called after every optimiser step, once `n_updates` counts it and the decoder is rescaled."""
+
     def finish(self, batches: Iterable[Batch]) -> None:
         """Called once, after training, with batches of the training size: what inference needs is measured here."""
 
@@ -167,9 +173,9 @@ class DictionaryMethod(pl.LightningModule, ABC):
         """One complete optimiser step. Returns `loss`, its terms, `l0`, `n_dead` and `grad_norm` as detached scalars on
         the device. A step whose gradient is not finite leaves parameters as they were. `step` is called in the place of
         `optimizer.step`."""
-        if self.W_enc.dtype != torch.float32:
-            raise UserError(f"trainer.precision: parameters must stay in fp32, not {self.W_enc.dtype}; use 32-true.")
-        kind = self.W_enc.device.type
+        if self.W_dec.dtype != torch.float32:
+            raise UserError(f"trainer.precision: parameters must stay in fp32, not {self.W_dec.dtype}; use 32-true.")
+        kind = self.W_dec.device.type
         with products_in_bf16(torch.is_autocast_enabled(kind)), torch.autocast(kind, enabled=False):
             if self.n_updates == 0:
                 first = distributed.all_rows(batch.x)
@@ -184,7 +190,7 @@ class DictionaryMethod(pl.LightningModule, ABC):
                 parameter.grad = None
             loss.backward()
             distributed.mean_gradients_(self.parameters())
-        if self.decoder_norm != "none" and self.W_dec.grad is not None:
+        if self.decoder_norm in ("before_step", "after_step") and self.W_dec.grad is not None:
             project_gradient(self.W_dec.grad, self.W_dec)
         if self.decoder_norm == "before_step":
             unit_rows_(self.W_dec)
@@ -192,8 +198,11 @@ class DictionaryMethod(pl.LightningModule, ABC):
         (step or optimizer.step)()
         if self.decoder_norm == "after_step":
             unit_rows_(self.W_dec)
+        elif self.decoder_norm == "rows_compat":
+            unit_columns_(self.W_dec)
         self.n_updates += 1
         scalars = {"loss": loss, **terms, "l0": codes.l0(), "n_dead": self.dead.sum().float()}
+        self.after_step(optimizer)
         return {name: value.detach() for name, value in scalars.items()} | {"grad_norm": grad_norm}
 
     def lr_factor(self) -> float:

@@ -1,4 +1,4 @@
-"""Decoder rows of unit norm: rescaling, and a gradient that does not work against it.
+"""Decoder rows (or columns) of unit norm: rescaling, and a gradient that does not work against it.
 
 Shapes: m = dict_size, d = d_model.
 """
@@ -17,6 +17,12 @@ def unit_rows_(W: Tensor) -> Tensor:
     for rows in W.split(ROWS_AT_ONCE):
         rows.div_(rows.norm(dim=1, keepdim=True))
     return W
+
+
+@torch.no_grad()
+def unit_columns_(W: Tensor) -> Tensor:
+    """Rescale the columns of `[m, d]` to norm 1, in place."""
+    return W.div_(W.norm(dim=0, keepdim=True))
 
 
 @torch.no_grad()

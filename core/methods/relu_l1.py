@@ -1,4 +1,4 @@
-"""The ReLU dictionary with an L1 penalty, as in the family that Leask et al. 2025 stitch."""
+"""The ReLU dictionary with an L1 penalty: the family that Leask et al. 2025 stitch, and the SAE of O'Neill et al. 2025."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ from core.kernels.codes import Codes, DenseCodes
 from core.kernels.sparse import Path
 from core.methods.base import DecoderNorm, DictionaryMethod, ramp
 from core.methods.checks import require, require_one_of
-from core.methods.sparsity import l1_penalty
+from core.methods.optimizer import ClippingAdam
+from core.methods.resampling import is_due, resample_dead
+from core.methods.sparsity import l1_penalty, normalised_mse
 
 BDecInit = Literal["zero", "geometric_median"]
+Reconstruction = Literal["squared_error", "normalised_mse"]
 
 
 class ReluL1(DictionaryMethod):
-    """f = ReLU(W_enc (x - b_dec) + b_enc), x_hat = W_dec f + b_dec; loss E[|x - x_hat|^2 + l1_coefficient sum_i f_i].
+    """f = ReLU(W_enc (x [- b_dec]) + b_enc), x_hat = W_dec f + b_dec; loss: reconstruction + l1_coefficient E[sum_i f_i].
 
-    The squared error is summed over coordinates (Leask et al. 2025, the ReLU family), unlike in the k-sparse methods.
-
+    reconstruction   `squared_error`: E|x - x_hat|^2, summed over coordinates (Leask et al. 2025, the ReLU family), unlike
+                     in the k-sparse methods; `normalised_mse`: the mean square over that of predicting the batch's mean
+                     (O'Neill et al. 2025, authors' code)
+    subtract_b_dec   whether the encoder sees x - b_dec (not in O'Neill et al.)
+    resample_every   dead latents start anew every so many steps, see `core.methods.resampling`; 0: never
     l1_warmup_steps  the coefficient rises linearly over this many steps
     b_dec_init       `geometric_median`: b_dec starts at the geometric median of the first batch
     path             `sparse`, `dense`, or `auto` (by the share of positive entries in every batch): how products with
@@ -36,7 +42,10 @@ class ReluL1(DictionaryMethod):
         dict_size: int,
         l1_coefficient: float,
         l1_warmup_steps: int,
+        reconstruction: Reconstruction,
+        subtract_b_dec: bool,
         b_dec_init: BDecInit,
+        resample_every: int,
         lr: float,
         betas: Sequence[float],
         input_norm: Normalisation,
@@ -63,15 +72,22 @@ class ReluL1(DictionaryMethod):
         )
         require(l1_coefficient >= 0, "l1_coefficient", l1_coefficient, "be 0 or more")
         require(l1_warmup_steps >= 0, "l1_warmup_steps", l1_warmup_steps, "be 0 or more")
+        require(resample_every >= 0, "resample_every", resample_every, "be 0 or more")
+        require_one_of(reconstruction, "reconstruction", Reconstruction)
         require_one_of(b_dec_init, "b_dec_init", BDecInit)
         require_one_of(path, "path", Path)
         self.l1_coefficient, self.l1_warmup_steps = float(l1_coefficient), int(l1_warmup_steps)
+        self.reconstruction: Reconstruction = reconstruction
+        self.subtract_b_dec, self.resample_every = bool(subtract_b_dec), int(resample_every)
         self.b_dec_init: BDecInit = b_dec_init
         self.path: Path = path
         self._options |= {
             "l1_coefficient": self.l1_coefficient,
             "l1_warmup_steps": self.l1_warmup_steps,
+            "reconstruction": reconstruction,
+            "subtract_b_dec": self.subtract_b_dec,
             "b_dec_init": b_dec_init,
+            "resample_every": self.resample_every,
             "path": path,
         }
 
@@ -81,15 +97,20 @@ class ReluL1(DictionaryMethod):
 
     def encode(self, x: Tensor) -> Codes:
         zero = x.new_zeros(())
-        pre = sparse.pre_activations_above(x, self.W_enc, self.b_enc, zero, self.b_dec, self.path)
+        centre = self.b_dec if self.subtract_b_dec else None
+        pre = sparse.pre_activations_above(x, self.W_enc, self.b_enc, zero, centre, self.path)
         return DenseCodes(pre.values.relu()) if isinstance(pre, DenseCodes) else pre
 
     def losses(self, x: Tensor, codes: Codes) -> dict[str, Tensor]:
         l1 = self.l1_coefficient * ramp(self.n_updates + 1, self.l1_warmup_steps)
-        return {
-            "reconstruction": (x - self.decode(codes)).square().sum(1).mean(),
-            "l1": l1 * l1_penalty(codes),
-        }
+        x_hat = self.decode(codes)
+        normalised = self.reconstruction == "normalised_mse"
+        error = normalised_mse(x, x_hat) if normalised else (x - x_hat).square().sum(1).mean()
+        return {"reconstruction": error, "l1": l1 * l1_penalty(codes)}
+
+    def after_step(self, optimizer: ClippingAdam) -> None:
+        if is_due(self.n_updates, self.resample_every):
+            resample_dead(self, optimizer, encoder_like_decoder=True)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from core import distributed
 from core.kernels.codes import Codes, DenseCodes, SparseCodes
 
 STE = Literal["correct", "r1_compat"]
@@ -28,6 +29,13 @@ STE = Literal["correct", "r1_compat"]
 def mse(x: Tensor, x_hat: Tensor) -> Tensor:
     """Mean of (x - x_hat)^2 over rows and coordinates: the reconstruction loss of the BatchTopK authors' code."""
     return _MeanSquare.apply(x_hat - x)
+
+
+def normalised_mse(x: Tensor, x_hat: Tensor) -> Tensor:
+    """`mse(x, x_hat)` over that of predicting the mean row of the global batch. The divisor has no gradient."""
+    x = x.detach()
+    centre = distributed.mean(x.mean(0))
+    return mse(x, x_hat) / distributed.mean(mse(x, centre.expand_as(x))).clamp(min=1e-12)
 
 
 class _MeanSquare(torch.autograd.Function):

@@ -57,7 +57,15 @@ OWN: dict[type[DictionaryMethod], dict[str, Any]] = {
         "lr_threshold": 0.03,
         "path": "auto",
     },
-    ReluL1: {"l1_coefficient": 0.5, "l1_warmup_steps": 10, "b_dec_init": "geometric_median", "path": "auto"},
+    ReluL1: {
+        "l1_coefficient": 0.5,
+        "l1_warmup_steps": 10,
+        "reconstruction": "squared_error",
+        "subtract_b_dec": True,
+        "b_dec_init": "geometric_median",
+        "resample_every": 0,
+        "path": "auto",
+    },
 }
 
 
