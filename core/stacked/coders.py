@@ -106,17 +106,20 @@ class MLPCoder(Coder):
 
 
 class LogCodes(Coder):
-    """S = exp(L): free codes of the training samples, learned with the dictionary (sparse coding in O'Neill et al. 2025).
+    """S = exp(L): free codes of the training samples, learned with the dictionary: the sparse coding of O'Neill et al.
 
     A new sample has no code here: `core.stacked.inference.log_codes` optimises one.
 
-    init  where L starts. The authors' -10 costs the first thousands of steps: Adam moves L by at most about its
-          learning rate per step.
+    seeds  one for each run, of which the codes need none; M is not needed either
+    init   where L starts. The authors' -10 costs the first thousands of steps: Adam moves L by at most about its
+           learning rate per step.
     """
 
-    def __init__(self, n_runs: int, n: int, N: int, init: float = -10.0, k: Tensor | None = None) -> None:
+    def __init__(
+        self, seeds: Sequence[int], M: int, N: int, n: int, init: float = -10.0, k: Tensor | None = None
+    ) -> None:
         super().__init__(k)
-        self.L = _parameter(torch.full((n_runs, n, N), init))
+        self.L = _parameter(torch.full((len(seeds), n, N), init))
 
     def forward(self, X: Tensor) -> Tensor:
         self.S = self._kept(torch.exp(self.L, out=self._buffers_of("S", self.L, *self.L.shape)))
@@ -168,4 +171,4 @@ def keep_largest_(S: Tensor, k: Tensor) -> Tensor:
     """Zero all but the k largest of each sample, in place: S `[R, n, N]`, k `[R]`. Of equals all are kept."""
     largest = S.topk(int(k.max()), dim=-1).values  # [R, n, max k]
     smallest = largest.gather(-1, (k - 1).view(-1, 1, 1).expand(-1, S.shape[1], 1))  # [R, n, 1]
-    return S.masked_fill_(S < smallest, 0)
+    return S.masked_fill_(smallest > S, 0)

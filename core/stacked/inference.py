@@ -54,7 +54,7 @@ def log_codes(
     callback     called with (iteration, S) at the iterations in `callback_at`, counted in updates made, 0 = the start.
                  S is a buffer that the next iteration overwrites
     """
-    X, D, unbatched = _stacked(X, D)
+    X, D, unbatched = as_stack(X, D)
     (R, n, M), N = X.shape, D.shape[1]
     _check(iterations, lr=lr)
     _check_k(mask_k, N)
@@ -87,7 +87,7 @@ def fista(X: Tensor, D: Tensor, l1: PerRun, iterations: int = 3000, tolerance: f
     of 1/2 ||x - s D||^2 + mu ||s||_1 by more than `tolerance` (in units of x), or after `iterations`; `kkt_violation`
     tells which. fp32 reaches about 1e-6 times the size of x; for more, hand over fp64.
     """
-    X, D, unbatched = _stacked(X, D)
+    X, D, unbatched = as_stack(X, D)
     (R, n, M), N = X.shape, D.shape[1]
     _check(iterations, tolerance=tolerance)
     step = 1 / _largest_eigenvalue(D)
@@ -158,7 +158,7 @@ def lca(
     1 / lambda_max(D D^T), at most 1. Samples are taken in chunks, so that N = 16,896 atoms do. A chunk ends when no u
     moves by more than `rate * tolerance`, or after `iterations`.
     """
-    X, D, unbatched = _stacked(X, D)
+    X, D, unbatched = as_stack(X, D)
     (R, n, M), N = X.shape, D.shape[1]
     _check(iterations, tolerance=tolerance)
     steps = 1 / _largest_eigenvalue(D).clamp(min=1) if rate is None else X.new_full((R, 1, 1), rate)
@@ -191,7 +191,7 @@ def nnls(X: Tensor, D: Tensor) -> Tensor:
 
     Where many codes fit a sample exactly (M < N), the result is one with at most M non-zeros.
     """
-    X, D, unbatched = _stacked(X, D)
+    X, D, unbatched = as_stack(X, D)
     solved = [
         np.stack([scipy.optimize.nnls(A, x)[0] for x in rows])
         for A, rows in zip(D.mT.double().cpu().numpy(), X.double().cpu().numpy(), strict=True)
@@ -210,7 +210,7 @@ def hard_top_k(S: Tensor, k: int, dim: int = -1, out: Tensor | None = None) -> T
 
 def objective(X: Tensor, D: Tensor, S: Tensor, l1: PerRun) -> Tensor:
     """L(S) of every run, [R]; a scalar where X and D have no run axis. S >= 0."""
-    X, D, unbatched = _stacked(X, D)
+    X, D, unbatched = as_stack(X, D)
     S = S.expand(len(X), -1, -1)
     loss = (X - S @ D).square().mean((1, 2)) + _per_run(l1, X, "l1") * S.mean((1, 2))
     return loss[0] if unbatched else loss
@@ -221,7 +221,7 @@ def kkt_violation(X: Tensor, D: Tensor, S: Tensor, l1: PerRun) -> Tensor:
 
     At a minimum d_j . (x - s D) = mu where s_j > 0, and <= mu where s_j = 0.
     """
-    X, D, unbatched = _stacked(X, D)
+    X, D, unbatched = as_stack(X, D)
     S = S.expand(len(X), -1, -1)
     mu = _per_run(l1, X, "l1").view(-1, 1, 1) * (X.shape[2] / (2 * D.shape[1]))
     excess = (X - S @ D) @ D.mT - mu
@@ -229,7 +229,7 @@ def kkt_violation(X: Tensor, D: Tensor, S: Tensor, l1: PerRun) -> Tensor:
     return worst[0] if unbatched else worst
 
 
-def _stacked(X: Tensor, D: Tensor) -> tuple[Tensor, Tensor, bool]:
+def as_stack(X: Tensor, D: Tensor) -> tuple[Tensor, Tensor, bool]:
     """X [R, n, M] and D [R, N, M], expanded where one serves all runs, and whether neither had the run axis."""
     shapes = f"X {list(X.shape)}, D {list(D.shape)}"
     if X.dim() not in (2, 3) or D.dim() not in (2, 3) or X.shape[-1] != D.shape[-1]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
-from core.stacked.inference import _stacked
+from core.stacked.inference import as_stack
 
 MOST_FITS = 10**9  # supports times samples times runs: minutes on one core
 CHUNK_NUMBERS = 2**22  # fp64 numbers of one [supports, n, M] buffer
@@ -34,7 +34,7 @@ def l0_oracle(X: Tensor, D: Tensor, K: int) -> Tensor:
 
     Raises UserError if K > N or K > M, or if the fits are more than `MOST_FITS`.
     """
-    X, D, unbatched = _stacked(X, D)
+    X, D, unbatched = as_stack(X, D)
     (R, n, M), N = X.shape, D.shape[1]
     if not 1 <= K <= min(N, M):
         raise UserError(f"K={K}: between 1 and min(N, M) = min({N}, {M}), or the codes of a support are not unique.")

@@ -35,19 +35,20 @@ class Objective(nn.Module, ABC):
 class Reconstruction(Objective):
     """||X - S D||^2 / (n M) + l1 ||S||_1 / (n N), all samples in every step (O'Neill et al. 2025, sec. 4).
 
-    X        `[R, n, M]`
-    l1       `[R]`
-    D        `[R, N, M]` to start from, or the true one
-    learn_D  whether the dictionary is learned. Its atoms are then set to unit norm before every forward pass, as the
-             authors do it, without a projection of the gradient.
+    X          `[R, n, M]`
+    l1         `[R]`
+    D          `[R, N, M]` to start from, or the true one
+    learn_D    whether the dictionary is learned
+    normalise  set the atoms of a learned one to unit norm before every forward pass, as the authors do it, without a
+               projection of the gradient
     """
 
     X: Tensor
     l1: Tensor
 
-    def __init__(self, X: Tensor, l1: Tensor, D: Tensor, learn_D: bool) -> None:
+    def __init__(self, X: Tensor, l1: Tensor, D: Tensor, learn_D: bool, normalise: bool = True) -> None:
         super().__init__()
-        self.learn_D = learn_D
+        self.learn_D, self.normalise = learn_D, learn_D and normalise
         self.register_buffer("X", X.contiguous(), persistent=False)
         self.register_buffer("l1", l1.view(-1, 1, 1), persistent=False)
         self.D = nn.Parameter(D.clone(), requires_grad=learn_D)
@@ -56,7 +57,7 @@ class Reconstruction(Objective):
 
     def gradients(self, coder: Coder, step: int) -> Tensor:
         (R, n, M), N = self.X.shape, self.D.shape[1]
-        if self.learn_D:
+        if self.normalise:
             normalise_(self.D)
         S = coder(self.X)
         E = self._buffers_of("E", self.X, R, n, M)

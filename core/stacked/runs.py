@@ -1,13 +1,14 @@
 """Training a stack of runs in one Lightning fit: resumed exactly, evaluated along the way.
 
-A Lightning step covers all optimiser steps up to the next evaluation. One Adam over the stacked parameters equals one
-for each run, since Adam works entry by entry.
+A Lightning step covers a chunk of optimiser steps. One Adam over the stacked parameters equals one for each run, since
+Adam works entry by entry.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from core.artifacts import content_key
-from core.errors import NonFiniteLoss
+from core.errors import NonFiniteLoss, UserError
 from core.results import comparable
 from core.stacked.coders import Coder
 from core.stacked.objectives import Objective
 from core.training import Checkpoints, TokenProgress, make_trainer
+
+STEPS_PER_CHUNK = 500  # at most; a checkpoint can be written between two chunks
 
 Evaluate = Callable[[int], Mapping[str, Tensor]]  # steps done -> {metric: [R]}
 
@@ -29,14 +32,22 @@ Evaluate = Callable[[int], Mapping[str, Tensor]]  # steps done -> {metric: [R]}
 class StackedRuns(pl.LightningModule):
     """A coder and an objective under one Adam (betas 0.9 and 0.999, eps 1e-8, no schedule).
 
-    evaluate  called after every chunk of steps and before the first; what it measures is kept in `curves`
+    evaluate     called after the numbers of steps in `evaluate_at`; what it measures is kept in `curves`
     """
 
-    def __init__(self, name: str, coder: Coder, objective: Objective, lr: float, evaluate: Evaluate) -> None:
+    def __init__(
+        self,
+        name: str,
+        coder: Coder,
+        objective: Objective,
+        lr: float,
+        evaluate: Evaluate,
+        evaluate_at: Collection[int],
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.name, self.coder, self.objective, self.lr = name, coder, objective, lr
-        self.evaluate = evaluate
+        self.evaluate, self.evaluate_at = evaluate, evaluate_at
         self.curves: dict[int, dict[str, Tensor]] = {}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -44,8 +55,7 @@ class StackedRuns(pl.LightningModule):
         return torch.optim.Adam(learned, lr=self.lr, fused=True)
 
     def on_train_start(self) -> None:
-        if not self.curves:
-            self._measure(0)
+        self._measure(0)
 
     def training_step(self, chunk: range, batch_idx: int) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
@@ -60,6 +70,8 @@ class StackedRuns(pl.LightningModule):
         self.log("loss", loss.mean(), prog_bar=True)
 
     def _measure(self, step: int) -> None:
+        if step not in self.evaluate_at or step in self.curves:
+            return
         with torch.no_grad():
             self.curves[step] = {name: value.detach().clone() for name, value in self.evaluate(step).items()}
 
@@ -71,7 +83,7 @@ class StackedRuns(pl.LightningModule):
 
 
 class Steps(pl.LightningDataModule):
-    """The numbers of the optimiser steps, in chunks that end where the runs are to be evaluated."""
+    """The numbers of the optimiser steps, in chunks of `every`; the last one may be shorter."""
 
     def __init__(self, n_steps: int, every: int) -> None:
         super().__init__()
@@ -100,15 +112,20 @@ class Steps(pl.LightningDataModule):
 
 
 def train(cfg: DictConfig, coder: Coder, objective: Objective, evaluate: Evaluate) -> dict[int, dict[str, Tensor]]:
-    """Train for `cfg.steps` steps at `cfg.lr`, evaluating every `cfg.log_every`; steps done -> {metric: [R]}.
+    """Train for `cfg.steps` steps at `cfg.lr`, evaluating every `cfg.log_every` (and before and after, so that a
+    `log_every` as large as `steps` gives the two ends); steps done -> {metric: [R]}.
 
     Checkpoints lie in the cell's folder while it trains, under a key of its configuration. Raises NonFiniteLoss, and
     Interrupted after SIGINT or SIGTERM, with a checkpoint.
     """
-    runs, data = StackedRuns(cfg.name, coder, objective, cfg.lr, evaluate), Steps(cfg.steps, cfg.log_every)
+    if cfg.steps % cfg.log_every:
+        raise UserError(f"log_every={cfg.log_every} does not divide steps={cfg.steps}.")
+    evaluate_at = range(0, cfg.steps + 1, cfg.log_every)
+    runs = StackedRuns(cfg.name, coder, objective, cfg.lr, evaluate, evaluate_at)
+    data = Steps(cfg.steps, math.gcd(cfg.log_every, STEPS_PER_CHUNK))
     folder = Path(cfg.cell_folder) / "checkpoints" / content_key(comparable(cfg))
     checkpoints = Checkpoints(folder, cfg.trainer.checkpoint_every_seconds)
-    progress = TokenProgress(cfg.name, cfg.steps, cfg.log_every, cfg.logging.quiet_seconds, unit="steps")
+    progress = TokenProgress(cfg.name, cfg.steps, data.every, cfg.logging.quiet_seconds, unit="steps")
     logs = Path(cfg.output_dir) / "logs" / cfg.name
     trainer = make_trainer(cfg, logs, Path(cfg.cell_folder).name, data.n_chunks, [progress, checkpoints])
     checkpoints.fit(trainer, runs, data)

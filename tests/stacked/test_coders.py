@@ -23,7 +23,7 @@ def coder_of(kind: str, seeds=SEEDS, k: Tensor | None = None) -> Coder:
         return LinearCoder(seeds, M, N, bias=True, k=k)
     if kind == "mlp":
         return MLPCoder(seeds, M, N, h, bias=True, k=k)
-    coder = LogCodes(len(seeds), n, N, init=-1.0, k=k)
+    coder = LogCodes(seeds, M, N, n, init=-1.0, k=k)
     noise = [torch.randn(n, N, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     coder.L.data.add_(torch.stack(noise))
     return coder
