@@ -1,9 +1,13 @@
-"""Read what the experiments left behind: finished cells, failed ones, and how many the grid asks for."""
+"""Read what the experiments left behind: finished cells, failed ones, and how many the grid asks for.
+
+A cell's folder may hold many runs (runs.parquet, one row for each): then every run counts as a `Cell` of its own.
+Results that are kept in the repository stand in for cells that are nowhere else.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,18 @@ from omegaconf import OmegaConf
 from core.results import FAILED, RESULTS, read_all
 
 HISTOGRAM = "l0_histogram.parquet"
+RUNS = "runs.parquet"
+KEPT = Path(__file__).parent / "results"
+METRIC = "metrics."  # what the names of metrics begin with, among a cell's keys and the columns of runs.parquet
 CONF = Path(__file__).parents[1] / "conf"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One finished cell. `settings` is its configuration with dotted keys (`method.k`); lists become text."""
+    """One finished cell, or one run of a cell that holds many: those share their folder.
+
+    `settings` is the configuration with dotted keys (`method.k`); lists become text. `kept`: read from the repository.
+    """
 
     experiment: str
     scale: str
@@ -27,19 +37,26 @@ class Cell:
     metrics: Mapping[str, float]
     settings: Mapping[str, Any]
     record: Mapping[str, Any]
+    kept: bool = False
 
     @property
     def method(self) -> str | None:
-        """The name of the method's class: `BatchTopK`."""
+        """`coder.name` where there is one, else the name of the method's class: `BatchTopK`."""
+        if name := self.settings.get("coder.name"):
+            return str(name)
         target = self.settings.get("method._target_")
         return str(target).rpartition(".")[2] if target else None
 
+    def has(self, key: str) -> bool:
+        """Whether the cell knows this key; a setting that is null is known."""
+        return key in self.settings or self.get(key) is not None
+
     def get(self, key: str) -> Any:
-        """`method` (its class), a metric as `metrics.<name>`, or a setting; None where the cell has no such thing."""
+        """`method`, a metric as `metrics.<name>`, or a setting; None where the cell has no such thing."""
         if key == "method":
             return self.method
-        if key.startswith("metrics."):
-            return self.metrics.get(key.removeprefix("metrics."))
+        if key.startswith(METRIC):
+            return self.metrics.get(key.removeprefix(METRIC))
         return self.settings.get(key)
 
 
@@ -56,22 +73,36 @@ class Failure:
 
 
 def read_cells(outputs: Path) -> list[Cell]:
-    """Every finished cell below the folder."""
+    """Every finished cell below the folder; those that hold many runs as one cell for each run."""
     cells = []
     for folder, record in read_all(outputs, RESULTS):
-        metrics = {**record["metrics"], **_l0_range(folder / HISTOGRAM)}
-        cells.append(
-            Cell(
-                experiment=record["experiment"],
-                scale=record["scale"],
-                seed=record["seed"],
-                folder=folder,
-                metrics=metrics,
-                settings=dict(_flat(record["config"])),
-                record={key: value for key, value in record.items() if key not in ("metrics", "config")},
-            )
+        cell = Cell(
+            experiment=record["experiment"],
+            scale=record["scale"],
+            seed=record["seed"],
+            folder=folder,
+            metrics={**record["metrics"], **_l0_range(folder / HISTOGRAM)},
+            settings=dict(_flat(record["config"])),
+            record={key: value for key, value in record.items() if key not in ("metrics", "config")},
         )
+        cells += _runs(cell) if (folder / RUNS).is_file() else [cell]
     return cells
+
+
+def with_kept(outputs: Path, kept: Path | None) -> list[Cell]:
+    """The cells of `outputs` and, for every cell that neither finished nor failed there, the kept one."""
+    cells = read_cells(outputs)
+    known = {*map(_place, cells), *map(_place, read_failures(outputs))}
+    standing_in = read_cells(kept) if kept else []
+    return cells + [replace(cell, kept=True) for cell in standing_in if _place(cell) not in known]
+
+
+def one_per_folder(cells: Iterable[Cell]) -> list[Cell]:
+    """The first run of every folder: cells as they were started and finished."""
+    first: dict[Path, Cell] = {}
+    for cell in cells:
+        first.setdefault(cell.folder, cell)
+    return list(first.values())
 
 
 def read_failures(outputs: Path) -> list[Failure]:
@@ -116,6 +147,25 @@ def deviations(experiment: str, conf: Path = CONF) -> list[str]:
         else:
             continues = False
     return found
+
+
+def _place(found: Cell | Failure) -> tuple[str, str, str]:
+    return found.experiment, found.scale, found.folder.name
+
+
+def _runs(cell: Cell) -> list[Cell]:
+    """One cell for each row of runs.parquet: its settings over the configuration's, its metrics alone.
+
+    An empty entry is a metric that the run lacks, or a setting: null if the configuration has it, else unknown.
+    """
+    cells = []
+    for row in pq.read_table(cell.folder / RUNS).to_pylist():
+        known = {key: value for key, value in _flat(row) if value is not None and value == value}
+        emptied = {key: None for key in row.keys() - known.keys() if key in cell.settings}
+        metrics = {key.removeprefix(METRIC): float(known.pop(key)) for key in list(known) if key.startswith(METRIC)}
+        settings = {**cell.settings, **emptied, **known}
+        cells.append(replace(cell, seed=int(known.get("seed", cell.seed)), metrics=metrics, settings=settings))
+    return cells
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -1,5 +1,6 @@
 """Compare all results with the papers' claims: `python -m reports.compare [--outputs outputs] [--to outputs/report]`.
 
+Cells that are not in the outputs are read from the results kept in the repository (`--kept FOLDER`, `--no-kept`).
 Writes report.md, report.html (one file with the figures inside), claims.json and the figures, prints the claims and
 where the files are. Smoke results are not reported.
 """
@@ -21,7 +22,7 @@ from rich.table import Table as RichTable
 from core.artifacts import write_atomically
 from reports import figures, render, tables
 from reports.claims import DISAGREES, SCALES, Claim, Judgement, Paper, Scale, judge, load_papers
-from reports.collect import Cell, Failure, deviations, read_cells, read_failures
+from reports.collect import KEPT, Cell, Failure, deviations, one_per_folder, read_failures, with_kept
 from reports.render import Block, Bullets, Figure, Heading, Paragraph
 
 
@@ -35,8 +36,8 @@ class Report:
     all_failures: Sequence[Failure]
 
     @classmethod
-    def read(cls, outputs: Path) -> Report:
-        return cls(outputs, load_papers(), read_cells(outputs), read_failures(outputs))
+    def read(cls, outputs: Path, kept: Path | None) -> Report:
+        return cls(outputs, load_papers(), with_kept(outputs, kept), read_failures(outputs))
 
     @property
     def experiments(self) -> list[str]:
@@ -111,7 +112,7 @@ def _scale_blocks(report: Report, experiment: str, scale: Scale, drawn: Sequence
         return []
     blocks: list[Block] = [Heading(3, f"{experiment} at {scale} scale")]
     blocks += [Figure(path, path.stem.replace("_", " ")) for path in drawn if path.suffix == ".png"]
-    for cell in cells:
+    for cell in one_per_folder(cells):
         if written := tables.beside(cell):
             blocks += [Paragraph(f"Cell {cell.folder.name}:"), written[0], Bullets(written[1])]
     if cells:
@@ -189,9 +190,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder with the results")
     parser.add_argument("--to", type=Path, default=None, help="folder for the report (default: <outputs>/report)")
+    origin = parser.add_mutually_exclusive_group()
+    origin.add_argument("--kept", type=Path, default=KEPT, help="folder with kept results (default: reports/results)")
+    origin.add_argument("--no-kept", dest="kept", action="store_const", const=None, help="leave kept results out")
     options = parser.parse_args(arguments)
     to = options.to or options.outputs / "report"
-    report = Report.read(options.outputs)
+    report = Report.read(options.outputs, options.kept)
     if not report.experiments:
         seen = "only smoke results, which are not reported" if report.all_cells else "no results"
         print(

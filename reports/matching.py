@@ -25,10 +25,15 @@ def by_setting(cells: Iterable[Cell], match: Sequence[str]) -> dict[Setting, dic
     for cell in cells:
         by_seed = found[tuple(cell.get(key) for key in match)]
         if cell.seed in by_seed:
-            other = by_seed[cell.seed]
-            raise AmbiguousCellsError(f"{other.folder} and {cell.folder} differ in nothing that cells are matched on.")
+            raise AmbiguousCellsError(f"{_both(by_seed[cell.seed], cell)} differ in nothing that cells are matched on.")
         by_seed[cell.seed] = cell
     return {setting: found[setting] for setting in sorted(found, key=order)}
+
+
+def _both(first: Cell, second: Cell) -> str:
+    if first.folder == second.folder:
+        return f"Two runs of {first.method} with seed {first.seed} in {first.folder}"
+    return f"{first.folder} and {second.folder}"
 
 
 def order(setting: Sequence[Any]) -> list[tuple[bool, float, str]]:
@@ -68,8 +73,13 @@ def refined(cells: Sequence[Cell], match: tuple[str, ...]) -> tuple[str, ...]:
 def words(match: Sequence[str], setting: Setting) -> str:
     """`bundled, resid_pre.4, dict_size 512, k 16`"""
     parts = [
-        str(value) if key in BARE_KEYS else f"{key.rpartition('.')[2]} {value}"
+        shown(value) if key in BARE_KEYS else f"{key.rpartition('.')[2]} {shown(value)}"
         for key, value in zip(match, setting, strict=True)
         if value is not None
     ]
     return ", ".join(parts)
+
+
+def shown(value: object) -> str:
+    """A setting's value: nothing for None, floats without their trailing zeros."""
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -10,8 +10,8 @@ from core.bench import TABLE
 from core.metrics.statistics import t_interval
 from core.results import read
 from reports.claims import SCALES, ExperimentRows, Judgement, Paper, Scale
-from reports.collect import Cell, Failure, grid_size
-from reports.matching import order, refined
+from reports.collect import Cell, Failure, grid_size, one_per_folder
+from reports.matching import order, refined, shown
 from reports.render import Table
 
 Judgements = Mapping[str, Mapping[Scale, Judgement]]
@@ -26,7 +26,7 @@ def finished(
     rows = []
     for experiment in experiments:
         for scale in SCALES:
-            n_cells, n_failed = len(cells(experiment, scale)), len(failed(experiment, scale))
+            n_cells, n_failed = len(one_per_folder(cells(experiment, scale))), len(failed(experiment, scale))
             if n_cells or n_failed:
                 rows.append([experiment, scale, str(n_cells), str(n_failed), str(grid_size(experiment, scale) or "?")])
     return Table(["experiment", "scale", "cells finished", "failed", "in the grid"], rows)
@@ -77,7 +77,7 @@ def results(cells: Sequence[Cell], rows: ExperimentRows | None) -> Table:
         return Table(["metric", *(name for (name,) in groups)], body)
     match = ("method", *refined(cells, tuple(rows.match)))
     for cell in sorted(cells, key=lambda cell: order([cell.get(key) for key in match])):
-        groups[tuple(_text(cell.get(key)) for key in match)].append(cell)
+        groups[tuple(shown(cell.get(key)) for key in match)].append(cell)
     header = [*(key.rpartition(".")[2] or key for key in match), "seeds", *rows.columns]
     body = [
         [*key, str(len({cell.seed for cell in group})), *(mean(group, metric) for metric in rows.columns)]
@@ -110,7 +110,7 @@ def beside(cell: Cell) -> tuple[Table, list[str]] | None:
 def _figures(value: object) -> str:
     """Four significant digits, all those before the decimal point."""
     if not isinstance(value, float):
-        return _text(value)
+        return shown(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -120,23 +120,28 @@ def failures(failed: Sequence[Failure]) -> Table:
 
 
 def circumstances(cells: Sequence[Cell]) -> list[str]:
-    """Hardware, commits, versions and time of the cells."""
-    records = [cell.record for cell in cells]
+    """Hardware, commits, versions and time of the cells, and which of them are kept results."""
+    folders = one_per_folder(cells)
+    records = [cell.record for cell in folders]
     versions = sorted({f"{name} {version}" for record in records for name, version in record["versions"].items()})
     seconds = [record["seconds"] for record in records]
-    return [
+    found = [
         f"device: {', '.join(sorted({record['device'] for record in records}))}",
         f"commit: {', '.join(sorted({record['commit'] for record in records}))}",
         f"versions: {', '.join(versions)}",
-        f"time: {sum(seconds):,.0f} s in {len(cells)} cells, {statistics.median(seconds):,.1f} s in the median one "
+        f"time: {sum(seconds):,.0f} s in {len(folders)} cells, {statistics.median(seconds):,.1f} s in the median one "
         "(dictionaries that were trained together before the cells, or found in the store, are not in it)",
     ]
+    if len(cells) > len(folders):
+        found.append(f"runs: {len(cells)}, stacked in the {len(folders)} cells")
+    if kept := [cell for cell in folders if cell.kept]:
+        commits = ", ".join(sorted({cell.record["commit"] for cell in kept}))
+        found.append(
+            f"kept results: {len(kept)} of {len(folders)} cells were read from the repository, commit {commits}"
+        )
+    return found
 
 
 def _name(cell: Cell) -> str:
     """The cell's folder without its seed."""
     return ",".join(part for part in cell.folder.name.split(",") if not part.startswith("seed=")) or "base"
-
-
-def _text(value: object) -> str:
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -302,7 +302,7 @@ def test_the_report_shows_the_table_that_lies_beside_the_results(tmp_path, capsy
     save_table(
         folder, [{"way": "fleet", "s": 12.3456}, {"way": "alone", "rate": 12345.6}], ["Some CPU, 1 of 2 threads"]
     )
-    assert compare.main(["--outputs", str(tmp_path)]) == 0
+    assert compare.main(["--outputs", str(tmp_path), "--no-kept"]) == 0
     text = (tmp_path / "report" / "report.md").read_text()
     assert "| fleet | 12.35 |  |" in text and "| alone |  | 12,346 |" in text and "- Some CPU, 1 of 2 threads" in text
 

@@ -51,7 +51,7 @@ def check_command(words: list[str]) -> None:
     elif words[:3] == ["python", "-m", "reports.compare"]:
         from reports.compare import main
 
-        assert main([*words[3:-1], str(ROOT / "no_such_folder")]) == 1
+        assert main([*words[3:-1], str(ROOT / "no_such_folder"), "--no-kept"]) == 1
     else:
         raise AssertionError(f"a command that no test knows: {' '.join(words)}")
 

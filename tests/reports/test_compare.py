@@ -75,7 +75,7 @@ def _figures_only_where_a_test_looks_at_them(request, monkeypatch):
 
 
 def report_of(outputs, capsys):
-    assert compare.main(["--outputs", str(outputs)]) == 0
+    assert compare.main(["--outputs", str(outputs), "--no-kept"]) == 0
     claims = json.loads((outputs / "report" / "claims.json").read_text())
     return {claim["id"]: claim["scales"] for claim in claims}, capsys.readouterr().out
 
@@ -151,7 +151,7 @@ def test_one_finished_cell_is_enough_for_a_report(tmp_path, capsys, method, sett
 
 def test_smoke_results_are_never_reported(tmp_path, capsys):
     write_grid(tmp_path, scale="smoke")
-    assert compare.main(["--outputs", str(tmp_path)]) == 1
+    assert compare.main(["--outputs", str(tmp_path), "--no-kept"]) == 1
     assert "only smoke results" in capsys.readouterr().err
     write_grid(tmp_path, seeds=(0,))
     claims, _ = report_of(tmp_path, capsys)
@@ -159,7 +159,7 @@ def test_smoke_results_are_never_reported(tmp_path, capsys):
 
 
 def test_without_results_the_message_says_what_to_do(tmp_path, capsys):
-    assert compare.main(["--outputs", str(tmp_path / "nowhere")]) == 1
+    assert compare.main(["--outputs", str(tmp_path / "nowhere"), "--no-kept"]) == 1
     assert "no results. Run `make demo`" in capsys.readouterr().err
     assert not (tmp_path / "nowhere").exists()
 

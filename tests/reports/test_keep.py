@@ -1,0 +1,150 @@
+import json
+
+import pandas as pd
+import pytest
+
+from reports import compare, figures, keep
+from reports.collect import one_per_folder, read_cells, with_kept
+
+RUNS = [
+    {"seed": 0, "coder.name": "SAE", "coder.l1": 0.01, "coder.k": None, "metrics.mcc": 0.5, "metrics.dead": None},
+    {"seed": 1, "coder.name": "SAE", "coder.l1": 0.05, "coder.k": None, "metrics.mcc": 0.6, "metrics.dead": 2},
+    {"seed": 1, "coder.name": "TopK SAE", "coder.l1": None, "coder.k": 3, "metrics.mcc": 0.7, "metrics.dead": 0},
+]
+
+
+def write_stack(outputs, name="coder=sae", scale="paper", commit="0123456789ab", runs=RUNS, experiment="toy"):
+    """One finished cell of three runs, with a curve for each."""
+    folder = outputs / experiment / scale / name
+    folder.mkdir(parents=True)
+    record = {
+        "experiment": experiment,
+        "scale": scale,
+        "seed": 0,
+        "commit": commit,
+        "device": "cpu",
+        "versions": {"torch": "2.13.0"},
+        "started": "2026-01-01T00:00:00Z",
+        "seconds": 2.0,
+        "metrics": {"mcc": 0.6},
+        "config": {"seed": 0, "coder": {"l1": None, "name": "SAE"}, "source": {"N": 16}, "l1": [0.01, 0.05]},
+    }
+    (folder / "results.json").write_text(json.dumps(record))
+    pd.DataFrame(runs).to_parquet(folder / "runs.parquet")
+    return folder
+
+
+def test_every_row_of_a_stack_is_a_cell_with_its_own_seed_settings_and_metrics(tmp_path):
+    folder = write_stack(tmp_path)
+    first, second, third = read_cells(tmp_path)
+    assert [cell.seed for cell in (first, second, third)] == [0, 1, 1]
+    assert [cell.method for cell in (first, second, third)] == ["SAE", "SAE", "TopK SAE"]
+    assert [cell.get("coder.l1") for cell in (first, second, third)] == [0.01, 0.05, None]
+    assert first.metrics == {"mcc": 0.5} and third.metrics == {"mcc": 0.7, "dead": 0.0}
+    assert {cell.folder for cell in (first, second, third)} == {folder}
+    assert first.get("source.N") == 16 and first.get("l1") == "[0.01, 0.05]"
+
+
+def test_an_empty_entry_is_null_where_the_configuration_has_the_setting_and_unknown_elsewhere(tmp_path):
+    write_stack(tmp_path)
+    first, _, third = read_cells(tmp_path)
+    assert third.has("coder.l1") and third.get("coder.l1") is None
+    assert not first.has("coder.k") and third.get("coder.k") == 3
+    assert first.has("metrics.mcc") and not first.has("metrics.dead")
+
+
+def test_a_cell_without_a_coders_name_is_named_after_its_methods_class(tmp_path):
+    folder = write_stack(tmp_path)
+    (folder / "runs.parquet").unlink()
+    record = json.loads((folder / "results.json").read_text())
+    record["config"] = {"method": {"_target_": "core.methods.topk.TopK"}}
+    (folder / "results.json").write_text(json.dumps(record))
+    assert [(cell.method, cell.metrics) for cell in read_cells(tmp_path)] == [("TopK", {"mcc": 0.6})]
+
+
+def report(outputs, *arguments):
+    assert compare.main(["--outputs", str(outputs), *arguments]) == 0
+    return (outputs / "report" / "report.md").read_text()
+
+
+def test_the_report_counts_cells_not_runs_and_their_time_once(tmp_path):
+    write_stack(tmp_path)
+    text = report(tmp_path, "--no-kept")
+    assert "| toy | paper | 1 | 0 | ? |" in text
+    assert "2 s in 1 cells" in text and "runs: 3, stacked in the 1 cells" in text
+
+
+def test_kept_results_stand_in_for_cells_that_are_nowhere_else(tmp_path):
+    ours, kept = tmp_path / "ours", tmp_path / "kept"
+    write_stack(ours, "coder=sae")
+    write_stack(kept, "coder=sae", commit="aaaaaaaaaaaa")
+    write_stack(kept, "coder=sc", commit="bbbbbbbbbbbb")
+    found = one_per_folder(with_kept(ours, kept))
+    assert [(cell.folder.name, cell.kept, cell.record["commit"]) for cell in found] == [
+        ("coder=sae", False, "0123456789ab"),
+        ("coder=sc", True, "bbbbbbbbbbbb"),
+    ]
+    text = report(ours, "--kept", str(kept))
+    assert "kept results: 1 of 2 cells were read from the repository, commit bbbbbbbbbbbb" in text
+    assert "kept results" not in report(ours, "--no-kept")
+
+
+def test_a_cell_that_failed_is_not_covered_up_by_a_kept_result(tmp_path):
+    ours, kept = tmp_path / "ours", tmp_path / "kept"
+    folder = write_stack(ours, "coder=sae")
+    record = json.loads((folder / "results.json").read_text()) | {"error": "NonFiniteLoss", "message": "NaN"}
+    (folder / "failed.json").write_text(json.dumps(record))
+    (folder / "results.json").unlink()
+    write_stack(kept, "coder=sae")
+    assert with_kept(ours, kept) == []
+
+
+def test_without_outputs_the_report_shows_what_is_kept(tmp_path):
+    write_stack(tmp_path / "kept")
+    text = report(tmp_path / "nowhere", "--kept", str(tmp_path / "kept"))
+    assert "kept results: 1 of 1 cells" in text
+
+
+@pytest.fixture
+def _one_figure(monkeypatch):
+    def draw(experiment, cells, folder):
+        for ending in ("png", "svg"):
+            (folder / f"{experiment}.{ending}").write_text(f"{len(cells)} runs")
+        return [folder / f"{experiment}.png", folder / f"{experiment}.svg"]
+
+    monkeypatch.setattr(figures, "draw", draw)
+
+
+@pytest.mark.usefixtures("_one_figure")
+def test_keeping_copies_what_the_report_reads_and_names_what_it_leaves(tmp_path, capsys):
+    folder = write_stack(tmp_path / "outputs", commit="0123456789ab-dirty")
+    write_stack(tmp_path / "outputs", scale="demo")
+    (folder / "checkpoint.pt").write_text("large")
+    stale = tmp_path / "kept" / "toy" / "paper" / "coder=sae" / "curves.parquet"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("of an earlier run")
+    assert keep.main(["--outputs", str(tmp_path / "outputs"), "--kept", str(tmp_path / "kept"), "toy"]) == 0
+    files = sorted(str(path.relative_to(tmp_path / "kept")) for path in (tmp_path / "kept").rglob("*.*"))
+    cell = "toy/paper/coder=sae"
+    assert files == [f"{cell}/results.json", f"{cell}/runs.parquet", "toy/toy.png"]
+    assert (tmp_path / "kept" / "toy" / "toy.png").read_text() == "3 runs"
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    assert "checkpoint.pt" in err and "uncommitted changes" in err
+    assert [c.metrics for c in read_cells(tmp_path / "kept")] == [c.metrics for c in read_cells(folder)]
+
+
+def test_a_file_larger_than_2_mb_is_refused_and_nothing_is_kept(tmp_path, capsys):
+    write_stack(tmp_path / "outputs")
+    folder = write_stack(tmp_path / "outputs", "coder=sc")
+    (folder / "curves.parquet").write_bytes(b"x" * 2_000_001)
+    assert keep.main(["--outputs", str(tmp_path / "outputs"), "--kept", str(tmp_path / "kept")]) == 1
+    assert "coder=sc/curves.parquet (2.0 MB)" in capsys.readouterr().err
+    assert not (tmp_path / "kept").exists()
+
+
+def test_an_experiment_without_finished_cells_is_not_kept(tmp_path, capsys):
+    write_stack(tmp_path / "outputs")
+    assert keep.main(["--outputs", str(tmp_path / "outputs"), "--kept", str(tmp_path / "kept"), "toi"]) == 1
+    assert "no finished cell of toi at paper scale" in capsys.readouterr().err
+    assert keep.main(["--outputs", str(tmp_path / "no"), "--kept", str(tmp_path / "kept")]) == 1
