@@ -136,7 +136,7 @@ def _shares(group: Mapping[str, Request], store: Store, cfg: DictConfig) -> list
     if n > len(group) and cfg.trainer.processes != "auto":
         print(f"trainer.processes={n}: {len(group)} serve, one for each dictionary", file=sys.stderr)
     training = _checkpoint_folder(any_request, store)
-    begun = [members_of(path.parent) for path in sorted(training.glob(f"*/{Checkpoints.MEMBERS}"))]
+    begun = [members_of(path.parent) for path in sorted(training.glob(f"[!.]*/{Checkpoints.MEMBERS}"))]
     costs = {key: request.cost for key, request in group.items()}
     shares = [[group[key] for key in share] for share in split(costs, n, begun)]
     if len(shares) > n:

@@ -108,8 +108,10 @@ class Checkpoints(Callback):
         Raises UserError for one that is whole and cannot be loaded here, and Interrupted.
         """
         path = distributed.from_first(self.newest)
-        for abandoned in self.folder.glob("*.part"):
+        for abandoned in (*self.folder.glob("*.part"), *self.folder.glob(".*")):
             abandoned.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()  # if a killed process had come no further than to make it
         try:
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         except (UserError, OSError, FloatingPointError):
@@ -136,7 +138,7 @@ class Checkpoints(Callback):
 
     def _folders(self) -> list[Path]:
         """Where the members' checkpoints may lie."""
-        beside = self.folder.parent.iterdir() if self.members and self.folder.parent.is_dir() else []
+        beside = self.folder.parent.glob("[!.]*") if self.members else []
         return [self.folder, *(f for f in beside if f != self.folder and {*self.members} <= {*members_of(f)})]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -253,13 +255,17 @@ def is_whole(path: Path) -> bool:
 
 
 def discard_finished(root: Path, is_stored: Callable[[str], bool]) -> None:
-    """Remove the checkpoints in `<root>/*/*/` all of whose members are stored: nobody will go on from them."""
-    for record in root.glob(f"*/*/{Checkpoints.MEMBERS}"):
+    """Remove the checkpoints in `<root>/*/*/` all of whose members are stored: nobody will go on from them. A folder is
+    renamed first, so that one half removed by a killed process is known for what it is."""
+    for record in root.glob(f"*/[!.]*/{Checkpoints.MEMBERS}"):
         members = members_of(record.parent)
         if members and all(map(is_stored, members)):
-            shutil.rmtree(record.parent, ignore_errors=True)
-            with suppress(OSError):
-                record.parent.parent.rmdir()  # if it is empty
+            with suppress(OSError):  # another process may be at it too
+                record.parent.replace(record.parent.with_name(f".{record.parent.name}.finished"))
+    for finished in root.glob("*/.*.finished"):
+        shutil.rmtree(finished, ignore_errors=True)
+        with suppress(OSError):
+            finished.parent.rmdir()  # if it is empty
 
 
 def _n_chunks(path: Path) -> int:

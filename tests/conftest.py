@@ -1,6 +1,7 @@
 """What several test files need: a small tokenizer, a random GPT-2 as a folder, and text that needs no installation."""
 
 import random
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,15 @@ def tiny_model(tiny_lm_folder: Path) -> dict[str, Any]:
         "attn_implementation": "sdpa",
         "device": "cpu",
     }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interrupts() -> Iterator[None]:
+    """SIGINT as in a terminal. Started in the background by a shell, the suite would ignore it, with all that it
+    starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

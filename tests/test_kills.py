@@ -135,6 +135,11 @@ def half_a_checkpoint(checkpoint: dict[str, Any], file: Any) -> None:
     die()
 
 
+def half_a_removal(folder: Path, **_: Any) -> None:
+    (folder / training.Checkpoints.MEMBERS).unlink()
+    die()
+
+
 # Where a process dies: in the middle of the third checkpoint, between its hash and its name, before it is counted, ...
 CRASHES: dict[str, Callable[[], None]] = {
     "in a checkpoint": lambda: at_call(3, training.torch, "save", half_a_checkpoint),
@@ -145,6 +150,7 @@ CRASHES: dict[str, Callable[[], None]] = {
     "while storing": lambda: at_call(1, artifacts, "_described"),
     "between two dictionaries": lambda: at_call(2, fleet, "save_dictionary"),
     "before the checkpoints are removed": lambda: at_call(1, fleet, "discard_finished"),
+    "while the checkpoints are removed": lambda: at_call(1, training.shutil, "rmtree", half_a_removal),
 }
 
 
