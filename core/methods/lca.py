@@ -1,4 +1,4 @@
-"""A dictionary without an encoder: codes are found by descent on the LASSO, with the adaptive steps of O'Neill et al. 2025.
+"""A dictionary without an encoder: codes by descent on the LASSO, with the adaptive steps of O'Neill et al. 2025.
 
 Shapes: B rows in the batch, d = d_model, m = dict_size, D = W_dec `[m, d]`, an atom in each row.
 """
@@ -136,50 +136,48 @@ class _Point(NamedTuple):
 def lca_codes(x: Tensor, D: Tensor, l1: float, n_iterations: int, tolerance: float, rule: Rule) -> Tensor:
     """Codes a = ReLU(u) `[B, m]` >= 0 of x `[B, d]` over atoms D `[m, d]`, from u = 0.
 
-    Every iteration goes along du = (a D - x) D^T + l1 with a step of the row's own, first 1 / m: it tries half and twice
-    the last step and keeps the one of lower cost. Three products of 2 B d m operations.
+    Every iteration goes along du = (a D - x) D^T + l1 with a step of the row's own, first 1 / m: it tries half and
+    twice the last step and keeps the one of lower cost. Three products of 2 B d m operations.
 
-    objective       cost F(a) = 1/2 |x - a D|^2 + l1 sum_i a_i, of which du is the gradient. u is kept at a; a trial that
-                    does not lower F is refused, and the step is quartered. This is projected gradient descent, its fixed
-                    points are the nonnegative LASSO's solutions (scikit-learn's alpha is l1 / d). A row rests once
-                    |a - ReLU(a - du)| is nowhere above tolerance max_i |x . d_i|, whatever becomes of other rows.
+    objective       cost F(a) = 1/2 |x - a D|^2 + l1 sum_i a_i, of which du is the gradient. u is kept at a; a trial
+                    that does not lower F is refused, and the step is quartered. This is projected gradient descent, and
+                    its fixed points are the nonnegative LASSO's solutions (scikit-learn's alpha is l1 / d). A row rests
+                    once |a - ReLU(a - du)| is nowhere above tolerance max_i |x . d_i|, whatever becomes of other rows.
     authors_compat  as in the authors' code, with what follows from it:
-                    - the cost is |x - a D|^2 / d + l1 mean_i a_i, so that du weighs the penalty by l1, but the choice of
-                      the step by l1 d / (2 m) of the error: both directions of the search pull apart, and codes end up
-                      far denser than l1 says
-                    - u is not kept above zero: a latent that went below early has to climb back over all it has lost, and
-                      until then nothing it could do shows in the cost
+                    - the cost is |x - a D|^2 / d + l1 mean_i a_i: du weighs the penalty by l1, but steps are chosen as
+                      if it were weighed by l1 d / (2 m), some hundredth of it in a large dictionary
+                    - u is not kept above zero: a latent that went below early has to climb back over all it has lost,
+                      and until then nothing it could do shows in the cost
                     - the better of both trials is taken even if it is worse than where the row stands
-                    - all stop when no row of those given gains more than `tolerance`, absolutely: a row's code depends on
-                      the rows around it and on the scale of x, and a late gain is never seen after a false stop
+                    - all stop when no row of those given gains more than `tolerance`, absolutely: a row's code depends
+                      on the rows around it and on the scale of x, and rows can stop far from the minimum
     """
     m, d = D.shape
     half, penalty = (0.5, l1) if rule == "objective" else (1 / d, l1 / m)
-
-    def at(u: Tensor) -> _Point:
-        a = u.relu()
-        residual = x - a @ D
-        return _Point(u, residual, half * residual.square().sum(1, keepdim=True) + penalty * a.sum(1, keepdim=True))
-
+    factors = x.new_tensor(STEP_FACTORS).view(-1, 1, 1)
     step = x.new_full((len(x), 1), 1 / m)
     now = _Point(x.new_zeros(len(x), m), x, half * x.square().sum(1, keepdim=True))
     resting = torch.zeros_like(step, dtype=torch.bool)
-    smallest = tolerance * (x @ D.T).abs().amax(1, keepdim=True) if rule == "objective" else None
+    smallest = tolerance * (x @ D.T).abs().amax(1, keepdim=True)
     for _ in range(n_iterations):
         du = l1 - now.residual @ D.T
-        if smallest is not None:
-            resting = resting | ((now.u - (now.u - du).relu()).abs().amax(1, keepdim=True) <= smallest)
-            if resting.all():
-                break
-        shorter, longer = (at(_stepped(now.u, factor * step, du, rule)) for factor in STEP_FACTORS)
-        further = longer.cost < shorter.cost
+        u = now.u - factors * step * du  # [2, B, m]
+        a = u.relu()
+        residual = x - a @ D
+        cost = half * residual.square().sum(2, keepdim=True) + penalty * a.sum(2, keepdim=True)
+        further = cost[1] < cost[0]  # [B, 1]
+        state = a if rule == "objective" else u
+        shorter, longer = (_Point(*trial) for trial in zip(state, residual, cost, strict=True))
         best = _where(further, longer, shorter)
         gain = now.cost - best.cost
         stepped = torch.where(further, STEP_FACTORS[1], STEP_FACTORS[0]) * step
         if rule == "objective":
             better = (gain > 0) & ~resting
+            resting = resting | ((now.u - (now.u - du).relu()).abs().amax(1, keepdim=True) <= smallest)
             step = torch.where(better, stepped, step / 4)
             now = _where(better, best, now)
+            if resting.all():
+                break
         else:
             step, now = stepped, best
             if gain.max() < tolerance:
@@ -187,10 +185,5 @@ def lca_codes(x: Tensor, D: Tensor, l1: float, n_iterations: int, tolerance: flo
     return now.u.relu()
 
 
-def _stepped(u: Tensor, step: Tensor, du: Tensor, rule: Rule) -> Tensor:
-    moved = u - step * du
-    return moved.relu() if rule == "objective" else moved
-
-
-def _where(condition: Tensor, a: _Point, b: _Point) -> _Point:
-    return _Point(*(torch.where(condition, one, other) for one, other in zip(a, b, strict=True)))
+def _where(condition: Tensor, yes: _Point, no: _Point) -> _Point:
+    return _Point(*(torch.where(condition, one, other) for one, other in zip(yes, no, strict=True)))

@@ -28,8 +28,8 @@ class MLPEncoder(DictionaryMethod):
 
     hidden_per_latent  the hidden layer has h = this times dict_size units; W_hid `[h, d]`, W_enc `[m, h]`
     resample_every     dead latents start anew every so many steps, see `core.methods.resampling`; 0: never
-    path               `sparse`, `dense`, or `auto` (by the share of positive entries in every batch): how the products of
-                       the last encoder layer and of the decoder are made; equal to rounding
+    path               `sparse`, `dense`, or `auto` (by the share of positive entries in every batch): how products with
+                       codes are made; equal to rounding
 
     Initialisation: encoder weights uniform between -+ 1 / sqrt(fan-in) (torch's `Linear`, as in the authors' code),
     biases zero, W_dec random rows of unit norm.

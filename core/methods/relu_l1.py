@@ -1,4 +1,4 @@
-"""The ReLU dictionary with an L1 penalty: the family that Leask et al. 2025 stitch, and the SAE of O'Neill et al. 2025."""
+"""The ReLU dictionary with an L1 penalty: the family that Leask et al. 2025 stitch; the SAE of O'Neill et al. 2025."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Reconstruction = Literal["squared_error", "normalised_mse"]
 
 
 class ReluL1(DictionaryMethod):
-    """f = ReLU(W_enc (x [- b_dec]) + b_enc), x_hat = W_dec f + b_dec; loss: reconstruction + l1_coefficient E[sum_i f_i].
+    """f = ReLU(W_enc (x [- b_dec]) + b_enc), x_hat = W_dec f + b_dec; loss = error + l1_coefficient E[sum_i f_i].
 
-    reconstruction   `squared_error`: E|x - x_hat|^2, summed over coordinates (Leask et al. 2025, the ReLU family), unlike
-                     in the k-sparse methods; `normalised_mse`: the mean square over that of predicting the batch's mean
-                     (O'Neill et al. 2025, authors' code)
+    reconstruction   what the error is. `squared_error`: E|x - x_hat|^2, summed over coordinates (Leask et al. 2025, the
+                     ReLU family), unlike in the k-sparse methods; `normalised_mse`: the mean square over that of
+                     predicting the batch's mean (O'Neill et al. 2025, authors' code)
     subtract_b_dec   whether the encoder sees x - b_dec (not in O'Neill et al.)
     resample_every   dead latents start anew every so many steps, see `core.methods.resampling`; 0: never
     l1_warmup_steps  the coefficient rises linearly over this many steps

@@ -1,10 +1,10 @@
 """Dead latents start anew (O'Neill et al. 2025, the GPT-2 section; after Bricken et al. 2023, without its data).
 
 Every `resample_every` steps each latent that has not fired for `dead_after_tokens` tokens gets a random unit vector as
-decoder row, 0.2 times a unit vector as encoder row (the same one where both live in R^d, else a random one), and bias 0;
-Adam's moments of these entries are cleared and the latent counts as having just fired. Adam's step count is shared by
-all latents, so with moments of zero the first steps of a revived one are larger, (1 - beta_1) / sqrt(1 - beta_2) lr: 3.2
-lr with betas of 0.9 and 0.999.
+decoder row, 0.2 times a unit vector as encoder row (the same one where both live in R^d, else a random one), and
+bias 0; Adam's moments of these entries are cleared and the latent counts as having just fired. Adam's step count is
+shared by all latents, so with moments of zero a revived one's first step is larger, (1 - beta_1) / sqrt(1 - beta_2) lr:
+3.2 lr with betas of 0.9 and 0.999.
 
 A revived latent is not part of the loss that chose the others: the loss rises in the next step, so the last time should
 lie well before the end. Vectors depend on the method's seed and the number of the step only, as a resumed run needs.
@@ -32,7 +32,7 @@ def is_due(n_updates: int, every: int) -> bool:
 
 @torch.no_grad()
 def resample_dead(method: DictionaryMethod, optimizer: ClippingAdam, encoder_like_decoder: bool) -> None:
-    """Start the dead latents of `method` anew, in place. `encoder_like_decoder`: the encoder row is along the decoder's,
+    """Start the dead latents of `method` anew, in place. `encoder_like_decoder`: encoder rows are along the decoder's,
     for which the encoder must see what the decoder gives (W_enc `[m, d]`)."""
     dead = method.dead.nonzero().squeeze(1)  # [n]
     random = generator(method.hyperparameters()["seed"], "resample", method.n_updates)
