@@ -27,15 +27,20 @@ def list_experiments() -> str:
 
 
 def task(cfg: DictConfig) -> None:
-    """One cell: compose (done), seed, skip if finished, call the experiment's module, write results.json."""
+    """One cell, in the folder that Hydra has made for it."""
+    from hydra.core.hydra_config import HydraConfig
+
+    run_cell(cfg, Path(HydraConfig.get().runtime.output_dir))
+
+
+def run_cell(cfg: DictConfig, folder: Path) -> None:
+    """One cell, composed: skip if finished, seed, call the experiment's module, write results.json."""
     from importlib import import_module
 
     import torch
-    from hydra.core.hydra_config import HydraConfig
 
     from core import results
 
-    folder = Path(HydraConfig.get().runtime.output_dir)
     if not cfg.force and results.is_finished(folder, cfg):
         print(f"finished before, skipped: {folder}", file=sys.stderr)
         return

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 
-UNNAMED_KEYS = (
-    "experiment", "scale", "force", "output_dir", "artifacts_dir", "logging", "cache",
-    "trainer.processes", "trainer.checkpoint_every_seconds",
+CHANGES_NO_NUMBER = (
+    "force", "output_dir", "artifacts_dir", "logging", "cache",
+    "trainer.processes", "trainer.cell_processes", "trainer.checkpoint_every_seconds",
 )  # fmt: skip
+UNNAMED_KEYS = ("experiment", "scale", *CHANGES_NO_NUMBER)
 MAX_NAME_BYTES = 180  # file systems allow 255 for one folder
 
 

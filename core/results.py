@@ -22,13 +22,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from core.artifacts import write_atomically
+from core.cells import CHANGES_NO_NUMBER
 from core.interrupts import raise_if_interrupted
 
 RESULTS, FAILED = "results.json", "failed.json"
-IGNORED_KEYS = (
-    "force", "output_dir", "artifacts_dir", "logging", "cache", "grid", "cell_folder",
-    "trainer.processes", "trainer.checkpoint_every_seconds",
-)  # fmt: skip
+IGNORED_KEYS = (*CHANGES_NO_NUMBER, "grid", "cell_folder")
 REPORTED_PACKAGES = ("torch", "pytorch-lightning", "transformers", "datasets", "hydra-core", "numpy", "scikit-learn")
 
 Metrics = Mapping[str, float]
@@ -78,17 +76,22 @@ def run_cell(cfg: DictConfig, folder: Path, run: Callable[[DictConfig], Metrics]
         (folder / FAILED).unlink(missing_ok=True)
     except Exception as error:
         raise_if_interrupted(error)
-        record = {
-            **_provenance(cfg, started),
-            "error": type(error).__name__,
-            "message": str(error),
-            "traceback": traceback.format_exc(),
-        }
-        try:
-            write_atomically(folder / FAILED, json.dumps(record, indent=1))
-        except OSError as unwritable:  # a full disk: the error itself must still be heard
-            print(f"could not write {folder / FAILED}: {unwritable}", file=sys.stderr)
+        record_failure(cfg, folder, error, started)
         raise
+
+
+def record_failure(cfg: DictConfig, folder: Path, error: Exception, started: float) -> None:
+    """Write failed.json, with the error's traceback as far as there is one. `started` as `time.time` gives it."""
+    record = {
+        **_provenance(cfg, started),
+        "error": type(error).__name__,
+        "message": str(error),
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+    try:
+        write_atomically(folder / FAILED, json.dumps(record, indent=1))
+    except OSError as unwritable:  # a full disk: the error itself must still be heard
+        print(f"could not write {folder / FAILED}: {unwritable}", file=sys.stderr)
 
 
 def _checked(metrics: Metrics) -> dict[str, float]:

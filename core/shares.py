@@ -17,8 +17,22 @@ def number_of_processes(setting: object, accelerator: str) -> int:
     """
     if setting == "auto":
         return len(gpus(accelerator)) or 1
+    return _from_one_on("trainer.processes", setting)
+
+
+def number_of_cell_processes(setting: object, n_cells: int) -> int:
+    """`trainer.cell_processes` as a number, at most that of the cells: `auto` is one for each core. Raises UserError."""
+    n = _n_cores() if setting == "auto" else _from_one_on("trainer.cell_processes", setting)
+    return min(n, n_cells)
+
+
+def _n_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _from_one_on(name: str, setting: object) -> int:
     if isinstance(setting, bool) or not isinstance(setting, int) or setting < 1:
-        raise UserError(f"trainer.processes: {setting!r} is neither auto nor a number from 1 on.")
+        raise UserError(f"{name}: {setting!r} is neither auto nor a number from 1 on.")
     return setting
 
 

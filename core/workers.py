@@ -1,8 +1,9 @@
 """Tasks in processes of their own: fresh interpreters, each with its devices, threads and process group to itself.
 
-A worker is `python -m core.workers`. It is handed its task over standard input, and ends with its parent, since that
-closes the pipe. Its lines come out on the parent's standard error behind a label. SIGINT and SIGTERM of the parent
-reach the workers as SIGTERM; the parent then waits until they have saved what they are at.
+A worker is `python -m core.workers`. It is handed tasks over standard input, one after another, and ends when that is
+closed: with the last task, or with its parent. Its lines come out on the parent's standard error behind the label of
+the task. SIGINT and SIGTERM of the parent reach the workers as SIGTERM; the parent then waits until they have saved
+what they are at.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
@@ -33,6 +35,8 @@ SAID_BY_MESSAGE = (UserError, NonFiniteLoss, FloatingPointError, OSError)
 POLL_SECONDS = 0.05
 SETTLE_SECONDS = 3.0  # for the others of a group to say why they failed, when one has
 GRACE_SECONDS = 30.0  # between SIGTERM and SIGKILL
+END_OF_TASK = b"\0end of task\0\n"  # what a worker writes after the last line of a task
+LENGTH_BYTES = 8  # a pickled task is sent behind its length
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,14 @@ class WorkerDiedError(RuntimeError):
 
 @dataclass
 class Worker:
-    """A process at its task."""
+    """A process, and the task that it is at."""
 
-    task: Task
     environment: dict[str, str]
     folder: Path
+    task: Task = field(init=False)
     process: subprocess.Popen[bytes] = field(init=False)
     reader: threading.Thread = field(init=False)
+    has_ended_task: threading.Event = field(init=False, default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         paths = [str(ROOT), *(path for path in sys.path if path)]
@@ -69,41 +74,67 @@ class Worker:
             start_new_session=True,  # Ctrl-C in a terminal reaches the parent alone, which passes it on once
         )
         self.reader = threading.Thread(target=self._repeat_lines, daemon=True)
-        self.reader.start()
-        assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it died at once: its exit code will say so
-            self.process.stdin.write(pickle.dumps(self.task))
-            self.process.stdin.flush()
 
     @property
     def outcome_file(self) -> Path:
         return self.folder / f"{id(self)}.pickle"
 
+    def begin(self, task: Task) -> None:
+        """Hand over a task; the one before has ended."""
+        self.task = task
+        self.has_ended_task.clear()
+        self.outcome_file.unlink(missing_ok=True)
+        if not self.reader.is_alive():
+            self.reader.start()
+        data = pickle.dumps(task)
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # it died at once: its exit code will say so
+            self.process.stdin.write(len(data).to_bytes(LENGTH_BYTES) + data)
+            self.process.stdin.flush()
+
     def _repeat_lines(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            for part in line.decode(errors="replace").replace("\r", "\n").splitlines():
+            said, end, _ = line.partition(END_OF_TASK)
+            for part in said.decode(errors="replace").replace("\r", "\n").splitlines():
                 print(f"[{self.task.label}] {part}", file=sys.stderr, flush=True)
+            if end:
+                self.has_ended_task.set()
+
+    def is_busy(self) -> bool:
+        return not self.has_ended_task.is_set() and self.process.poll() is None
 
     def outcome(self) -> Any:
-        """What the task returned, or the exception that ended it."""
-        self.process.wait()
-        self.reader.join()
-        assert self.process.stdin is not None
-        with suppress(BrokenPipeError):
-            self.process.stdin.close()
+        """What the task returned, or the exception that ended it. To be asked for when the worker is not busy."""
+        if self.process.poll() is not None:
+            self.close()
         try:
             return pickle.loads(self.outcome_file.read_bytes())
         except (FileNotFoundError, EOFError, pickle.UnpicklingError):
+            self.close()
             return WorkerDiedError(f"The worker [{self.task.label}] {_end_of(self.process.returncode)}.")
 
+    def close(self) -> None:
+        """No more tasks: wait for the end of the process."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
+        self.reader.join()
 
-def run_tasks(tasks: Sequence[Task], slots: Sequence[dict[str, str]], all_or_none: bool = False) -> list[Any]:
+
+def run_tasks(
+    tasks: Sequence[Task],
+    slots: Sequence[dict[str, str]],
+    all_or_none: bool = False,
+    ended: Callable[[int, Any], None] | None = None,
+) -> list[Any]:
     """What every task returned, or the exception that ended it. As many run at once as there are slots; a slot is the
-    environment variables of the worker in it.
+    environment variables of the worker in it, which takes one task after another, in their order.
 
     all_or_none  the tasks need one another: they start together, and when one fails the others are ended, and what
                  failed first is raised: an error that a user can mend before a death, that before what followed
+    ended        is called here with the index and the outcome of each task, as soon as that has ended
 
     Raises `Interrupted` after SIGINT or SIGTERM, when the workers have ended.
     """
@@ -115,18 +146,33 @@ def run_tasks(tasks: Sequence[Task], slots: Sequence[dict[str, str]], all_or_non
     with tempfile.TemporaryDirectory() as folder, _workers_end_with(running) as asked_to_stop:
         while running or (waiting and not asked_to_stop):
             while waiting and free and not asked_to_stop:
-                index, task = waiting.popleft()
-                running[index] = Worker(task, free.popleft(), Path(folder))
-            for index, worker in [(i, w) for i, w in running.items() if w.process.poll() is not None]:
+                _begin_next(waiting, Worker(free.popleft(), Path(folder)), running, asked_to_stop)
+            for index, worker in [(i, w) for i, w in running.items() if not w.is_busy()]:
                 outcomes[index] = worker.outcome()
                 del running[index]
-                free.append(worker.environment)
+                if ended is not None and not asked_to_stop:
+                    ended(index, outcomes[index])
+                if waiting and not asked_to_stop and worker.process.poll() is None:
+                    _begin_next(waiting, worker, running, asked_to_stop)
+                else:
+                    worker.close()
+                    free.append(worker.environment)
             failures = [outcome for outcome in outcomes.values() if isinstance(outcome, Exception)]
             if all_or_none and failures and not asked_to_stop:
                 failures += _failures_of(running)
                 raise min(failures, key=_distance_from_cause)
             time.sleep(POLL_SECONDS)
     return [outcomes[index] for index in range(len(tasks))]
+
+
+def _begin_next(
+    waiting: deque[tuple[int, Task]], worker: Worker, running: dict[int, Worker], asked_to_stop: Sequence[int]
+) -> None:
+    index, task = waiting.popleft()
+    running[index] = worker
+    worker.begin(task)
+    if asked_to_stop:  # by a signal that came before it was known as running
+        worker.process.send_signal(signal.SIGTERM)
 
 
 @contextmanager
@@ -165,9 +211,9 @@ def _end(running: dict[int, Worker]) -> None:
 def _failures_of(running: dict[int, Worker]) -> list[Exception]:
     """What workers that stand or fall together say in the short time that they are given."""
     deadline = time.monotonic() + SETTLE_SECONDS
-    while running and time.monotonic() < deadline and any(w.process.poll() is None for w in running.values()):
+    while running and time.monotonic() < deadline and any(w.is_busy() for w in running.values()):
         time.sleep(POLL_SECONDS)
-    ended = [worker.outcome() for worker in running.values() if worker.process.poll() is not None]
+    ended = [worker.outcome() for worker in running.values() if not worker.is_busy()]
     return [outcome for outcome in ended if isinstance(outcome, Exception)]
 
 
@@ -179,7 +225,8 @@ def _distance_from_cause(error: Exception) -> int:
 
 def _end_of(code: int) -> str:
     if code == -signal.SIGKILL:
-        return "was killed (SIGKILL): perhaps there was not enough memory; use a smaller trainer.processes"
+        hint = "perhaps there was not enough memory; use a smaller trainer.processes or trainer.cell_processes"
+        return f"was killed (SIGKILL): {hint}"
     if code < 0:
         return f"was ended by {signal.Signals(-code).name}"
     return f"ended with exit code {code}; its own lines are above"
@@ -189,21 +236,47 @@ def _end_of(code: int) -> str:
 
 
 def main() -> int:
-    """Read the task, run it, write its outcome to the file that is the only argument."""
+    """Run the tasks that come over standard input; the outcome of each goes to the file that is the only argument."""
+    tasks: SimpleQueue[bytes | None] = SimpleQueue()
+    busy = threading.Event()
     try:
         with handled_by(stop_at_once):
-            outcome = _outcome(pickle.load(sys.stdin.buffer))
+            threading.Thread(target=_receive, args=(tasks, busy), daemon=True).start()
+            while (data := tasks.get()) is not None:
+                _write(pickle.dumps(_outcome(pickle.loads(data))), Path(sys.argv[1]))
+                busy.clear()
+                os.write(1, END_OF_TASK)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code
-    file = Path(sys.argv[1])
-    file.with_suffix(".part").write_bytes(pickle.dumps(outcome))
-    file.with_suffix(".part").replace(file)
     return 0
 
 
+def _receive(tasks: SimpleQueue[bytes | None], busy: threading.Event) -> None:
+    """Pass the parent's tasks on until it closes the pipe; if it does so during a task, it has died."""
+    while length := _read(LENGTH_BYTES):
+        data = _read(int.from_bytes(length))
+        busy.set()
+        tasks.put(data)
+    if busy.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)
+    tasks.put(None)
+
+
+def _read(n_bytes: int) -> bytes:
+    """So many bytes of standard input, or less at its end. `sys.stdin` would be locked at our own end."""
+    parts = bytearray()
+    while len(parts) < n_bytes and (part := os.read(0, n_bytes - len(parts))):
+        parts += part
+    return bytes(parts)
+
+
+def _write(content: bytes, file: Path) -> None:
+    file.with_suffix(".part").write_bytes(content)
+    file.with_suffix(".part").replace(file)
+
+
 def _outcome(task: Task) -> Any:
-    threading.Thread(target=_ends_with_parent, daemon=True).start()
     module, name = task.function.split(":")
     try:
         return getattr(import_module(module), name)(*task.arguments)
@@ -215,17 +288,13 @@ def _outcome(task: Task) -> Any:
 
 
 def portable(error: Exception) -> Exception:
-    """The exception, or its type's name and message where it cannot be handed to another process."""
+    """The exception, or its type's name and message, and why it cannot itself be handed to another process."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+    except Exception as reason:
+        said = f"{type(error).__name__}: {error}"
+        return RuntimeError(f"{said} (told as text, since pickling it failed: {type(reason).__name__}: {reason})")
     return error
-
-
-def _ends_with_parent() -> None:
-    os.read(0, 1)  # returns when the parent has closed its end; `sys.stdin` would be locked at our own end
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

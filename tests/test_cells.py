@@ -4,7 +4,7 @@ from core.cells import MAX_NAME_BYTES, cell_name
 def test_a_name_leaves_out_what_the_path_says_or_what_changes_no_number():
     overrides = (
         "experiment=leask_batchtopk,logging.logger=none,method=topk,method.k=8,output_dir=/tmp/x,scale=smoke,seed=1,"
-        "trainer.devices=2,trainer.processes=2"
+        "trainer.cell_processes=2,trainer.devices=2,trainer.processes=2"
     )
     assert cell_name(overrides) == "method=topk,method.k=8,seed=1,trainer.devices=2"
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from core.shares import number_of_processes, slots, split
+from core.shares import number_of_cell_processes, number_of_processes, slots, split
 
 
 def test_the_dearest_go_first_and_each_to_the_share_that_has_cost_least():
@@ -56,6 +56,14 @@ def test_auto_is_one_process_for_every_gpu_and_one_without(monkeypatch):
 def test_a_number_of_processes_that_is_none_is_named(setting):
     with pytest.raises(UserError, match=r"trainer\.processes"):
         number_of_processes(setting, "auto")
+    with pytest.raises(UserError, match=r"trainer\.cell_processes"):
+        number_of_cell_processes(setting, 3)
+
+
+def test_cells_have_a_process_for_each_core_and_none_too_many(monkeypatch):
+    monkeypatch.setattr("core.shares._n_cores", lambda: 4)
+    assert number_of_cell_processes("auto", 10) == 4 and number_of_cell_processes("auto", 3) == 3
+    assert number_of_cell_processes(6, 10) == 6
 
 
 def test_every_process_sees_one_gpu_of_those_that_this_one_may_use_and_a_part_of_the_threads(monkeypatch):

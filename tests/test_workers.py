@@ -21,6 +21,10 @@ def echo(value: Any) -> Any:
     return value, os.environ["SLOT"]
 
 
+def process_id() -> int:
+    return os.getpid()
+
+
 def fails(kind: str) -> None:
     if kind == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -65,10 +69,24 @@ def test_a_task_that_fails_leaves_the_others_alone_and_its_error_is_told(capfd):
     assert isinstance(killed, WorkerDiedError) and "memory" in str(killed) and "[killed]" in str(killed)
     assert isinstance(wrong, UserError) and str(wrong) == "method.k is wrong."
     assert isinstance(diverged, NonFiniteLoss) and diverged.step == 7
-    assert isinstance(odd, RuntimeError) and "Unpicklable" in str(odd)
+    assert isinstance(odd, RuntimeError) and "Unpicklable" in str(odd) and "pickling it failed: " in str(odd)
     assert good == (5, "0")
     err = capfd.readouterr().err
     assert "[odd] Traceback" in err and "[wrong setting]" not in err
+
+
+def test_one_process_takes_one_task_after_another_and_is_replaced_when_it_dies():
+    told: list[tuple[int, Any]] = []
+    tasks = [task("a", "process_id"), task("b", "process_id"), task("c", "fails", "killed"), task("d", "process_id")]
+    a, b, c, d = run_tasks(tasks, [{}], ended=lambda index, outcome: told.append((index, outcome)))
+    assert a == b and isinstance(c, WorkerDiedError) and d != a
+    assert told == [(0, a), (1, b), (2, c), (3, d)]
+
+
+def test_lines_bear_the_label_of_the_task_that_said_them_though_one_process_has_both(capfd):
+    run_tasks([task(f"label {i}", "echo", i) for i in range(20)], [{"SLOT": "0"}])
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == [f"[label {i}] working on {i}" for i in range(20)]
 
 
 def test_of_tasks_that_need_one_another_one_failure_ends_all_and_is_raised(tmp_path):

@@ -1,41 +1,64 @@
-"""The default launcher of sweeps: compose every cell, train missing dictionaries together, run the cells one by one.
+"""The default launcher of sweeps: compose every cell, train missing dictionaries together, run the cells.
 
 Composing all cells first finds a misspelt key before hours are spent. Training first is only a prefetch: a cell never
-depends on it, since `load_or_train` trains what it does not find.
+depends on it, since `load_or_train` trains what it does not find. The cells run one by one in this process, or
+`trainer.cell_processes` at a time in processes of their own, each of which takes one cell after another.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
+from hydra.types import TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from core import results
 from core.errors import UserError
 from core.interrupts import raise_if_interrupted
 
+RUN_CELL = "run:run_cell"  # one definition for both ways
+
+
+@dataclass(frozen=True)
+class PendingCell:
+    """A cell that is to run: its configuration as the experiment will see it, and its folder."""
+
+    cfg: DictConfig
+    folder: Path
+
 
 class FleetLauncher(BasicLauncher):
-    """Runs the cells in this process after a prefetch. Raises UserError at the end if cells failed."""
+    """Runs the cells after a prefetch. Raises UserError at the end if cells failed."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         setup_globals()
         cells = self._compose(job_overrides, initial_job_idx)
-        pending = [cfg for cfg in map(self._pending, cells) if cfg is not None]
-        print(f"{len(cells)} cells, {len(pending)} to run", file=sys.stderr)
-        self._prefetch(pending)
-        returns: list[JobReturn] = []
-        with cells_bar(len(cells)) as advance:
-            for cell in cells:
-                returns.append(self._run(cell))
-                advance()
+        pending = {index: cell for index, cell in enumerate(map(self._pending, cells)) if cell is not None}
+        n_processes = _n_processes([cell.cfg for cell in pending.values()])
+        at_a_time = f", {n_processes} at a time" if n_processes > 1 else ""
+        print(f"{len(cells)} cells, {len(pending)} to run{at_a_time}", file=sys.stderr)
+        self._prefetch([cell.cfg for cell in pending.values()])
+        with cells_progress(len(pending)) as advance:
+            if n_processes > 1:
+                outcomes = run_in_processes(list(pending.values()), n_processes, advance)
+                ended = dict(zip(pending, outcomes, strict=True))
+                returns = [self._run(cell, told(ended[i]) if i in ended else None) for i, cell in enumerate(cells)]
+            else:
+                returns = []
+                for index, cell in enumerate(cells):
+                    returns.append(self._run(cell))
+                    if index in pending:
+                        advance()
         failed = [r for r in returns if r.status != JobStatus.COMPLETED]
         if failed:
             raise CellsFailedError(len(returns), failed)
@@ -54,20 +77,21 @@ class FleetLauncher(BasicLauncher):
         return cells
 
     @staticmethod
-    def _pending(cell: DictConfig) -> DictConfig | None:
-        """The configuration as the experiment will see it, if the cell is not finished yet."""
+    def _pending(cell: DictConfig) -> PendingCell | None:
+        """What is to run, if the cell is not finished yet."""
         HydraConfig.instance().set_config(cell)  # the folder's name is made from the cell's own overrides
-        folder = Path(cell.hydra.sweep.dir) / cell.hydra.sweep.subdir
+        folder = (Path(cell.hydra.sweep.dir) / cell.hydra.sweep.subdir).absolute()
         cfg = cell.copy()
         with open_dict(cfg):
             del cfg["hydra"]
-        return None if results.is_finished(folder, cfg) and not cfg.force else cfg
+        return None if results.is_finished(folder, cfg) and not cfg.force else PendingCell(cfg, folder)
 
-    def _run(self, cell: DictConfig) -> JobReturn:
+    def _run(self, cell: DictConfig, task: TaskFunction | None = None) -> JobReturn:
+        """The cell's own task, or another in its place, as a job of Hydra."""
         assert self.hydra_context is not None and self.config is not None and self.task_function is not None
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         job = run_job(
-            task_function=self.task_function,
+            task_function=task or self.task_function,
             config=cell,
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
@@ -89,11 +113,47 @@ class FleetLauncher(BasicLauncher):
         prefetch([request for cfg in pending for request in module.dictionaries(cfg)], pending[0])
 
 
+def _n_processes(pending: Sequence[DictConfig]) -> int:
+    if not pending or pending[0].trainer.cell_processes == 1:
+        return 1
+    from core.shares import number_of_cell_processes
+
+    return number_of_cell_processes(pending[0].trainer.cell_processes, len(pending))
+
+
+def run_in_processes(cells: Sequence[PendingCell], n_processes: int, advance: Callable[[], None]) -> list[Any]:
+    """None, or the exception that ended it, for every cell; they begin in their order. One whose process dies gets its
+    failed.json from here."""
+    from core.shares import slots
+    from core.workers import Task, WorkerDiedError, run_tasks
+
+    started = time.time()
+
+    def ended(index: int, outcome: Any) -> None:
+        if isinstance(outcome, WorkerDiedError):
+            results.record_failure(cells[index].cfg, cells[index].folder, outcome, started)
+        advance()
+
+    tasks = [Task(cell.folder.name, RUN_CELL, (cell.cfg, cell.folder)) for cell in cells]
+    return run_tasks(tasks, slots(n_processes, cells[0].cfg.trainer.accelerator), ended=ended)
+
+
+def told(outcome: Exception | None) -> TaskFunction:
+    """A task that ends as the cell has ended elsewhere."""
+
+    def task(cfg: DictConfig) -> None:
+        if outcome is not None:
+            raise outcome
+
+    return task
+
+
 @contextmanager
-def cells_bar(n_cells: int) -> Iterator[Callable[[], None]]:
-    """A bar over cells on a terminal, with the time left; calling what it yields moves it on. Nothing elsewhere."""
+def cells_progress(n_cells: int) -> Iterator[Callable[[], None]]:
+    """Progress over the cells that run, with the time left: a bar on a terminal, a line for each elsewhere. Calling
+    what it yields moves it on."""
     if not sys.stderr.isatty():
-        yield lambda: None
+        yield cell_lines(n_cells)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -102,6 +162,19 @@ def cells_bar(n_cells: int) -> Iterator[Callable[[], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("cells", total=n_cells)
         yield lambda: bar.advance(task)
+
+
+def cell_lines(n_cells: int) -> Callable[[], None]:
+    """Says a line whenever it is called: how many cells are done, and what is left at the mean rate so far."""
+    started, done = time.monotonic(), 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        left = (time.monotonic() - started) / done * (n_cells - done)
+        print(f"{done} of {n_cells} cells, {left:,.0f} s left", file=sys.stderr, flush=True)
+
+    return advance
 
 
 class CellsFailedError(UserError):

@@ -1,35 +1,121 @@
 """Sweeps from the command line: over several processes, and through the launcher of clusters."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
 import run as runner
+from hydra_plugins.fleet_launcher.launcher import PendingCell, cell_lines, run_in_processes
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def sweep(tmp_path: Path, tiny_model: dict[str, Any], words: Any, monkeypatch: Any, capsys: Any):
-    """Run a smoke sweep on the tiny model; returns (metrics by cell, standard error)."""
+def fixed(tmp_path: Path, tiny_model: dict[str, Any], words: Any) -> list[str]:
+    """A smoke sweep of three cells on the tiny model."""
     text = tmp_path / "words.jsonl"
     text.write_text("\n".join(json.dumps({"text": t}) for t in words.texts))
-    fixed = [
+    return [
         "experiment=leask_batchtopk", "scale=smoke", "logging=none", "stream.n_tokens=1024", "data=local",
         f"data.path={text}", "model=local", "stream.site=resid_pre.1", "stream.n_ctx=32",
         "evaluation.compat_tokens=512",
         *[f"model.{key}={'null' if value is None else value}" for key, value in tiny_model.items()],
     ]  # fmt: skip
 
-    def call(name: str, *arguments: str) -> tuple[dict[str, dict[str, float]], str]:
-        places = [f"output_dir={tmp_path / name}", f"artifacts_dir={tmp_path / name / 'artifacts'}"]
-        monkeypatch.setattr(sys, "argv", ["run.py", *fixed, *places, *arguments])
-        assert runner.main() == 0
-        found = (tmp_path / name / "leask_batchtopk").rglob("results.json")
-        return {path.parent.name: json.loads(path.read_text())["metrics"] for path in found}, capsys.readouterr().err
+
+def places(folder: Path) -> list[str]:
+    return [f"output_dir={folder}", f"artifacts_dir={folder / 'artifacts'}"]
+
+
+def read(folder: Path, name: str = "results.json") -> dict[str, dict[str, Any]]:
+    return {path.parent.name: json.loads(path.read_text()) for path in (folder / "leask_batchtopk").rglob(name)}
+
+
+def metrics(folder: Path) -> dict[str, dict[str, float]]:
+    return {cell: record["metrics"] for cell, record in read(folder).items()}
+
+
+@pytest.fixture
+def sweep(fixed: list[str], tmp_path: Path, monkeypatch: Any, capsys: Any):
+    """Run the smoke sweep; returns (metrics by cell, standard error)."""
+
+    def call(name: str, *arguments: str, code: int = 0) -> tuple[dict[str, dict[str, float]], str]:
+        monkeypatch.setattr(sys, "argv", ["run.py", *fixed, *places(tmp_path / name), *arguments])
+        assert runner.main() == code
+        return metrics(tmp_path / name), capsys.readouterr().err
 
     return call
+
+
+@pytest.mark.slow
+def test_cells_in_processes_of_their_own_give_what_they_give_one_by_one(sweep, tmp_path):
+    one, err = sweep("one", "method.k=8,1000", code=1)
+    assert "1 of 4 cells, " in err and "4 of 4 cells, 0 s left" in err
+    first, _ = sweep("two", "method=topk", "method.k=8")
+    two, err = sweep("two", "method.k=8,1000", "trainer.cell_processes=2", code=1)
+    assert len(first) == 1 and len(one) == 2 and one == two
+    assert "4 cells, 3 to run, 2 at a time" in err and err.count("finished before, skipped") == 1
+    assert err.count("results.json") == 1 and "3 of 3 cells, 0 s left" in err
+    assert "2 of 4 cells failed" in err and "Traceback" not in err
+    failed = [read(tmp_path / name, "failed.json") for name in ("one", "two")]
+    assert failed[0].keys() == failed[1].keys() and len(failed[0]) == 2
+    assert all(a["message"] == failed[1][cell]["message"] for cell, a in failed[0].items())
+    hydra = [{path.relative_to(tmp_path / n) for path in (tmp_path / n).rglob(".hydra/*")} for n in ("one", "two")]
+    assert hydra[0] == hydra[1] and hydra[0]
+
+
+@pytest.mark.slow
+def test_cells_in_processes_that_are_told_to_stop_keep_what_is_finished_and_go_on_one_by_one(fixed, sweep, tmp_path):
+    command = [sys.executable, "run.py", *fixed, *places(tmp_path / "a"), "trainer.cell_processes=2"]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while process.poll() is None and " of 3 cells" not in log.read_text():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, log.read_text()
+    assert "the same command goes on" in log.read_text() and "Traceback" not in log.read_text()
+    kept = metrics(tmp_path / "a")
+    assert 1 <= len(kept) < 3 and not read(tmp_path / "a", "failed.json")
+    found, err = sweep("a")
+    assert f"3 cells, {3 - len(kept)} to run\n" in err and len(found) == 3 and found.items() >= kept.items()
+
+
+def test_a_cell_whose_process_is_killed_has_a_record_of_it_and_the_others_go_on(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("hydra_plugins.fleet_launcher.launcher.RUN_CELL", f"{__name__}:dies_at_seed_1")
+    monkeypatch.setattr("core.workers.ROOT", Path(__file__).parent)  # where this file can be imported from
+    cfg = {"name": "x", "scale": "smoke", "trainer": {"accelerator": "cpu"}}
+    cells = [PendingCell(OmegaConf.create({**cfg, "seed": seed}), tmp_path / str(seed)) for seed in range(3)]
+    first, second, third = run_in_processes(cells, 2, lambda: None)
+    assert first is None and third is None and "killed" in str(second)
+    assert json.loads((tmp_path / "1/failed.json").read_text())["error"] == "WorkerDiedError"
+    assert (tmp_path / "0/done").exists() and (tmp_path / "2/done").exists()
+
+
+def dies_at_seed_1(cfg: DictConfig, folder: Path) -> None:
+    if cfg.seed == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    folder.mkdir()
+    (folder / "done").touch()
+
+
+def test_the_time_left_goes_by_the_mean_so_far(monkeypatch, capsys):
+    seconds = iter([0.0, 10.0, 30.0, 60.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
+    advance = cell_lines(3)
+    for _ in range(3):
+        advance()
+    assert capsys.readouterr().err.splitlines() == [
+        "1 of 3 cells, 20 s left", "2 of 3 cells, 15 s left", "3 of 3 cells, 0 s left"
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
