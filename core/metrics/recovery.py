@@ -21,6 +21,7 @@ from core.seeding import derived_seed, generator
 Kind = Literal["pearson", "cosine"]
 Number = TypeVar("Number", float, Tensor)
 VARIANCE_FLOOR = 1e-12  # a column below it is constant (Pearson) or zero (cosine) and correlates 0 with everything
+CHUNK = 2**22  # numbers standardised at a time where columns need not meet
 
 
 def correlations(A: Tensor, B: Tensor, kind: Kind = "pearson") -> Tensor:
@@ -64,8 +65,10 @@ def unmatched_correlation(S: Tensor, S_hat: Tensor) -> Tensor:
         raise UserError(
             f"Codes of equal index are compared, but there are {S.shape[-1]} true and {S_hat.shape[-1]} codes."
         )
-    product = _standardised(S, S_hat, "pearson") * _standardised(S_hat, S, "pearson")
-    return product.sum(-2).clamp_(-1, 1).mean(-1)
+    width = max(1, CHUNK // max(S[..., :1].numel(), S_hat[..., :1].numel(), 1))
+    parts = zip(S.split(width, -1), S_hat.split(width, -1), strict=True)
+    found = [(_standardised(a, b, "pearson") * _standardised(b, a, "pearson")).sum(-2) for a, b in parts]
+    return torch.cat(found, -1).clamp_(-1, 1).mean(-1)
 
 
 def chance_dictionary_mcc(N: int, M: int, kind: Kind = "pearson", n_draws: int = 20, seed: int = 0) -> float:
@@ -118,8 +121,8 @@ def _standardised(A: Tensor, other: Tensor, kind: Kind) -> Tensor:
     A = A.detach().to("cpu", torch.float64)
     if kind == "pearson":
         A = A - A.mean(-2, keepdim=True)
-    square = A.square().sum(-2, keepdim=True)
-    return torch.where(square < VARIANCE_FLOOR * n, 0.0, A / square.sqrt())
+    norm = torch.linalg.vector_norm(A, dim=-2, keepdim=True)
+    return A / torch.where(norm.square() < VARIANCE_FLOOR * n, math.inf, norm)
 
 
 def _largest_sum(C: Tensor) -> float:
