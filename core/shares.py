@@ -21,7 +21,7 @@ def number_of_processes(setting: object, accelerator: str) -> int:
 
 
 def number_of_cell_processes(setting: object, n_cells: int) -> int:
-    """`trainer.cell_processes` as a number, at most that of the cells: `auto` is one for each core. Raises UserError."""
+    """`trainer.cell_processes` as a number, at most that of the cells: `auto` is one per core. Raises UserError."""
     n = _n_cores() if setting == "auto" else _from_one_on("trainer.cell_processes", setting)
     return min(n, n_cells)
 
