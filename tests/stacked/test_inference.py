@@ -108,7 +108,7 @@ def test_log_codes_tend_to_the_solution_of_the_lasso():
     gaps = [objective(X, D, S, 0.05) / best - 1 for S in codes]
     assert (gaps[0] > gaps[1]).all() and (gaps[1] > gaps[2]).all()
     assert (gaps[2] >= -1e-5).all() and (gaps[2] < 5e-3).all()
-    assert (codes[-1] - fista(X, D, 0.05)).abs().mean() < 2e-3
+    assert (codes[-1] - fista(X, D, 0.05)).abs().mean() < 5e-3
 
 
 def test_the_first_steps_of_log_codes_are_adam_on_the_objective_by_autograd():
