@@ -2,8 +2,8 @@
 
 A paper's file names the paper, says per experiment on which settings its cells are matched and what its table shows,
 and lists the claims. A claim's `cells` says at which scales it can be judged and on which cells, for example
-`{paper: {model.name: gpt2_small}}`: a cell passes if it lacks the setting or has one of the values. Without `cells`,
-all cells of both scales count.
+`{paper: {model.name: gpt2_small}}`: a cell passes if it does not know the setting or has one of the values; of a list
+of such conditions it must pass one. Without `cells`, all cells of both scales count.
 """
 
 from __future__ import annotations
@@ -15,21 +15,15 @@ from typing import Any, Literal
 
 import yaml
 
-from core.metrics.statistics import Interval, sign_test
-from reports.checks import (
-    Check,
-    Comparison,
-    Directed,
-    Within,
-    compare,
-    effect_over_seeds,
-    make_check,
-)
+from core.metrics.statistics import sign_test
+from reports.checks import Check, Comparison, Within, compare, make_check
+from reports.checks.base import effect_over_seeds
 from reports.collect import Cell
 from reports.matching import AmbiguousCellsError
 
 PAPERS = Path(__file__).parent / "paper"
 Scale = Literal["paper", "demo"]
+Conditions = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 SCALES: tuple[Scale, ...] = ("paper", "demo")  # smoke results are never reported
 
 AGREES, DIRECTION, PARTLY, DISAGREES, NOT_RUN = "agrees", "direction agrees", "partly", "disagrees", "not run"
@@ -39,7 +33,11 @@ NOT_APPLICABLE = "-"  # the claim is not judged at this scale
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One row of a paper's file. `paper` is its value, or None with the reason in `paper_note`."""
+    """One row of a paper's file.
+
+    `paper` is its value, or None with the reason in `paper_note`; `anchors` are values that were published elsewhere:
+    in the authors' repository, or by others.
+    """
 
     id: str
     experiment: str
@@ -52,11 +50,15 @@ class Claim:
     paper_note: str = ""
     tolerance: str | None = None
     anchors: Sequence[Mapping[str, Any]] = ()
-    cells: Mapping[Scale, Mapping[str, Any]] = field(default_factory=lambda: {"paper": {}, "demo": {}})
+    cells: Mapping[Scale, Conditions] = field(default_factory=lambda: {"paper": {}, "demo": {}})
 
     @property
     def paper_says(self) -> str:
         return str(self.paper) if self.paper is not None else self.paper_note
+
+    @property
+    def others_say(self) -> str:
+        return "; ".join(f"{_range(anchor['value'])} ({anchor['mark']}: {anchor['what']})" for anchor in self.anchors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,20 +128,21 @@ def judge(paper: Paper, claim: Claim, scale: Scale, cells: Sequence[Cell], n_fai
     """Join a claim with the cells of its experiment at one scale, of which `n_failed` more ended in an error."""
     if scale not in claim.cells:
         return Judgement(verdict=NOT_APPLICABLE)
+    check = paper.check(claim) if scale == "paper" else paper.check(claim).at_demo()
+    if check is None:
+        return Judgement(verdict=NOT_APPLICABLE)
     chosen = [cell for cell in cells if _passes(cell, claim.cells[scale])]
-    check = paper.check(claim)
     try:
         comparisons = compare(check, chosen)
     except AmbiguousCellsError as error:
         return Judgement(verdict=AMBIGUOUS, ours=str(error))
     holds = [check.holds(comparison) if comparison.pairs else None for comparison in comparisons]
     effects = [check.effects(comparison) if comparison.pairs else {} for comparison in comparisons]
-    found = [by_seed for by_seed in effects if by_seed]
-    overall = effect_over_seeds(found) if found else None
+    found = [comparison for comparison in comparisons if comparison.pairs]
     return Judgement(
-        verdict=verdict(holds, scale, n_failed, directed=isinstance(check, Directed)),
-        ours=_ours(check, comparisons, holds, overall) if overall else "",
-        n_seeds=overall.n if overall else 0,
+        verdict=verdict(holds, scale, n_failed, check.directed),
+        ours=_ours(check, found, holds) if found else "",
+        n_seeds=_n_seeds(check, found) if found else 0,
         comparisons=comparisons,
         effects=[check.say(effect_over_seeds([by_seed])) if by_seed else "" for by_seed in effects],
         holds=holds,
@@ -163,23 +166,34 @@ def verdict(holds: Sequence[bool | None], scale: Scale, n_failed: int, directed:
     return f"{word}; {failures}" if failures else word
 
 
-def _ours(check: Check, comparisons: Sequence[Comparison], holds: Sequence[bool | None], overall: Interval) -> str:
+def _ours(check: Check, found: Sequence[Comparison], holds: Sequence[bool | None]) -> str:
+    """What the comparisons that have pairs come to."""
     judged = [held for held in holds if held is not None]
-    n_seeds = len({seed for comparison in comparisons for seed in comparison.pairs})
-    everywhere = f" at every setting (of {n_seeds})" if n_seeds > overall.n else ""
-    parts = [f"{check.say(overall)}, {overall.n} seed{'s' if overall.n > 1 else ''}{everywhere}"]
+    n_shared, n_seeds = _n_seeds(check, found), len({seed for comparison in found for seed in comparison.pairs})
+    everywhere = f" at every setting (of {n_seeds})" if n_seeds > n_shared else ""
+    parts = [f"{check.summary(found)}, {n_shared} seed{'s' if n_shared > 1 else ''}{everywhere}"]
     parts.append(f"{sum(judged)} of {len(judged)} settings")
     if len(judged) < len(holds):
         parts.append(f"{len(holds) - len(judged)} more not judged")
-    if isinstance(check, Directed):
-        differences = [a - b for comparison in comparisons for a, b in comparison.pairs.values()]
+    if check.directed:
+        differences = [a - b for comparison in found for a, b in comparison.pairs.values()]
         parts.append(f"sign test p = {sign_test(differences):.2g} ({len(differences)} pairs)")
     return "; ".join(parts)
 
 
-def _passes(cell: Cell, conditions: Mapping[str, Any]) -> bool:
-    for key, wanted in conditions.items():
-        value = cell.get(key)
-        if value is not None and value not in (wanted if isinstance(wanted, list) else [wanted]):
-            return False
-    return True
+def _n_seeds(check: Check, found: Sequence[Comparison]) -> int:
+    """Over how many seeds the effect's interval goes: those that every comparison has."""
+    return effect_over_seeds([check.effects(comparison) for comparison in found]).n
+
+
+def _passes(cell: Cell, conditions: Conditions) -> bool:
+    if isinstance(conditions, Mapping):
+        return all(
+            not cell.has(key) or cell.get(key) in (wanted if isinstance(wanted, list) else [wanted])
+            for key, wanted in conditions.items()
+        )
+    return any(_passes(cell, one) for one in conditions)
+
+
+def _range(value: Any) -> str:
+    return " to ".join(map(str, value)) if isinstance(value, list) else str(value)

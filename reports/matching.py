@@ -70,7 +70,7 @@ def refined(cells: Sequence[Cell], match: tuple[str, ...]) -> tuple[str, ...]:
     return (*match, *sorted(told_apart - set(match)))
 
 
-def words(match: Sequence[str], setting: Setting) -> str:
+def words(match: Sequence[str], setting: Sequence[Any]) -> str:
     """`bundled, resid_pre.4, dict_size 512, k 16`"""
     parts = [
         shown(value) if key in BARE_KEYS else f"{key.rpartition('.')[2]} {shown(value)}"

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 from core.bench import TABLE
-from core.metrics.statistics import t_interval
 from core.results import read
+from reports.checks.base import interval, spelled
 from reports.claims import SCALES, ExperimentRows, Judgement, Paper, Scale
 from reports.collect import Cell, Failure, grid_size, one_per_folder
 from reports.matching import order, refined, shown
@@ -34,11 +34,13 @@ def finished(
 
 def claims(paper: Paper, judgements: Judgements) -> Table:
     """One row for each claim of a paper."""
-    header = ["claim", "statement", "where", "paper", "source, confidence"]
+    header = ["claim", "statement", "where", "paper", "published elsewhere", "source, confidence"]
     header += [title for scale in SCALES for title in (f"ours, {scale} scale", f"verdict, {scale} scale")]
     rows = []
     for claim in paper.claims:
-        row = [claim.id, claim.statement, claim.where, claim.paper_says, f"{claim.source}; {claim.confidence}"]
+        elsewhere = "; ".join(part for part in (paper.check(claim).published, claim.others_say) if part)
+        row = [claim.id, claim.statement, claim.where, claim.paper_says, elsewhere]
+        row.append(f"{claim.source}; {claim.confidence}")
         for scale in SCALES:
             judgement = judgements[claim.id][scale]
             row += [judgement.ours, judgement.verdict]
@@ -55,8 +57,14 @@ def details(papers: Sequence[Paper], experiment: str, scale: Scale, judgements: 
             if held is None:
                 values = ["", "", f"not judged: {comparison.note}", "0", ""]
             else:
-                a, b = comparison.values
-                values = [f"{a:.4g}", f"{b:.4g}", effect, str(len(comparison.pairs)), "yes" if held else "no"]
+                _, other = comparison.values
+                values = [
+                    spelled(comparison.measured, ".4g"),
+                    f"{other:.4g}",
+                    effect,
+                    str(len(comparison.pairs)),
+                    "yes" if held else "no",
+                ]
             rows.append([claim.id, comparison.label, *values])
     return Table(["claim", "setting", "measured", "compared with", "difference or ratio", "seeds", "as claimed"], rows)
 
@@ -91,10 +99,7 @@ def mean(cells: Sequence[Cell], metric: str) -> str:
     values = [cell.metrics[metric] for cell in cells if metric in cell.metrics]
     if not values:
         return ""
-    if len(values) == 1:
-        return f"{values[0]:.4g}"
-    interval = t_interval(values)
-    return f"{interval.mean:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
+    return spelled(interval(values), ".4g")
 
 
 def beside(cell: Cell) -> tuple[Table, list[str]] | None:

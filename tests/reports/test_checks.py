@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reports.checks import compare, make_check
+from reports.checks.base import side_by_side
 from reports.claims import Claim, ExperimentRows, Paper, judge, load_paper, load_papers, verdict
 from reports.collect import Cell
 
@@ -193,6 +194,187 @@ def test_cells_that_cannot_be_told_apart_are_not_judged():
     found = judged(BETTER, twice)
     assert found.verdict == "cannot be judged"
     assert "TopK-8-512-0" in found.ours
+
+
+def codes(method, seed=0, l1=None, N=16, objective=None, scale="paper", **metrics):
+    """One run of a small sparse-coding experiment; a setting that is None is one the run does not know."""
+    known = {"coder.l1": l1, "source.N": N, "objective": objective}
+    settings = {"coder.name": method, **{key: value for key, value in known.items() if value is not None}}
+    return Cell("toy", scale, seed, Path("stack"), metrics, settings, {})
+
+
+CODES = ["source.N", "coder.l1", "objective"]
+ABOVE = {"kind": "margin", "metric": "mcc", "a": "SC", "b": "SAE", "at_least": 0.08}
+
+
+def judged_codes(check, results, scale="paper", **claim):
+    row = {"id": "toy/1", "experiment": "toy", "statement": "", "where": "", "source": "", "confidence": ""}
+    paper = Paper(name="toy", title="", experiments={"toy": ExperimentRows(match=CODES)}, claims=[])
+    return judge(paper, Claim(**row, paper_note="none", check=check, **claim), scale, results, 0)
+
+
+def over_seeds(method, values, metric="mcc", **settings):
+    return [codes(method, seed, **{metric: value}, **settings) for seed, value in enumerate(values)]
+
+
+def test_a_margin_is_judged_by_its_mean_and_shown_with_its_interval():
+    cells = over_seeds("SC", [0.70, 0.72]) + over_seeds("SAE", [0.60, 0.60])
+    found = judged_codes(ABOVE, cells)
+    assert found.verdict == "agrees"
+    # differences 0.10 and 0.12: mean 0.11, half width 12.706 * 0.01
+    assert found.ours == "+0.11 [-0.0171, +0.237], 2 seeds; 1 of 1 settings"
+    assert judged_codes({**ABOVE, "at_least": 0.12}, cells).verdict == "disagrees"
+    assert judged_codes({**ABOVE, "at_least": -0.02, "at_most": 0.05}, cells).verdict == "disagrees"
+    assert judged_codes({**ABOVE, "at_least": 0.18, "relative": True}, cells).verdict == "agrees"
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_at_demo_scale_a_margin_is_a_direction_and_an_interval_around_zero_nothing(a, b):
+    cells = over_seeds("SC", [a]) + over_seeds("SAE", [b])
+    assert (judged_codes(ABOVE, cells, "demo").verdict == "direction agrees") == (a > b)
+    around = {**ABOVE, "at_least": -0.02, "at_most": 0.05}
+    assert judged_codes(around, cells, "demo").verdict == "-"
+    below = {"kind": "margin", "metric": "mcc", "a": "SC", "b": "SAE", "at_most": -0.1}
+    assert (judged_codes(below, cells, "demo").verdict == "direction agrees") == (a < b)
+
+
+def test_a_margin_of_two_metrics_compares_a_method_with_itself():
+    fall = {"kind": "margin", "metric": "peak", "b_metric": "mcc", "a": "SAE", "b": "SAE", "at_least": 0.03}
+    [comparison] = judged_codes(fall, [codes("SAE", mcc=0.61, peak=0.71)]).comparisons
+    assert comparison.pairs == {0: (0.71, 0.61)}
+
+
+def test_a_setting_that_a_method_does_not_have_does_not_keep_it_from_being_compared():
+    """The oracle has no penalty: it is compared with each of the other's. N is a setting of both and must agree."""
+    cells = [codes("FISTA", l1=0.01, mcc=0.98), codes("FISTA", l1=0.5, mcc=0.95), codes("oracle", mcc=1.0)]
+    check = {"kind": "paired", "metric": "mcc", "expect": "lower", "a": "FISTA", "b": "oracle"}
+    found = judged_codes(check, cells)
+    assert [(c.label, c.pairs) for c in found.comparisons] == [
+        ("N 16, l1 0.01", {0: (0.98, 1.0)}),
+        ("N 16, l1 0.5", {0: (0.95, 1.0)}),
+    ]
+    elsewhere = judged_codes(check, [*cells[:2], codes("oracle", N=32, mcc=1.0)])
+    assert elsewhere.verdict == "not run" and len(elsewhere.comparisons) == 3
+
+
+def test_a_setting_that_is_null_is_not_one_that_is_unknown():
+    uniform, zipf = (codes("SAE", mcc=0.5), codes("SAE", mcc=0.4))
+    uniform.settings["objective"], zipf.settings["objective"] = None, "zipf"
+    other = codes("SC", mcc=0.6)
+    other.settings["objective"] = None
+    [(_, ours, theirs), (_, _, alone)] = side_by_side([other], [uniform, zipf], ("objective",))
+    assert (ours[0], theirs[0], alone[0]) == (other, uniform, zipf)
+    found = judged_codes(ABOVE, [uniform, zipf, other], cells={"paper": {"objective": None}})
+    assert [c.pairs for c in found.comparisons] == [{0: (0.6, 0.5)}]
+
+
+def test_cells_of_a_claim_may_be_any_of_several_settings():
+    cells = [
+        c
+        for N, gain in ((16, 0.0), (32, 0.4), (64, 0.5))
+        for c in (codes("SC", N=N, mcc=0.4 + gain), codes("SAE", N=N, mcc=0.4))
+    ]
+    where = {"paper": [{"source.N": 32}, {"source.N": 64}]}
+    assert judged_codes({**ABOVE, "at_least": 0.3}, cells, cells=where).verdict == "agrees"
+    assert judged_codes({**ABOVE, "at_least": 0.3}, cells).verdict == "partly"
+
+
+def test_methods_in_an_order_are_compared_with_the_next():
+    cells = [codes(method, mcc=value) for method, value in (("ITO", 0.9), ("MLP", 0.8), ("SAE", 0.85))]
+    found = judged_codes(
+        {"kind": "ordered", "metric": "mcc", "expect": "higher", "methods": ["ITO", "MLP", "SAE"]}, cells
+    )
+    assert [(c.label, c.values) for c in found.comparisons] == [
+        ("ITO and MLP, N 16", (0.9, 0.8)),
+        ("MLP and SAE, N 16", (0.8, 0.85)),
+    ]
+    assert found.verdict == "partly"
+    assert (
+        judged_codes({"kind": "ordered", "metric": "mcc", "expect": "higher", "methods": ["ITO", "SAE"]}, cells).verdict
+        == "agrees"
+    )
+
+
+def test_every_seed_must_show_the_direction_where_a_claim_says_so():
+    cells = over_seeds("SC", [0.7, 0.5]) + over_seeds("SAE", [0.4, 0.6])
+    check = {"kind": "paired", "metric": "mcc", "expect": "higher", "a": "SC", "b": "SAE"}
+    assert judged_codes(check, cells).verdict == "agrees"
+    assert judged_codes({**check, "every_seed": True}, cells).verdict == "disagrees"
+
+
+def test_a_change_compares_a_method_with_itself_at_two_values_of_a_setting():
+    cells = over_seeds("SAE", [0.87, 0.88], objective="cosine") + over_seeds("SAE", [0.80, 0.81], objective="mse")
+    check = {
+        "kind": "change",
+        "metric": "mcc",
+        "methods": ["SAE", "MLP"],
+        "along": "objective",
+        "before": "mse",
+        "after": "cosine",
+        "at_least": 0.03,
+    }
+    found = judged_codes(check, cells)
+    assert found.ours == "+0.07 [+0.07, +0.07], 2 seeds; 1 of 1 settings"
+    assert found.verdict == "agrees"
+    assert judged_codes(check, cells, "demo").verdict == "direction agrees"
+    assert judged_codes({**check, "before": "other"}, cells).verdict == "not run"
+    with pytest.raises(ValueError, match="at_least or at_most"):
+        make_check(CODES, **{key: value for key, value in check.items() if key != "at_least"})
+
+
+def test_a_peak_is_where_it_is_claimed_to_be():
+    values = {0.01: [0.5, 0.6], 0.5: [0.8, 0.7], 1.0: [0.7, 0.9]}
+    cells = [cell for l1, mcc in values.items() for cell in over_seeds("SC", mcc, l1=l1)]
+    check = {"kind": "peak", "metric": "mcc", "expect": "higher", "methods": ["SC"], "along": "coder.l1", "at": [1.0]}
+    found = judged_codes(check, cells)
+    assert [(c.label, c.pairs) for c in found.comparisons] == [("SC, N 16, at 1", {0: (0.7, 0.8), 1: (0.9, 0.7)})]
+    assert found.verdict == "agrees"  # 0.80 against 0.75
+    assert judged_codes({**check, "at": [0.5]}, cells).verdict == "disagrees"
+    assert judged_codes({**check, "at": [0.01], "expect": "lower"}, cells).verdict == "agrees"
+    assert judged_codes({**check, "at": [7.0]}, cells).verdict == "not run"
+
+
+NUMBERS = {
+    "kind": "near",
+    "metric": "mcc",
+    "over": ["method"],
+    "tolerance": 0.03,
+    "points": [["SC", 0.69], ["SAE", 0.57, 0.1]],
+}
+
+
+def test_published_numbers_stand_beside_ours_with_a_tolerance_each():
+    cells = over_seeds("SC", [0.70, 0.72]) + over_seeds("SAE", [0.65])
+    found = judged_codes(NUMBERS, cells)
+    assert found.verdict == "agrees"
+    assert found.ours == "SC 0.71 [0.583, 0.837], SAE 0.65, 1 seed at every setting (of 2); 2 of 2 settings"
+    assert found.comparisons[0].label == "SC, N 16" and found.comparisons[1].tolerance == 0.1
+    assert judged_codes({**NUMBERS, "tolerance": 0.01}, cells).verdict == "partly"
+    assert judged_codes(NUMBERS, cells[:2]).verdict == "partly"  # one number could not be compared
+    assert judged_codes(NUMBERS, []).verdict == "not run"
+    assert judged_codes(NUMBERS, cells, "demo").verdict == "-"
+    assert make_check(CODES, **NUMBERS).published == "SC 0.69, SAE 0.57"
+
+
+def test_many_published_numbers_are_summed_up():
+    table = {
+        **NUMBERS,
+        "tolerance": 0.035,
+        "over": ["method", "source.N"],
+        "points": [["SC", N, 0.5] for N in range(8)],
+    }
+    cells = [codes("SC", N=N, mcc=0.5 + N / 100) for N in range(8)]
+    found = judged_codes(table, cells)
+    assert found.verdict == "partly"
+    assert found.ours.startswith("+0.035 from the numbers on average, 0.035 without signs, farthest +0.070 (SC, N 7)")
+    assert found.ours.endswith("4 of 8 settings")
+    assert make_check(CODES, **table).published == "8 numbers, setting by setting"
+
+
+@pytest.mark.parametrize("points", [[["SC"]], [["SC", 0.1, 0.2, 0.3]], [["SC", 0.1, 0.0]]])
+def test_a_published_number_needs_its_keys_and_a_tolerance(points):
+    with pytest.raises(ValueError, match="points"):
+        make_check(CODES, **{**NUMBERS, "points": points})
 
 
 @given(

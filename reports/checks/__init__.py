@@ -1,0 +1,65 @@
+"""The kinds of checks that claims are made of (`check:` in reports/paper/*.yaml).
+
+A check turns cells into comparisons: at one setting, what was measured on each seed beside what it is compared with.
+Seeds are paired, never mixed: a comparison keeps only the seeds that both sides have. Settings are paired too, but for
+those that one of the methods does not have at all (the k of an L0 oracle, the penalty of a TopK).
+
+Directions (reports/checks/directions.py), judged at every scale:
+  paired        one method against another, at equal settings
+  ordered       several methods, each against the next
+  monotone      a method against itself, at neighbouring values of one setting
+  peak          a method at some values of a setting against all its other values
+  interpolated  a method against another one's curve over L0, read at the same measured L0; nothing is extrapolated
+Sizes (reports/checks/sizes.py), judged at paper scale; at demo scale `margin` and `change` are judged as directions:
+  within        a metric over a reference (a setting, another metric or a number), which must lie in an interval
+  margin        the difference of two methods, or of two metrics, which must lie in an interval
+  change        the difference between two values of one setting, which must lie in an interval
+  near          a metric's mean over seeds beside published numbers, each with a tolerance
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from reports.checks.base import Check, Comparison
+from reports.checks.directions import Interpolated, Monotone, Ordered, Paired, Peak
+from reports.checks.sizes import Change, Margin, Near, Within
+from reports.collect import Cell
+from reports.matching import refined
+
+KINDS: Mapping[str, Callable[..., Check]] = {
+    "paired": Paired,
+    "ordered": Ordered,
+    "monotone": Monotone,
+    "peak": Peak,
+    "interpolated": Interpolated,
+    "within": Within,
+    "margin": Margin,
+    "change": Change,
+    "near": Near,
+}
+
+
+def make_check(match: Sequence[str], kind: str, **arguments: Any) -> Check:
+    """The check that a claim's `check:` describes. Raises ValueError for an unknown kind or argument."""
+    if kind not in KINDS:
+        raise ValueError(f"kind: {kind!r} is not one of {', '.join(KINDS)}")
+    lists = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    try:
+        check = KINDS[kind](match=tuple(match), **lists)
+    except TypeError as error:
+        raise ValueError(f"check {kind}: {error}") from error
+    along = lists.get("along")
+    if along is not None and along not in check.match:
+        raise ValueError(f"along: {along} is not among the settings that cells are matched on: {', '.join(match)}")
+    return check
+
+
+def compare(check: Check, cells: Sequence[Cell]) -> list[Comparison]:
+    """The check's comparisons.
+
+    Where cells agree on all that they are matched on, what they differ in is matched as well.
+    """
+    return replace(check, match=refined(cells, check.match)).compare(cells)
