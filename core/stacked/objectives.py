@@ -33,7 +33,7 @@ class Objective(nn.Module, ABC):
 
 
 class Reconstruction(Objective):
-    """||X - S D||^2 / (n M) + l1 ||S||_1 / (n N), all samples in every step (O'Neill et al. 2025, sec. 4).
+    """||X - S D - b_dec||^2 / (n M) + l1 ||S||_1 / (n N), all samples in every step (O'Neill et al. 2025, sec. 4).
 
     X          `[R, n, M]`
     l1         `[R]`
@@ -41,12 +41,15 @@ class Reconstruction(Objective):
     learn_D    whether the dictionary is learned
     normalise  set the atoms of a learned one to unit norm before every forward pass, as the authors do it, without a
                projection of the gradient
+    bias       learn a b_dec `[R, 1, M]`, from zero
     """
 
     X: Tensor
     l1: Tensor
 
-    def __init__(self, X: Tensor, l1: Tensor, D: Tensor, learn_D: bool, normalise: bool = True) -> None:
+    def __init__(
+        self, X: Tensor, l1: Tensor, D: Tensor, learn_D: bool, normalise: bool = True, bias: bool = False
+    ) -> None:
         super().__init__()
         self.learn_D, self.normalise = learn_D, learn_D and normalise
         self.register_buffer("X", X.contiguous(), persistent=False)
@@ -54,6 +57,10 @@ class Reconstruction(Objective):
         self.D = nn.Parameter(D.clone(), requires_grad=learn_D)
         if learn_D:
             self.D.grad = torch.zeros_like(self.D)
+        self.b_dec = None
+        if bias:
+            self.b_dec = nn.Parameter(X.new_zeros(len(X), 1, X.shape[-1]))
+            self.b_dec.grad = torch.zeros_like(self.b_dec)
 
     def gradients(self, coder: Coder, step: int) -> Tensor:
         (R, n, M), N = self.X.shape, self.D.shape[1]
@@ -62,13 +69,21 @@ class Reconstruction(Objective):
         S = coder(self.X)
         E = self._buffers_of("E", self.X, R, n, M)
         torch.baddbmm(self.X, S, self.D, beta=-1, out=E)  # the error, X_hat - X
+        if self.b_dec is not None:
+            E += self.b_dec
         loss = E.square().sum((1, 2)) / (n * M) + self.l1.view(-1) * S.sum((1, 2)) / (n * N)
         if self.learn_D:
             torch.bmm(S.mT, E, out=self.D.grad).mul_(2 / (n * M))
+        if self.b_dec is not None:
+            torch.sum(E, 1, keepdim=True, out=self.b_dec.grad).mul_(2 / (n * M))
         dS = self._buffers_of("dS", S, R, n, N)
         torch.baddbmm(self.l1 / (n * N), E, self.D.mT, alpha=2 / (n * M), out=dS)
         coder.backward(dS)
         return loss
+
+    def explained_by_codes(self, X: Tensor) -> Tensor:
+        """X - b_dec."""
+        return X if self.b_dec is None else X - self.b_dec
 
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]  # step -> X [R, n, M], S [R, n, N] or [1, n, N]

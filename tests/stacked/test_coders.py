@@ -51,19 +51,22 @@ def assert_gradients(parameters, loss: Tensor) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("k", [None, K])
 @pytest.mark.parametrize("kind", ["linear", "mlp", "log"])
-def test_gradients_of_the_reconstruction_are_autograds(kind, k):
+def test_gradients_of_the_reconstruction_are_autograds(kind, k, bias):
     X, _ = data()
     coder, l1 = coder_of(kind, k=k), torch.tensor([0.0, 0.3, 2.0])
-    objective = Reconstruction(X, l1, random_dictionary(SEEDS, N, M), learn_D=True)
+    objective = Reconstruction(X, l1, random_dictionary(SEEDS, N, M), learn_D=True, bias=bias)
+    if bias:
+        objective.b_dec.data.normal_(generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         loss = objective.gradients(coder, 0)
     assert torch.allclose(objective.D.norm(dim=-1), torch.ones(R, N))
     S = codes_by_autograd(coder, X)
-    again = ((S @ objective.D - X).square().mean((1, 2))) + l1 * S.abs().mean((1, 2))
+    again = (S @ objective.D - objective.explained_by_codes(X)).square().mean((1, 2)) + l1 * S.abs().mean((1, 2))
     torch.testing.assert_close(loss, again.detach())
-    assert_gradients([objective.D, *coder.parameters()], again.sum())
+    assert_gradients([*objective.parameters(), *coder.parameters()], again.sum())
 
 
 @pytest.mark.parametrize("objective", ["cosine", "mse"])

@@ -1,0 +1,422 @@
+"""The three problems of O'Neill et al. 2025 (known codes, known dictionary, neither known) for one coder.
+
+All seeds, penalties and k of a cell are one stack. A cell leaves `runs.parquet` behind, a row for each run with its
+final values, and `curves.parquet`, the same along the training. A cell can tell of several methods: its coder, and what
+optimises the coder's codes further.
+
+Shapes: R runs, n samples, N codes, M observed dimensions; D `[R, N, M]`, atoms are rows.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor
+
+from core.bench import threads
+from core.data.sparse_codes import Problem, SparseCodes
+from core.errors import UserError
+from core.metrics import flops, recovery
+from core.seeding import derived_seed
+from core.stacked.coders import Coder
+from core.stacked.inference import fista, hard_top_k, log_codes, nnls
+from core.stacked.l0 import l0_oracle
+from core.stacked.objectives import KnownCodes, Reconstruction, random_dictionary
+from core.stacked.runs import train
+
+RUNS, CURVES = "runs.parquet", "curves.parquet"
+ACTIVE = 1e-4  # a code above it counts as active: codes that are exponentials are never zero
+MODES: tuple[flops.Mode, ...] = ("paper", "corrected")
+WARM_FLOORS = {"ITO warm": 1e-10, "ITO warm floor": 1e-2}  # the paper's text, and one from which a code can grow
+
+Scores = dict[str, Tensor]  # metric -> [R]
+Curve = dict[int, Scores]  # steps or iterations done -> scores
+Cost = Callable[[int, flops.Mode], tuple[float, float]]  # at a step: FLOPs of training so far, and of one inference
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The runs of a cell: what each differs in, and its data along the first axis."""
+
+    rows: list[dict[str, Any]]  # settings under the configuration's dotted keys
+    problem: Problem  # every tensor with the axis R in front
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> Stack:
+        s = cfg.source
+        swept = product(cfg.seeds, cfg.coder.l1, cfg.coder.k or [None])
+        rows = [{"seed": seed, "coder.l1": float(l1), "coder.k": k} for seed, l1, k in swept]
+        if cfg.coder.k and max(cfg.coder.k) > s.N:
+            raise UserError(f"coder.k={max(cfg.coder.k)} is more than the N={s.N} codes there are.")
+        source = SparseCodes(s.N, s.M, s.K, s.zipf_alpha)
+        seeds = [derived_seed(s.seed, "run", row["seed"]) if s.per_run else s.seed for row in rows]
+        drawn = {seed: source.draw(s.n_train, s.n_test, seed) for seed in set(seeds)}
+        tensors = {
+            name: torch.stack([getattr(drawn[seed], name) for seed in seeds])
+            for name in ("D", "S_train", "X_train", "S_test", "X_test")
+        }
+        return cls(rows, Problem(**tensors))
+
+    @property
+    def seeds(self) -> list[int]:
+        return [row["seed"] for row in self.rows]
+
+    @property
+    def l1(self) -> Tensor:
+        return torch.tensor([row["coder.l1"] for row in self.rows])
+
+    @property
+    def k(self) -> Tensor | None:
+        return torch.tensor([row["coder.k"] for row in self.rows]) if self.rows[0]["coder.k"] is not None else None
+
+
+@dataclass
+class Outcome:
+    """What a cell has to tell: method's label -> its curve, and the FLOPs of training and of inference at a step."""
+
+    stack: Stack
+    curves: dict[str, Curve] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
+    rows: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # label -> further settings of it
+
+    def add(self, label: str, curve: Curve, cost: Cost) -> None:
+        self.curves[label], self.costs[label] = curve, cost
+
+
+# ---- the three problems
+
+
+def known_codes(cfg: DictConfig) -> dict[str, float]:
+    """An encoder learns the true codes themselves (sec. 4.1, fig. 2). No matching: unit i is meant to be code i."""
+    stack = Stack.of(cfg)
+    p, coder = stack.problem, coder_of(cfg, stack)
+
+    def evaluate(step: int) -> Scores:
+        S_hat = coder(p.X_test)
+        return {"latent_mcc": recovery.unmatched_correlation(p.S_test, S_hat), **_sizes(S_hat)}
+
+    objective = KnownCodes(lambda step: (p.X_train, p.S_train), cfg.objective)
+    outcome = Outcome(stack)
+    with timed(cfg) as clock:
+        outcome.add(cfg.coder.name, train(cfg, coder, objective, evaluate), partial(_known_codes_flops, cfg))
+    return leave(cfg, outcome, clock.seconds)
+
+
+def known_dictionary(cfg: DictConfig) -> dict[str, float]:
+    """Codes under the true dictionary (sec. 4.2, fig. 3): encoders that are trained, and solvers that are not."""
+    stack = Stack.of(cfg)
+    p, outcome = stack.problem, Outcome(stack)
+    with timed(cfg) as clock:
+        if cfg.coder.solver is not None:
+            curve = _solve(cfg, stack)
+            outcome.add(cfg.coder.name, curve, partial(_solver_flops, cfg))
+        else:
+            coder = coder_of(cfg, stack)
+            objective = Reconstruction(p.X_train, stack.l1, p.D, learn_D=False)
+
+            def evaluate(step: int) -> Scores:
+                return _latent_scores(stack, coder(p.X_test), p.D)
+
+            outcome.add(cfg.coder.name, train(cfg, coder, objective, evaluate), partial(_training_flops, cfg, False))
+            if cfg.coder.name in cfg.warm_ito_of:
+                with torch.no_grad():
+                    start = coder(p.X_test).clone()
+                for label, floor in WARM_FLOORS.items():
+                    curve = _ito_curve(cfg, stack, init=start, floor=floor)
+                    outcome.add(label, curve, partial(_warm_flops, cfg))
+    return leave(cfg, outcome, clock.seconds)
+
+
+def unknown(cfg: DictConfig) -> dict[str, float]:
+    """Codes and dictionary both learned (sec. 4.3, fig. 4); test codes of sparse coding are optimised anew."""
+    stack = Stack.of(cfg)
+    p = stack.problem
+    s, coder = cfg.source, coder_of(cfg, stack)
+    N = cfg.coder.N or s.N
+    objective = Reconstruction(
+        p.X_train, stack.l1, random_dictionary(stack.seeds, N, s.M), True, cfg.normalise, cfg.coder.bias
+    )
+    free = cfg.coder.kind == "sc"
+    by_ito = [] if free or cfg.coder.name not in cfg.ito_of else [f"{cfg.coder.name}+ITO"]
+
+    def optimised() -> Tensor:
+        return _test_codes(cfg, stack, objective.explained_by_codes(p.X_test), objective.D)
+
+    def evaluate(step: int) -> Scores:
+        latest = {cfg.coder.name: optimised() if free else coder(p.X_test)}
+        latest.update({label: optimised() for label in by_ito})
+        dictionary = _dictionary_scores(p.D, objective.D)
+        return {
+            f"{label}/{name}": value
+            for label, S_hat in latest.items()
+            for name, value in {
+                **_latent_scores(stack, S_hat, objective.D, objective.explained_by_codes(p.X_test)),
+                **dictionary,
+            }.items()
+        }
+
+    outcome = Outcome(stack)
+    with timed(cfg) as clock:
+        curves = train(cfg, coder, objective, evaluate)
+    for label in (cfg.coder.name, *by_ito):
+        own = {
+            step: {name.split("/")[1]: value for name, value in scores.items() if name.split("/")[0] == label}
+            for step, scores in curves.items()
+        }
+        outcome.add(label, own, partial(_training_flops, cfg, True))
+    if by_ito:
+        outcome.costs[by_ito[0]] = partial(_ito_flops, cfg)
+    for k in cfg.truncate_to:
+        S_hat = hard_top_k(optimised() if free else coder(p.X_test), k)
+        label = f"{cfg.coder.name} truncated"
+        X = objective.explained_by_codes(p.X_test)
+        scores = {**_latent_scores(stack, S_hat, objective.D, X), **_dictionary_scores(p.D, objective.D)}
+        outcome.add(f"{label}/{k}", {cfg.steps: scores}, partial(_training_flops, cfg, True))
+        outcome.rows[f"{label}/{k}"] = {"coder.name": label, "coder.k": k}
+    return leave(cfg, outcome, clock.seconds, objective.D)
+
+
+# ---- pieces
+
+
+def coder_of(cfg: DictConfig, stack: Stack) -> Coder:
+    """The encoder (or free codes) of every run."""
+    N, M = cfg.coder.N or cfg.source.N, cfg.source.M
+    coder: Coder = instantiate(cfg.coder.encoder, seeds=stack.seeds, M=M, N=N, k=stack.k)
+    return coder
+
+
+def _solve(cfg: DictConfig, stack: Stack) -> Curve:
+    """The curve of a solver that needs no training; one point, at 0, for those that are run to the end."""
+    p, solver = stack.problem, cfg.coder.solver
+    if solver.kind == "ito":
+        return _ito_curve(cfg, stack, init=float(solver.init))
+    if solver.kind == "fista":
+        S_hat = fista(p.X_test, p.D, stack.l1, solver.iterations)
+    elif solver.kind == "nnls":
+        S_hat = nnls(p.X_test, p.D)
+    elif solver.kind == "l0_oracle":
+        S_hat = l0_oracle(p.X_test, p.D, cfg.source.K)
+    else:
+        raise UserError(f"coder.solver.kind={solver.kind!r} is none of ito, fista, nnls, l0_oracle.")
+    return {0: _latent_scores(stack, S_hat, p.D)}
+
+
+def _test_codes(cfg: DictConfig, stack: Stack, X: Tensor, D: Tensor) -> Tensor:
+    """Codes of test samples under learned dictionaries, run by run where each has a k of its own."""
+    i, k = cfg.inference, stack.k
+    l1 = stack.l1 if i.l1 is None else torch.full_like(stack.l1, i.l1)
+    if k is None:
+        return log_codes(X, D, l1, i.iterations, i.lr, i.init)
+    runs = [log_codes(X[r], D[r], float(l1[r]), i.iterations, i.lr, i.init, mask_k=int(k[r])) for r in range(len(k))]
+    return torch.stack(runs)
+
+
+def _ito_curve(cfg: DictConfig, stack: Stack, init: float | Tensor, floor: float = 1e-2) -> Curve:
+    """Test codes optimised under the true dictionary, scored every `log_every` of `steps` iterations."""
+    p, curve = stack.problem, Curve()
+
+    def score(iteration: int, S_hat: Tensor) -> None:
+        curve[iteration] = _latent_scores(stack, S_hat, p.D)
+
+    at = range(0, cfg.steps + 1, cfg.log_every)
+    log_codes(p.X_test, p.D, stack.l1, cfg.steps, cfg.lr, init, floor=floor, callback=score, callback_at=at)
+    return curve
+
+
+def _latent_scores(stack: Stack, S_hat: Tensor, D_hat: Tensor, X: Tensor | None = None) -> Scores:
+    """X: what the codes are to explain, if not the test samples."""
+    p = stack.problem
+    mse = (S_hat @ D_hat - (p.X_test if X is None else X)).square().mean((1, 2)).detach()
+    return {
+        "latent_mcc": recovery.mcc(p.S_test, S_hat),
+        "latent_mcc_cosine": recovery.mcc(p.S_test, S_hat, "cosine"),
+        "mse": mse,
+        "loss": mse + stack.l1 * S_hat.mean((1, 2)),
+        "exact_support": _same_support(p.S_test, S_hat),
+        **_sizes(S_hat),
+    }
+
+
+def _same_support(S: Tensor, S_hat: Tensor) -> Tensor:
+    """Share of samples whose active codes are the true ones (by index: meaningful under the true dictionary alone)."""
+    if S.shape != S_hat.shape:
+        return torch.zeros(len(S))
+    return ((S > ACTIVE) == (S_hat > ACTIVE)).all(-1).float().mean(-1)
+
+
+def _dictionary_scores(D: Tensor, D_hat: Tensor) -> Scores:
+    D_hat = D_hat.detach()
+    cosines = torch.nn.functional.normalize(D_hat, dim=-1)
+    cosines = cosines @ cosines.mT
+    others = (cosines.square().sum(-1) - 1).clamp(min=0).sqrt().mean(-1)
+    return {
+        "dict_mcc": recovery.dictionary_mcc(D, D_hat),
+        "dict_mcc_cosine": recovery.dictionary_mcc(D, D_hat, "cosine"),
+        "interference": others,  # mean over atoms of sqrt(sum over the others of cos^2)
+    }
+
+
+def _sizes(S_hat: Tensor) -> Scores:
+    return {"l0": (S_hat > ACTIVE).float().mean((1, 2)), "dead": (S_hat <= ACTIVE).all(1).float().mean(-1)}
+
+
+# ---- FLOPs: (of training so far, of one inference of the test set)
+
+
+def _training_flops(cfg: DictConfig, learn_D: bool, step: int, mode: flops.Mode) -> tuple[float, float]:
+    s, c = cfg.source, cfg.coder
+    N = c.N or s.N
+    if c.kind == "sc":
+        training = flops.sc_train_step(N, s.M, s.n_train, mode)
+        return step * training, flops.optimise_codes(N, s.M, s.n_test, cfg.inference.iterations, mode)
+    if c.kind == "mlp":
+        training = flops.mlp_train_step(N, s.M, c.width, s.n_train, learn_D, mode, c.bias)
+        return step * training, flops.mlp_inference(N, s.M, c.width, s.n_test)
+    return step * flops.sae_train_step(N, s.M, s.n_train, learn_D, mode, c.bias), flops.sae_inference(N, s.M, s.n_test)
+
+
+def _ito_flops(cfg: DictConfig, step: int, mode: flops.Mode) -> tuple[float, float]:
+    training, _ = _training_flops(cfg, True, step, mode)
+    s = cfg.source
+    return training, flops.optimise_codes(s.N, s.M, s.n_test, cfg.inference.iterations, mode)
+
+
+def _warm_flops(cfg: DictConfig, step: int, mode: flops.Mode) -> tuple[float, float]:
+    s = cfg.source
+    total = flops.sae_ito(s.N, s.M, s.n_train, cfg.steps, s.n_test, step, mode, learn_D=False, warm_start=True)
+    training, _ = _training_flops(cfg, False, cfg.steps, mode)
+    return training, total - training
+
+
+def _solver_flops(cfg: DictConfig, step: int, mode: flops.Mode) -> tuple[float, float]:
+    """Iterations of ITO, with the SAE's training at the same index where the paper charges it; no other is counted."""
+    s = cfg.source
+    if cfg.coder.solver.kind != "ito":
+        return 0.0, 0.0
+    codes = flops.optimise_codes(s.N, s.M, s.n_test, step, mode)
+    total = flops.sae_ito(s.N, s.M, s.n_train, step, s.n_test, step, mode, learn_D=False, warm_start=False)
+    return total - codes, codes
+
+
+def _known_codes_flops(cfg: DictConfig, step: int, mode: flops.Mode) -> tuple[float, float]:
+    s, c = cfg.source, cfg.coder
+    if c.kind == "mlp":
+        training = flops.mlp_known_codes_step(s.N, s.M, c.width, s.n_train, mode, c.bias)
+        return step * training, flops.mlp_inference(s.N, s.M, c.width, s.n_test)
+    return step * flops.sae_known_codes_step(s.N, s.M, s.n_train, mode, c.bias), flops.sae_inference(s.N, s.M, s.n_test)
+
+
+# ---- what a cell leaves behind
+
+
+class timed:  # noqa: N801  (used as a context manager)
+    """Wall time of a block that computes with `cfg.threads` threads."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self._threads = threads(cfg.threads)
+        self.seconds = 0.0
+
+    def __enter__(self) -> timed:
+        self._threads.__enter__()
+        self._started = time.monotonic()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.seconds = time.monotonic() - self._started
+        self._threads.__exit__(*error)
+
+
+def leave(cfg: DictConfig, outcome: Outcome, seconds: float, D_hat: Tensor | None = None) -> dict[str, float]:
+    """Write `curves.parquet` and `runs.parquet` (and the first run's atoms); the metrics are means over seeds."""
+    folder = Path(cfg.cell_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    curves = pd.DataFrame(_curve_rows(outcome))
+    curves.to_parquet(folder / CURVES)
+    runs = pd.DataFrame(_final_rows(cfg, outcome))
+    runs.to_parquet(folder / RUNS)
+    if D_hat is not None and cfg.keep_atoms:
+        pd.DataFrame(D_hat[0].detach().numpy(), columns=[f"x{i}" for i in range(D_hat.shape[-1])]).to_parquet(
+            folder / "atoms.parquet"
+        )
+    return {**_means(runs), "seconds": seconds, "runs": float(len(outcome.stack.rows))}
+
+
+def _settings(outcome: Outcome, label: str, run: int) -> dict[str, Any]:
+    return {**outcome.stack.rows[run], "coder.name": label, **outcome.rows.get(label, {})}
+
+
+def _curve_rows(outcome: Outcome) -> Iterable[dict[str, Any]]:
+    for label, curve in outcome.curves.items():
+        for step, scores in curve.items():
+            cost = {}
+            for mode in MODES:
+                cost[f"train_flops_{mode}"], cost[f"test_flops_{mode}"] = outcome.costs[label](step, mode)
+            for run in range(len(outcome.stack.rows)):
+                values = {name: float(value[run]) for name, value in scores.items()}
+                yield {**_settings(outcome, label, run), "step": step, **values, **cost}
+
+
+def _final_rows(cfg: DictConfig, outcome: Outcome) -> Iterable[dict[str, Any]]:
+    """The last point of every curve, with chance levels, the best point, and the points that `read_at` asks for."""
+    chance = chance_levels(cfg)
+    for label, curve in outcome.curves.items():
+        steps = sorted(curve)
+        for run in range(len(outcome.stack.rows)):
+            last = {name: float(value[run]) for name, value in curve[steps[-1]].items()}
+            latent = [float(curve[step]["latent_mcc"][run]) for step in steps]
+            best = max(range(len(steps)), key=latent.__getitem__)
+            found = {**last, "latent_mcc_peak": latent[best], "peak_step": float(steps[best])}
+            for name, level in chance.items():
+                if name in last:
+                    found[f"{name}_chance"] = level
+                    found[f"{name}_corrected"] = recovery.chance_corrected(last[name], level)
+            for step in set(cfg.read_at) & set(steps):
+                for name in {"latent_mcc", "dict_mcc"} & set(last):
+                    found[f"{name}_at_{step}"] = float(curve[step][name][run])
+            yield {**_settings(outcome, label, run), **{f"metrics.{name}": value for name, value in found.items()}}
+
+
+def chance_levels(cfg: DictConfig) -> dict[str, float]:
+    """What an untrained encoder and a random dictionary of these sizes reach."""
+    s = cfg.source
+    return {
+        "latent_mcc": recovery.chance_latent_mcc(s.N, s.M, s.K, s.zipf_alpha) if cfg.task != "known_codes" else 0.0,
+        "dict_mcc": recovery.chance_dictionary_mcc(s.N, s.M),
+    }
+
+
+def _means(runs: pd.DataFrame) -> dict[str, float]:
+    """Means and standard deviations over seeds: a prefix for each method but a lone one, a suffix for what is swept."""
+    metrics = [name for name in map(str, runs) if name.startswith("metrics.")]
+    swept = [key for key in ("coder.l1", "coder.k") if runs[key].nunique(dropna=False) > 1]
+    found: dict[str, float] = {}
+    for values, group in runs.groupby(["coder.name", *swept], dropna=False):
+        label, *rest = map(str, values)
+        lone = runs["coder.name"].nunique() == 1
+        prefix = "" if lone else re.sub(r"\W+", "_", label).lower() + "_"
+        suffix = "".join(
+            f"_{key.split('.')[1]}_{value}" for key, value in zip(swept, rest, strict=True) if value != "nan"
+        )
+        for name in metrics:
+            column = group[name].dropna()
+            if len(column):
+                key = f"{prefix}{name.removeprefix('metrics.')}{suffix}"
+                found[key] = float(column.mean())
+                if len(column) > 1:
+                    found[f"{key}_std"] = float(column.std())
+    return found
+
+
+TASKS = {"known_codes": known_codes, "known_dictionary": known_dictionary, "unknown": unknown}
