@@ -137,3 +137,39 @@ def _at_least_1(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise UserError(f"{name}: {value} must be at least 1.")
+
+
+class UnmatchedCorrelationSums:
+    """`unmatched_correlation` over more samples than fit into memory: sums over chunks, one division at the end.
+
+    True codes come as the indices `[n, K]` and values `[n, K]` of the active ones, predicted ones as S_hat `[R, n, N]`.
+    """
+
+    def __init__(self, R: int, N: int) -> None:
+        self.n = 0
+        self.S, self.S_square = (torch.zeros(N, dtype=torch.float64) for _ in range(2))
+        self.S_hat, self.S_hat_square, self.product = (torch.zeros(R, N, dtype=torch.float64) for _ in range(3))
+
+    def add(self, indices: Tensor, values: Tensor, S_hat: Tensor) -> None:
+        """Count the samples of one chunk."""
+        codes, values = indices.flatten(), values.double()
+        self.n += len(indices)
+        self.S.index_add_(0, codes, values.flatten())
+        self.S_square.index_add_(0, codes, values.square().flatten())
+        for run, predicted in enumerate(S_hat.detach()):
+            found = predicted.double()  # [n, N]
+            self.S_hat[run] += found.sum(0)
+            self.S_hat_square[run] += found.square().sum(0)
+            self.product[run].index_add_(0, codes, (found.gather(1, indices) * values).flatten())
+
+    def value(self) -> Tensor:
+        """`[R]`, float64. Raises UserError before 2 samples are counted."""
+        if self.n < 2:
+            raise UserError(f"Correlations need 2 samples, not {self.n}.")
+        covariance = self.product - self.S * self.S_hat / self.n
+        scale = self._norm(self.S, self.S_square) * self._norm(self.S_hat, self.S_hat_square)
+        return (covariance / scale).clamp_(-1, 1).mean(-1)
+
+    def _norm(self, total: Tensor, square: Tensor) -> Tensor:
+        centred = square - total.square() / self.n
+        return torch.where(centred < VARIANCE_FLOOR * self.n, math.inf, centred).sqrt()

@@ -12,6 +12,7 @@ from core.data.sparse_codes import SparseCodes
 from core.errors import UserError
 from core.metrics.recovery import (
     Kind,
+    UnmatchedCorrelationSums,
     chance_corrected,
     chance_dictionary_mcc,
     chance_latent_mcc,
@@ -253,3 +254,22 @@ def test_unmatched_correlation_of_many_columns_is_that_of_each(monkeypatch):
     monkeypatch.setattr("core.metrics.recovery.CHUNK", 60 * 3)
     assert unmatched_correlation(S, S_hat).numpy() == pytest.approx(whole.numpy(), abs=1e-12)
     assert whole.numpy() == pytest.approx(correlations(S, S_hat).diagonal(dim1=-2, dim2=-1).mean(-1).numpy(), abs=1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(2, 40), st.integers(0, 2**31))
+def test_correlation_sums_over_chunks_are_the_correlation_over_all_samples(n: int, seed: int):
+    law, g = SparseCodes(N=12, M=3, K=3), torch.Generator().manual_seed(seed)
+    indices, values = law.active(n, g)
+    S = torch.zeros(n, 12).scatter_(1, indices, values)
+    S_hat = (S + torch.randn(4, n, 12, generator=g)).relu()
+    S_hat[0, :, 3], S_hat[1, :, 5] = 0, 2.5  # a dead and a constant unit
+    sums = UnmatchedCorrelationSums(4, 12)
+    for part in torch.arange(n).split(7):
+        sums.add(indices[part], values[part], S_hat[:, part])
+    assert torch.allclose(sums.value(), unmatched_correlation(S.expand(4, n, 12), S_hat), atol=1e-9)
+
+
+def test_correlation_sums_need_two_samples():
+    with pytest.raises(UserError, match="2 samples"):
+        UnmatchedCorrelationSums(1, 3).value()
