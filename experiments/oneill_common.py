@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -85,7 +85,7 @@ class Stack:
 class Outcome:
     """What a cell has to tell: method's label -> its curve, and the FLOPs of training and of inference at a step."""
 
-    stack: Stack
+    runs: Sequence[Mapping[str, Any]]  # settings in which they differ
     curves: dict[str, Curve] = field(default_factory=dict)
     costs: dict[str, Cost] = field(default_factory=dict)
     rows: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # label -> further settings of it
@@ -107,7 +107,7 @@ def known_codes(cfg: DictConfig) -> dict[str, float]:
         return {"latent_mcc": recovery.unmatched_correlation(p.S_test, S_hat), **_sizes(S_hat)}
 
     objective = KnownCodes(lambda step: (p.X_train, p.S_train), cfg.objective)
-    outcome = Outcome(stack)
+    outcome = Outcome(stack.rows)
     with timed(cfg) as clock:
         outcome.add(cfg.coder.name, train(cfg, coder, objective, evaluate), partial(_known_codes_flops, cfg))
     return leave(cfg, outcome, clock.seconds)
@@ -116,7 +116,7 @@ def known_codes(cfg: DictConfig) -> dict[str, float]:
 def known_dictionary(cfg: DictConfig) -> dict[str, float]:
     """Codes under the true dictionary (sec. 4.2, fig. 3): encoders that are trained, and solvers that are not."""
     stack = Stack.of(cfg)
-    p, outcome = stack.problem, Outcome(stack)
+    p, outcome = stack.problem, Outcome(stack.rows)
     with timed(cfg) as clock:
         if cfg.coder.solver is not None:
             curve = _solve(cfg, stack)
@@ -166,7 +166,7 @@ def unknown(cfg: DictConfig) -> dict[str, float]:
             }.items()
         }
 
-    outcome = Outcome(stack)
+    outcome = Outcome(stack.rows)
     with timed(cfg) as clock:
         curves = train(cfg, coder, objective, evaluate)
     for label in (cfg.coder.name, *by_ito):
@@ -350,11 +350,11 @@ def leave(cfg: DictConfig, outcome: Outcome, seconds: float, D_hat: Tensor | Non
         pd.DataFrame(D_hat[0].detach().numpy(), columns=[f"x{i}" for i in range(D_hat.shape[-1])]).to_parquet(
             folder / "atoms.parquet"
         )
-    return {**_means(runs), "seconds": seconds, "runs": float(len(outcome.stack.rows))}
+    return {**_means(runs), "seconds": seconds, "runs": float(len(outcome.runs))}
 
 
 def _settings(outcome: Outcome, label: str, run: int) -> dict[str, Any]:
-    return {**outcome.stack.rows[run], "coder.name": label, **outcome.rows.get(label, {})}
+    return {**outcome.runs[run], "coder.name": label, **outcome.rows.get(label, {})}
 
 
 def _curve_rows(outcome: Outcome) -> Iterable[dict[str, Any]]:
@@ -363,7 +363,7 @@ def _curve_rows(outcome: Outcome) -> Iterable[dict[str, Any]]:
             cost = {}
             for mode in MODES:
                 cost[f"train_flops_{mode}"], cost[f"test_flops_{mode}"] = outcome.costs[label](step, mode)
-            for run in range(len(outcome.stack.rows)):
+            for run in range(len(outcome.runs)):
                 values = {name: float(value[run]) for name, value in scores.items()}
                 yield {**_settings(outcome, label, run), "step": step, **values, **cost}
 
@@ -373,7 +373,7 @@ def _final_rows(cfg: DictConfig, outcome: Outcome) -> Iterable[dict[str, Any]]:
     chance = chance_levels(cfg)
     for label, curve in outcome.curves.items():
         steps = sorted(curve)
-        for run in range(len(outcome.stack.rows)):
+        for run in range(len(outcome.runs)):
             last = {name: float(value[run]) for name, value in curve[steps[-1]].items()}
             latent = [float(curve[step]["latent_mcc"][run]) for step in steps]
             best = max(range(len(steps)), key=latent.__getitem__)
