@@ -55,6 +55,9 @@ class StackedRuns(pl.LightningModule):
         return torch.optim.Adam(learned, lr=self.lr, fused=True)
 
     def on_train_start(self) -> None:
+        for parameter in self.parameters():
+            if parameter.requires_grad and parameter.grad is None:  # Lightning frees gradients when a fit begins
+                parameter.grad = torch.zeros_like(parameter)
         self._measure(0)
 
     def training_step(self, chunk: range, batch_idx: int) -> None:
