@@ -95,8 +95,8 @@ def test_every_iteration_lowers_the_objective():
 
 
 def test_two_iterations_by_hand():
-    """One atom e_1 in R^2, x = (2, 1), l1 = 0.5, m = 1, so the first step is 1. du = -2 + 0.5 = -1.5; trials 0.75 and 3;
-    F = (1.25^2 + 1) / 2 + 0.375 = 1.65625 and (1 + 1) / 2 + 1.5 = 2.5: 0.75 it is, the step 0.5. du = -0.75; trials
+    """One atom e_1 in R^2, x = (2, 1), l1 = 0.5, m = 1, so the first step is 1. du = -2 + 0.5 = -1.5; trials 0.75 and
+    3; F = (1.25^2 + 1) / 2 + 0.375 = 1.65625 and (1 + 1) / 2 + 1.5 = 2.5: 0.75 it is, the step 0.5. du = -0.75; trials
     0.75 + 0.1875 and 0.75 + 0.75; the second is the minimum, 2 - 0.5."""
     x, D = torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 0.0]])
     assert lca_codes(x, D, 0.5, 1, 0.0, "objective") == 0.75
@@ -105,7 +105,7 @@ def test_two_iterations_by_hand():
 
 
 def test_the_authors_rule_by_hand():
-    """The same problem: cost |x - a D|^2 / 2 + 0.5 a, so u: 1.5 by half a step costs (1.25^2 + 1) / 2 + 0.375, as above.
+    """The same problem with d 2 and m 1: cost |x - a D|^2 / 2 + 0.5 a, so 0.75 costs 1.28 + 0.375 and 3 costs 2.5.
     Below zero u goes on falling where a latent is of no use, and the others' codes do not notice."""
     x, D = torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 0.0]])
     assert lca_codes(x, D, 0.5, 1, 0.0, "authors_compat") == 0.75
