@@ -23,6 +23,7 @@ from core.artifacts import write_atomically
 from reports import figures, render, tables
 from reports.claims import DISAGREES, SCALES, Claim, Judgement, Paper, Scale, judge, load_papers
 from reports.collect import KEPT, Cell, Failure, deviations, one_per_folder, read_failures, with_kept
+from reports.crossings import with_crossings
 from reports.render import Block, Bullets, Figure, Heading, Paragraph
 
 
@@ -37,7 +38,7 @@ class Report:
 
     @classmethod
     def read(cls, outputs: Path, kept: Path | None) -> Report:
-        return cls(outputs, load_papers(), with_kept(outputs, kept), read_failures(outputs))
+        return cls(outputs, load_papers(), with_crossings(with_kept(outputs, kept)), read_failures(outputs))
 
     @property
     def experiments(self) -> list[str]:

@@ -1,0 +1,93 @@
+"""FLOPs at which a method passes the SAE: O'Neill et al. 2025, the crossings of fig. 2b, 3b, 4c and 4d.
+
+What is passed is a level of the SAE's mean curve over seeds, at equal settings: its final value where codes are known
+(their curves rise to a plateau), else its best. A run's curve is read linearly between its points. A run that never
+passes the level has no crossing, and one that lies above it from its first point has none either.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from reports.collect import Cell
+from reports.curves import SETTINGS, curve_of, total_flops
+
+BASELINE = "SAE"
+MODES = ("paper", "corrected")
+NAMES = {"latent_mcc": "crossing_flops", "dict_mcc": "dict_crossing_flops"}
+FEWEST_POINTS = 10  # of a curve that can be read between its points
+
+Group = tuple[Any, ...]
+
+
+def with_crossings(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells, with the crossings as further metrics of those runs that have one.
+
+    crossing_flops_<mode>, dict_crossing_flops_<mode>  training and one inference; latents, dictionary
+    plateau_crossing_flops[_corrected]                 training alone, where the codes are known
+    """
+    cells = list(cells)
+    curves = {id(cell): curve for cell in cells if (curve := _readable(cell)) is not None}
+    levels = sae_levels([cell for cell in cells if id(cell) in curves and cell.method == BASELINE])
+    found = []
+    for cell in cells:
+        level = levels.get(group_of(cell), {})
+        if id(cell) in curves and level and cell.method != BASELINE:
+            cell = replace(cell, metrics={**_crossings(cell, curves[id(cell)], level), **cell.metrics})
+        found.append(cell)
+    return found
+
+
+def sae_levels(cells: Sequence[Cell]) -> dict[Group, dict[str, float]]:
+    """Group -> metric -> what is to be passed, from the curves of the SAE's runs."""
+    groups: dict[Group, list[pd.DataFrame]] = defaultdict(list)
+    known_codes = {group_of(cell) for cell in cells if cell.get("task") == "known_codes"}
+    for cell in cells:
+        if (curve := curve_of(cell)) is not None:
+            groups[group_of(cell)].append(curve)
+    found: dict[Group, dict[str, float]] = {}
+    for group, curves in groups.items():
+        table = pd.concat(curves)
+        means = {name: table.groupby("step")[name].mean() for name in NAMES if name in table}
+        found[group] = {n: float(m.iloc[-1] if group in known_codes else m.max()) for n, m in means.items()}
+    return found
+
+
+def group_of(cell: Cell) -> Group:
+    """What a method and the SAE must have in common to be compared."""
+    return (cell.experiment, cell.scale, *(cell.get(key) for key in (*SETTINGS, "coder.l1")))
+
+
+def crossing(flops: Sequence[float], values: Sequence[float], level: float) -> float | None:
+    """Where the curve first passes the level from below; None if it does not."""
+    above = np.asarray(values) > level
+    if above[0] or not above.any():
+        return None
+    at = int(above.argmax())
+    share = (level - values[at - 1]) / (values[at] - values[at - 1])
+    return float(flops[at - 1] + share * (flops[at] - flops[at - 1]))
+
+
+def _readable(cell: Cell) -> pd.DataFrame | None:
+    curve = curve_of(cell) if cell.method else None
+    return curve if curve is not None and "latent_mcc" in curve and len(curve) >= FEWEST_POINTS else None
+
+
+def _crossings(cell: Cell, curve: pd.DataFrame, levels: dict[str, float]) -> dict[str, float]:
+    found: dict[str, float | None] = {}
+    for metric, level in levels.items():
+        if metric in curve:
+            for mode in MODES:
+                values = curve[metric].to_list()
+                if cell.get("task") == "known_codes":
+                    name = "plateau_crossing_flops" + ("" if mode == "paper" else f"_{mode}")
+                    found[name] = crossing(curve[f"train_flops_{mode}"].to_list(), values, level)
+                else:
+                    found[f"{NAMES[metric]}_{mode}"] = crossing(total_flops(curve, mode).to_list(), values, level)
+    return {name: value for name, value in found.items() if value is not None}
