@@ -1,0 +1,85 @@
+"""The figure of oneill_theorem: codes read by a solver and by an encoder, and the encoder's error against N - M."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from reports.collect import RUNS, Cell, one_per_folder
+from reports.figures.style import BENCH_STYLE, save
+
+matplotlib.use("Agg")
+
+ILLUSTRATION = "illustration.parquet"
+ENCODER, SOLVER = "L-NL", "NNLS"
+COLOURS = {ENCODER: "#D55E00", SOLVER: "#0072B2"}
+OF_K = {1: ("#009E73", "^"), 2: ("#D55E00", "o"), 3: ("#CC79A7", "s")}
+
+
+def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
+    """One figure for each cell that has both tables."""
+    written: list[Path] = []
+    with matplotlib.rc_context({**BENCH_STYLE, "svg.hashsalt": "oneill_theorem"}):
+        for cell in one_per_folder(cells):
+            if (cell.folder / ILLUSTRATION).is_file() and (cell.folder / RUNS).is_file():
+                runs, samples = pd.read_parquet(cell.folder / RUNS), pd.read_parquet(cell.folder / ILLUSTRATION)
+                written += save(figure(runs, samples), folder / f"oneill_theorem_{cell.scale}_{cell.folder.name}")
+    return written
+
+
+def figure(runs: pd.DataFrame, samples: pd.DataFrame) -> Figure:
+    """Three panels: N 3 and M 2; error against N - M; atoms that can be read exactly when they are alone."""
+    drawn = Figure(figsize=(10.5, 3.6), layout="constrained")
+    left, middle, right = drawn.subplots(1, 3)
+    encoder = runs[(runs["coder.name"] == ENCODER) & (runs["source.M"] > 2)]
+    scatter(left, samples)
+    error(middle, encoder)
+    readable(right, encoder)
+    drawn.suptitle(f"mean and range over {encoder['seed'].nunique()} dictionaries", fontsize=8)
+    return drawn
+
+
+def scatter(axes: Axes, samples: pd.DataFrame) -> None:
+    for name in (ENCODER, SOLVER):
+        points = samples[samples["coder.name"] == name]
+        axes.scatter(points["true"], points["inferred"], s=7, alpha=0.6, color=COLOURS[name], label=name, linewidths=0)
+    axes.set_title("N = 3, M = 2, K = 2", fontsize=9)
+    axes.set_xlabel("true code")
+    axes.set_ylabel("inferred code")
+    axes.legend()
+
+
+def error(axes: Axes, encoder: pd.DataFrame) -> None:
+    """One line for each K; beyond what one shape can show, a line needs no more than its points."""
+    for K, group in encoder.groupby("source.K"):
+        points = group.groupby(group["source.N"] - group["source.M"])["metrics.relative_mse"].agg(
+            ["mean", "min", "max"]
+        )
+        spread = [points["mean"] - points["min"], points["max"] - points["mean"]]
+        colour, marker = OF_K[int(str(K))]
+        axes.errorbar(
+            points.index, points["mean"], yerr=spread, color=colour, marker=marker, capsize=2.5, label=f"K = {K}"
+        )
+    axes.axhline(0, color="#444444", linewidth=0.9, linestyle="--", label="L0 oracle (error below 1e-12)")
+    axes.set_title("trained L-NL encoder, M = 8", fontsize=9)
+    axes.set_xlabel("rank deficit N - M")
+    axes.set_ylabel("relative error of held-out codes")
+    axes.legend()
+
+
+def readable(axes: Axes, encoder: pd.DataFrame) -> None:
+    one = encoder.drop_duplicates(["seed", "source.N", "source.M"])
+    points = one.groupby("source.N")[["metrics.readable_share", "metrics.readable_share_expected"]].mean()
+    axes.plot(points.index, points.iloc[:, 1], color="#444444", linestyle="--", label="expected (Wendel 1962)")
+    axes.plot(points.index, points.iloc[:, 0], color="#0072B2", marker="o", label="by linear programming")
+    axes.set_ylim(0, 1.05)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_title("atoms read exactly when alone (K = 1), M = 8", fontsize=9)
+    axes.set_xlabel("number of atoms N")
+    axes.legend(loc="lower left")
