@@ -33,6 +33,7 @@ import numpy as np
 import pandas as pd
 import torch
 from omegaconf import DictConfig
+from scipy import sparse
 from scipy.optimize import linprog
 from torch import Tensor
 
@@ -206,24 +207,25 @@ def illustration(cfg: DictConfig) -> Iterator[Row]:
             found = {
                 LNL: (X @ W[i] + b[i]).relu(),
                 NNLS: nnls(X, D),
-                PURSUIT: basis_pursuit(X[: cfg.illustration.n_pursuit], D),
+                PURSUIT: basis_pursuit(X, D),
             }
             if K == 1:
                 found[TRANSPOSE] = (X @ D.T).relu()
             for name, S_hat in found.items():
                 setting = {"seed": seed, "source.N": 3, "source.M": 2, "source.K": K, "coder.name": name}
-                yield {**setting, **scores(S[: len(S_hat)], S_hat)}
+                yield {**setting, **scores(S, S_hat)}
             if K == 2 and i == 0:
                 save_samples(S[: cfg.illustration.n_shown], found, Path(cfg.cell_folder) / ILLUSTRATION)
 
 
 def basis_pursuit(X: Tensor, D: Tensor) -> Tensor:
-    """argmin sum(s) over s >= 0 with s D = x, sample by sample."""
-    ones, A = np.ones(len(D)), D.mT.numpy()
-    solved = [linprog(ones, A_eq=A, b_eq=x, bounds=(0, None)) for x in X.numpy()]
-    if failed := [result.message for result in solved if result.status]:
-        raise RuntimeError(f"Basis pursuit ended with: {failed[0]}")
-    return torch.from_numpy(np.stack([result.x for result in solved]))
+    """argmin sum(s) over s >= 0 with s D = x, all samples in one separable linear program."""
+    (n, _), N = X.shape, len(D)
+    constraints = sparse.kron(sparse.eye_array(n), D.mT.numpy(), format="csr")
+    solved = linprog(np.ones(n * N), A_eq=constraints, b_eq=X.flatten().numpy(), bounds=(0, None))
+    if solved.status != 0:
+        raise RuntimeError(f"Basis pursuit ended with: {solved.message}")
+    return torch.from_numpy(solved.x.reshape(n, N))
 
 
 def save_samples(S: Tensor, found: dict[str, Tensor], path: Path) -> None:
@@ -239,7 +241,6 @@ def save_samples(S: Tensor, found: dict[str, Tensor], path: Path) -> None:
             }
         )
         for name, S_hat in found.items()
-        if len(S_hat) >= len(S)
     ]
     pd.concat(parts, ignore_index=True).to_parquet(path)
 

@@ -5,27 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from reports.collect import RUNS, Cell, one_per_folder
-from reports.figures.style import BENCH_STYLE, save
-
-matplotlib.use("Agg")
+from reports.figures.style import save, styled
 
 ILLUSTRATION = "illustration.parquet"
 ENCODER, SOLVER = "L-NL", "NNLS"
-COLOURS = {ENCODER: "#D55E00", SOLVER: "#0072B2"}
-OF_K = {1: ("#009E73", "^"), 2: ("#D55E00", "o"), 3: ("#CC79A7", "s")}
+COLOURS = {ENCODER: VERMILION, SOLVER: BLUE}
+OF_K = {1: (GREEN, "^"), 2: (VERMILION, "o"), 3: (PURPLE, "s")}
 
 
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """One figure for each cell that has both tables."""
     written: list[Path] = []
-    with matplotlib.rc_context({**BENCH_STYLE, "svg.hashsalt": "oneill_theorem"}):
+    with styled():
         for cell in one_per_folder(cells):
             if (cell.folder / ILLUSTRATION).is_file() and (cell.folder / RUNS).is_file():
                 runs, samples = pd.read_parquet(cell.folder / RUNS), pd.read_parquet(cell.folder / ILLUSTRATION)
@@ -56,7 +53,6 @@ def scatter(axes: Axes, samples: pd.DataFrame) -> None:
 
 
 def error(axes: Axes, encoder: pd.DataFrame) -> None:
-    """One line for each K; beyond what one shape can show, a line needs no more than its points."""
     for K, group in encoder.groupby("source.K"):
         points = group.groupby(group["source.N"] - group["source.M"])["metrics.relative_mse"].agg(
             ["mean", "min", "max"]
@@ -66,7 +62,7 @@ def error(axes: Axes, encoder: pd.DataFrame) -> None:
         axes.errorbar(
             points.index, points["mean"], yerr=spread, color=colour, marker=marker, capsize=2.5, label=f"K = {K}"
         )
-    axes.axhline(0, color="#444444", linewidth=0.9, linestyle="--", label="L0 oracle (error below 1e-12)")
+    axes.axhline(0, color=BLACK, linewidth=0.9, linestyle="--", label="L0 oracle (error below 1e-12)")
     axes.set_title("trained L-NL encoder, M = 8", fontsize=9)
     axes.set_xlabel("rank deficit N - M")
     axes.set_ylabel("relative error of held-out codes")
@@ -76,8 +72,8 @@ def error(axes: Axes, encoder: pd.DataFrame) -> None:
 def readable(axes: Axes, encoder: pd.DataFrame) -> None:
     one = encoder.drop_duplicates(["seed", "source.N", "source.M"])
     points = one.groupby("source.N")[["metrics.readable_share", "metrics.readable_share_expected"]].mean()
-    axes.plot(points.index, points.iloc[:, 1], color="#444444", linestyle="--", label="expected (Wendel 1962)")
-    axes.plot(points.index, points.iloc[:, 0], color="#0072B2", marker="o", label="by linear programming")
+    axes.plot(points.index, points.iloc[:, 1], color=BLACK, linestyle="--", label="expected (Wendel 1962)")
+    axes.plot(points.index, points.iloc[:, 0], color=BLUE, marker="o", label="by linear programming")
     axes.set_ylim(0, 1.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_title("atoms read exactly when alone (K = 1), M = 8", fontsize=9)
