@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from reports.collect import RUNS, Cell, one_per_folder
-from reports.figures.style import save, styled
+from reports.figures.style import BLACK, BLUE, GREEN, PURPLE, VERMILION, save, styled
 
 ILLUSTRATION = "illustration.parquet"
 ENCODER, SOLVER = "L-NL", "NNLS"
