@@ -5,28 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
 
 from core.bench import TABLE
 from core.results import read
 from reports.collect import Cell
-from reports.figures.style import BENCH_STYLE, save
-
-matplotlib.use("Agg")
+from reports.figures.style import BLUE, log_axis, save, styled
 
 CURVES = "scaling.parquet"
 LABELS = {"dict_size": "dictionary size m", "k": "active latents per row k", "batch_size": "rows in the batch B"}
-COLOUR = "#0072B2"
 
 
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """One figure for each cell that has curves."""
     written: list[Path] = []
-    with matplotlib.rc_context(BENCH_STYLE):
+    with styled():
         for cell in cells:
             if (cell.folder / CURVES).is_file():
                 notes = (read(cell.folder / TABLE) or {"notes": []})["notes"]
@@ -45,23 +39,15 @@ def curves(table: pd.DataFrame, notes: Sequence[str]) -> Figure:
             (points["over_product"] - points["quartile1"]).clip(lower=0),
             (points["quartile3"] - points["over_product"]).clip(lower=0),
         ]
-        axes.errorbar(points["value"], points["over_product"], yerr=spread, marker="o", capsize=2.5, color=COLOUR)
+        axes.errorbar(points["value"], points["over_product"], yerr=spread, marker="o", capsize=2.5, color=BLUE)
         axes.set_ylim(0, 1.1 * points["quartile3"].max())
         axes.set_ylabel("step over encoder product")
         axes.axhline(1, color="#444444", linewidth=0.9, linestyle="--")
-        _log_axis(axes, list(points["value"]), label)
+        log_axis(axes, list(points["value"]), label)
     fleets = table[table["axis"] == "n_dictionaries"].sort_values("value")
-    panels[-1].plot(fleets["value"], fleets["rows_per_second"], marker="o", color=COLOUR)
+    panels[-1].plot(fleets["value"], fleets["rows_per_second"], marker="o", color=BLUE)
     panels[-1].set_ylim(0, 1.1 * fleets["rows_per_second"].max())
     panels[-1].set_ylabel("rows/s, summed over dictionaries")
-    _log_axis(panels[-1], list(fleets["value"]), "dictionaries in the fleet")
+    log_axis(panels[-1], list(fleets["value"]), "dictionaries in the fleet")
     figure.suptitle("\n".join(notes), fontsize=7)
     return figure
-
-
-def _log_axis(axes: Axes, ticks: list[float], label: str) -> None:
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel(label)

@@ -6,25 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from core.bench import TABLE
 from core.results import read
 from reports.collect import Cell
-from reports.figures.style import BENCH_STYLE, save
+from reports.figures.style import BLUE, ORANGE, save, styled
 
-matplotlib.use("Agg")
-
-KINDS = {"batchtopk": ("BatchTopK", "#0072B2"), "topk": ("TopK", "#E69F00")}
+KINDS = {"batchtopk": ("BatchTopK", BLUE), "topk": ("TopK", ORANGE)}
 OURS = "ours"
 
 
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """One figure for each cell that has a table, a panel for each dictionary size."""
     written: list[Path] = []
-    with matplotlib.rc_context(BENCH_STYLE):
+    with styled():
         for cell in cells:
             if table := read(cell.folder / TABLE):
                 written += save(bars(table), folder / f"bench_train_step_{cell.scale}_{cell.folder.name}")

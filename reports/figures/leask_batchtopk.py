@@ -7,22 +7,19 @@ against the measured L0 at a fixed size; and the histogram of BatchTopK's L0 per
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
-from core.metrics.statistics import t_interval
 from reports.collect import HISTOGRAM, Cell
+from reports.figures.style import BLUE, GREEN, ORANGE, VERMILION, log_axis, mean_and_half, save, styled
 from reports.matching import refined
-
-matplotlib.use("Agg")
 
 DICT_SIZE, K = "method.dict_size", "method.k"
 METRICS = {"nmse_token_std": "NMSE", "ce_degradation": "CE degradation (nats per token)"}
@@ -32,25 +29,15 @@ FEWEST = 2e-5  # the histogram ends where a bin holds a smaller share of the tok
 
 
 class Look(NamedTuple):
-    colour: str  # from the palette of Okabe and Ito, safe for the colour-blind
+    colour: str
     marker: str
     aside: float  # factor on the dictionary size, so that bars do not hide one another
 
 
 METHODS = {
-    "TopK": Look("#E69F00", "s", 0.985),
-    "BatchTopK": Look("#0072B2", "o", 1.015),
-    "JumpReLU": Look("#009E73", "^", 1.0),
-}
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "svg.hashsalt": "leask_batchtopk",  # the same file from the same numbers
+    "TopK": Look(ORANGE, "s", 0.985),
+    "BatchTopK": Look(BLUE, "o", 1.015),
+    "JumpReLU": Look(GREEN, "^", 1.0),
 }
 
 
@@ -60,12 +47,12 @@ def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     for cell in cells:
         groups[str(cell.get("model.name")), str(cell.get("stream.site"))].append(cell)
     written = []
-    with matplotlib.rc_context(STYLE):
+    with styled():
         for (model, site), group in sorted(groups.items()):
             title = f"{model}, {site}, {group[0].scale} scale"
             name = f"leask_batchtopk_{group[0].scale}_{model}_{site}"
-            written += _save(curves(group, title), folder / f"{name}_curves")
-            written += _save(histogram(group, title), folder / f"{name}_l0_histogram")
+            written += save(curves(group, title), folder / f"{name}_curves")
+            written += save(histogram(group, title), folder / f"{name}_l0_histogram")
     return written
 
 
@@ -80,8 +67,8 @@ def curves(cells: Sequence[Cell], title: str) -> Figure:
         _lines(row[0], at_k, DICT_SIZE, metric)
         _lines(row[1], at_size, "metrics.l0_mean", metric)
         row[0].set_ylabel(label)
-    _log_axis(axes[1, 0], {cell.get(DICT_SIZE) for cell in at_k}, "dictionary size")
-    _log_axis(axes[1, 1], {cell.get(K) for cell in at_size} - {None}, "measured L0 (mean active latents per token)")
+    log_axis(axes[1, 0], {cell.get(DICT_SIZE) for cell in at_k}, "dictionary size")
+    log_axis(axes[1, 1], {cell.get(K) for cell in at_size} - {None}, "measured L0 (mean active latents per token)")
     axes[0, 0].set_title(f"k = {k}" if at_k else "no cell yet", fontsize=10)
     axes[0, 1].set_title(f"dictionary size {size}", fontsize=10)
     axes[0, 1].legend()
@@ -131,7 +118,10 @@ def _lines(axes: Axes, cells: Sequence[Cell], x: str, metric: str) -> None:
         if not points or (x == DICT_SIZE and method == "JumpReLU"):
             continue
         aside = look.aside if x == DICT_SIZE else 1.0
-        drawn = sorted((aside * _mean(group, x), *_interval(group, metric)) for group in points.values())
+        drawn = sorted(
+            (aside * _mean(group, x), *mean_and_half([cell.metrics[metric] for cell in group]))
+            for group in points.values()
+        )
         at, mean, half = (list(column) for column in zip(*drawn, strict=True))
         axes.errorbar(
             at,
@@ -153,15 +143,6 @@ def _mean(cells: Sequence[Cell], key: str) -> float:
     return float(np.mean([cell.get(key) for cell in cells]))
 
 
-def _interval(cells: Sequence[Cell], metric: str) -> tuple[float, float]:
-    """Mean over seeds and half the width of its interval; 0 where one seed gives none."""
-    values = [cell.metrics[metric] for cell in cells]
-    if len(values) == 1:
-        return values[0], 0.0
-    interval = t_interval(values)
-    return interval.mean, interval.high - interval.mean
-
-
 def _summed_histograms(cells: Sequence[Cell]) -> pd.DataFrame:
     """Columns `count` and `count_without_bos` over the index `l0`, summed over the cells."""
     tables = [pd.read_parquet(cell.folder / HISTOGRAM).set_index("l0") for cell in cells]
@@ -181,7 +162,7 @@ def _bars(axes: Axes, table: pd.DataFrame) -> None:
         bos,
         width=1.0,
         bottom=without_bos,
-        color="#D55E00",
+        color=VERMILION,
         label=f"beginnings of text (BOS), {bos.sum():.2%} of all tokens",
     )
 
@@ -189,23 +170,3 @@ def _bars(axes: Axes, table: pd.DataFrame) -> None:
 def _seeds(cells: Sequence[Cell]) -> str:
     n_seeds = len({cell.seed for cell in cells})
     return f"{n_seeds} seeds (bars: 95 % t intervals)" if n_seeds > 1 else "one seed"
-
-
-def _save(figure: Figure | None, path: Path) -> list[Path]:
-    if figure is None:
-        return []
-    written = [path.with_name(f"{path.name}.{ending}") for ending in ("png", "svg")]
-    for file in written:
-        figure.savefig(file, dpi=160, metadata={"Date": None} if file.suffix == ".svg" else None)
-    return written
-
-
-def _log_axis(axes: Axes, ticks: Iterable[float], label: str) -> None:
-    axes.set_xscale("log", base=2)
-    if values := sorted(ticks):
-        axes.xaxis.set_major_locator(FixedLocator(values))
-    if len(values) == 1:
-        axes.set_xlim(values[0] / 2, values[0] * 2)
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel(label)

@@ -7,20 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from core.metrics.statistics import t_interval
 from reports.collect import Cell
-from reports.figures.style import BENCH_STYLE, save
-
-matplotlib.use("Agg")
+from reports.figures.style import save, styled
 
 PANELS = {"fvu": "normalised error (fvu)", "alive_fraction": "alive latents (fraction of all)"}
 KNOBS = ("method.l1_coefficient", "method.l1")
-STYLE: dict[Any, Any] = {**BENCH_STYLE, "svg.hashsalt": "oneill_llm"}
 
 
 class Look(NamedTuple):
@@ -50,7 +46,7 @@ def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     for cell in cells:
         groups[str(cell.get("model.name")), str(cell.get("stream.site"))].append(cell)
     written: list[Path] = []
-    with matplotlib.rc_context(STYLE):
+    with styled():
         for (model, site), group in sorted(groups.items()):
             title = f"{model}, {site}, {group[0].scale} scale, held-out text, {_seeds(group)}"
             written += save(curves(group, title), folder / f"oneill_llm_{group[0].scale}_{model}_{site}")
