@@ -311,11 +311,14 @@ def _solver_flops(cfg: DictConfig, step: int, mode: flops.Mode) -> tuple[float, 
 
 
 def _known_codes_flops(cfg: DictConfig, step: int, mode: flops.Mode) -> tuple[float, float]:
+    """Without a decoder, in training and in inference."""
     s, c = cfg.source, cfg.coder
+    decoder = 2 * s.M * s.N * s.n_test
     if c.kind == "mlp":
         training = flops.mlp_known_codes_step(s.N, s.M, c.width, s.n_train, mode, c.bias)
-        return step * training, flops.mlp_inference(s.N, s.M, c.width, s.n_test)
-    return step * flops.sae_known_codes_step(s.N, s.M, s.n_train, mode, c.bias), flops.sae_inference(s.N, s.M, s.n_test)
+        return step * training, flops.mlp_inference(s.N, s.M, c.width, s.n_test) - decoder
+    training = flops.sae_known_codes_step(s.N, s.M, s.n_train, mode, c.bias)
+    return step * training, flops.sae_inference(s.N, s.M, s.n_test) - decoder
 
 
 # ---- what a cell leaves behind
