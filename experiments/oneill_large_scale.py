@@ -25,7 +25,7 @@ from core.metrics import flops
 from core.metrics.recovery import UnmatchedCorrelationSums
 from core.stacked.coders import Coder
 from core.stacked.inference import fista
-from core.stacked.objectives import KnownCodes
+from core.stacked.objectives import KnownSparseCodes
 from core.stacked.runs import train
 from experiments.oneill_common import ACTIVE, Outcome, Scores, leave, timed
 
@@ -53,6 +53,8 @@ def check(cfg: DictConfig) -> None:
         raise UserError("source.per_run: the runs share one large data set; source.seed=0,1,2 draws others.")
     if cfg.coder.solver is not None and cfg.coder.solver.kind != "fista":
         raise UserError(f"coder={cfg.coder.name}: at this size only sae, mlp and fista are meant.")
+    if cfg.objective != "cosine":
+        raise UserError(f"objective={cfg.objective}: at this size only cosine.")
     if not 1 <= cfg.batch_size <= s.n_train:
         raise UserError(f"batch_size={cfg.batch_size} must be between 1 and source.n_train={s.n_train}.")
     if not 2 <= cfg.n_oracle <= s.n_test:
@@ -71,12 +73,12 @@ def encoders(cfg: DictConfig) -> Outcome:
     training, test = samples(cfg, "train"), samples(cfg, "test")
     coder: Coder = instantiate(cfg.coder.encoder, seeds=list(cfg.seeds), M=cfg.source.M, N=cfg.source.N)
 
-    def batches(step: int) -> tuple[Tensor, Tensor]:
-        X, S = training.batch(step, cfg.batch_size)
-        return X.expand(len(cfg.seeds), -1, -1), S[None]
+    def batches(step: int) -> tuple[Tensor, Tensor, Tensor]:
+        indices, values = training.batch(step, cfg.batch_size)
+        return training.observed(indices, values).expand(len(cfg.seeds), -1, -1), indices, values
 
     outcome = Outcome([settings(seed) for seed in cfg.seeds])
-    curve = train(cfg, coder, KnownCodes(batches, cfg.objective), lambda step: scores(coder, test, cfg))
+    curve = train(cfg, coder, KnownSparseCodes(batches), lambda step: scores(coder, test, cfg))
     outcome.add(cfg.coder.name, curve, partial(encoder_flops, cfg))
     return outcome
 

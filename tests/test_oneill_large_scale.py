@@ -59,7 +59,8 @@ def test_scores_over_chunks_are_those_of_the_whole_test_set(tmp_path: Path):
     coder, test = LinearCoder([0, 1], 12, 40, bias=True), large.samples(cfg, "test")
     with torch.no_grad():
         found = large.scores(coder, test, cfg)
-        X, S = test.dense(slice(None))
+        active = test.active(slice(None))
+        X, S = test.observed(*active), test.dense(*active)
         S_hat = coder(X.expand(2, -1, -1))
     assert torch.allclose(found["latent_mcc"], unmatched_correlation(S.expand(2, -1, -1), S_hat), atol=1e-9)
     assert torch.allclose(found["l0"], (S_hat > large.ACTIVE).float().mean((1, 2)))
@@ -88,6 +89,7 @@ def test_the_figure_has_the_curves_of_finished_cells_and_the_oracle(tmp_path: Pa
     ("override", "named"),
     [
         ("source.per_run=true", r"source\.per_run"),
+        ("objective=mse", "objective"),
         ("coder=l0_oracle", "L0 oracle"),
         ("batch_size=3000", "batch_size"),
         ("n_oracle=301", "n_oracle"),

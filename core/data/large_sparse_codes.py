@@ -1,7 +1,7 @@
 """The synthetic problem of O'Neill et al. 2025 with more samples than fit into memory densely.
 
 A sample is kept as its K active codes: an index (2 bytes) and a value (4) each, where the dense codes of a thousand
-atoms take 4,000 bytes. Dense codes and observations exist for one batch at a time, in buffers that the next overwrites.
+atoms take 4,000 bytes. Observations are computed batch by batch.
 
 Shapes: n samples, B of a batch, N true codes, M observed dimensions, K active codes; D `[N, M]`, atoms are rows.
 """
@@ -42,7 +42,6 @@ class LargeSparseCodes:
             indices, self.values[part] = law.active(part.stop - start, g)
             self.indices[part] = indices.to(torch.uint16)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
-        self._S = torch.empty(0, law.N)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -53,7 +52,7 @@ class LargeSparseCodes:
         return self.indices.nbytes + self.values.nbytes
 
     def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
-        """X `[B, M]` and dense codes S `[B, N]` of an optimiser step; S is overwritten by the next call.
+        """Active codes of an optimiser step's samples: indices `[B, K]`, int64, and values `[B, K]`.
 
         A pass shows every sample at most once, in an order of its own; the samples of a last batch that would be
         smaller wait for the next pass. A step's batch depends on the step alone. Raises UserError if size > n.
@@ -64,23 +63,16 @@ class LargeSparseCodes:
         if epoch != self._epoch:
             order = generator(self.seed, "large_sparse_codes", "order", epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self), generator=order)
-        return self.dense(self._order[place * size : (place + 1) * size])
-
-    def dense(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """X and S of some samples, as in `batch`."""
-        indices, values = self.active(rows)
-        S = self._buffer(len(indices)).zero_().scatter_(1, indices, values)
-        return self.observed(indices, values), S
+        return self.active(self._order[place * size : (place + 1) * size])
 
     def active(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Indices `[B, K]`, now int64, and values `[B, K]` of some samples."""
+        """As `batch`, of some samples."""
         return self.indices[rows].to(torch.int64), self.values[rows]
 
     def observed(self, indices: Tensor, values: Tensor) -> Tensor:
         """X = S D `[B, M]`, from the K active atoms of each sample."""
         return embedding_bag(indices, self.D, mode="sum", per_sample_weights=values)
 
-    def _buffer(self, size: int) -> Tensor:
-        if len(self._S) < size:
-            self._S = torch.empty(size, self.law.N)
-        return self._S[:size]
+    def dense(self, indices: Tensor, values: Tensor) -> Tensor:
+        """S `[B, N]`."""
+        return torch.zeros(len(indices), self.law.N).scatter_(1, indices, values)

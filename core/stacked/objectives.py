@@ -131,6 +131,35 @@ class KnownCodes(Objective):
         return loss
 
 
+SparseBatches = Callable[[int], tuple[Tensor, Tensor, Tensor]]  # step -> X [R, n, M], indices [n, K], values [n, K]
+
+
+class KnownSparseCodes(Objective):
+    """`KnownCodes` with its cosine, of true codes that come as the K active ones of each sample.
+
+    batches  step -> X `[R, n, M]`, indices `[n, K]` int64, all different within a row, and values `[n, K]`; the codes
+             are those of all runs
+    """
+
+    def __init__(self, batches: SparseBatches) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def gradients(self, coder: Coder, step: int) -> Tensor:
+        X, indices, values = self.batches(step)
+        S_hat = coder(X)
+        (R, _, N), codes, at = S_hat.shape, indices.flatten(), indices.expand(len(S_hat), -1, -1)
+        dS = self._buffers_of("dS", S_hat, *S_hat.shape)
+        inner = S_hat.new_zeros(R, N).index_add_(1, codes, (S_hat.gather(2, at) * values).flatten(1))
+        square = torch.mul(S_hat, S_hat, out=dS).sum(1)  # [R, N]
+        norm = (S_hat.new_zeros(N).index_add_(0, codes, values.square().flatten()) * square).sqrt()
+        scale = torch.where(norm > 0, 1 / (norm * N), 0)
+        torch.mul(S_hat, torch.where(norm > 0, inner * scale / square, 0)[:, None], out=dS)
+        dS.scatter_add_(2, at, scale[:, indices] * -values)
+        coder.backward(dS)
+        return -(inner * scale).sum(1)
+
+
 def random_dictionary(seeds: Sequence[int], N: int, M: int) -> Tensor:
     """`[R, N, M]`, standard normal, before any normalisation."""
     return torch.stack([torch.randn(N, M, generator=generator(seed, "init", "D")) for seed in seeds])

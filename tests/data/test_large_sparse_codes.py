@@ -17,7 +17,8 @@ def test_a_batch_by_hand():
     source.D = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     source.indices = torch.tensor([[2, 0], [1, 2]], dtype=torch.uint16)
     source.values = torch.tensor([[5.0, 1.0], [2.0, 10.0]])
-    X, S = source.dense(slice(0, 2))
+    active = source.active(slice(0, 2))
+    X, S = source.observed(*active), source.dense(*active)
     assert S.tolist() == [[1, 0, 5], [0, 2, 10]]
     assert torch.allclose(X, torch.tensor([[4.0, 4.0], [6.0, 10.0]]))
 
@@ -27,7 +28,8 @@ def test_a_first_chunk_of_samples_is_what_the_dense_source_draws_with_the_same_g
 
     source = LargeSparseCodes(LAW, n=50, seed=3)
     S = LAW.codes(50, generator(3, "large_sparse_codes", "train"))
-    X, dense = source.dense(slice(None))
+    active = source.active(slice(None))
+    X, dense = source.observed(*active), source.dense(*active)
     assert torch.equal(dense, S) and torch.allclose(X, S @ LAW.dictionary(3), atol=1e-6)
     assert torch.equal(source.D, LAW.dictionary(3))
 
@@ -38,8 +40,8 @@ def test_a_pass_shows_every_sample_of_whole_batches_once(n: int, data: st.DataOb
     source = LargeSparseCodes(LAW, n=n, seed=0)
     size = data.draw(st.integers(1, n))
     n_batches, epoch = n // size, data.draw(st.integers(0, 3))
-    seen = torch.cat([source.batch(epoch * n_batches + i, size)[1].clone() for i in range(n_batches)])
-    every = source.dense(slice(None))[1]
+    seen = torch.cat([source.dense(*source.batch(epoch * n_batches + i, size)) for i in range(n_batches)])
+    every = source.dense(*source.active(slice(None)))
     assert len(seen) == n_batches * size
     assert torch.equal((seen[:, None] == every[None]).all(-1).sum(1), torch.ones(len(seen), dtype=torch.int64))
 
@@ -49,9 +51,9 @@ def test_a_batch_depends_on_its_step_alone_and_passes_differ_in_their_order():
     for step in range(7):
         one.batch(step, 30)
     for step in (8, 2, 5):
-        (X, S), (X_other, S_other) = one.batch(step, 30), other.batch(step, 30)
-        assert torch.equal(S, S_other) and torch.equal(X, X_other)
-    assert not torch.equal(one.batch(0, 30)[0], one.batch(3, 30)[0])
+        (indices, values), (indices_other, values_other) = one.batch(step, 30), other.batch(step, 30)
+        assert torch.equal(indices, indices_other) and torch.equal(values, values_other)
+    assert not torch.equal(one.batch(0, 30)[1], one.batch(3, 30)[1])
 
 
 def test_seeds_and_purposes_give_other_samples_and_a_seed_one_dictionary():
@@ -75,7 +77,7 @@ def test_half_a_million_samples_of_twenty_codes_take_sixty_megabytes():
 def test_the_largest_index_survives_its_sixteen_bits():
     source = LargeSparseCodes(SparseCodes(N=2**16, M=2, K=1), n=1, seed=0)
     source.indices[0, 0] = 2**16 - 1
-    assert source.dense(slice(None))[1].nonzero().tolist() == [[0, 2**16 - 1]]
+    assert source.dense(*source.active(slice(None))).nonzero().tolist() == [[0, 2**16 - 1]]
 
 
 @pytest.mark.parametrize(
