@@ -1,0 +1,131 @@
+"""The figures of oneill_known_dictionary, like fig. 3 of O'Neill et al. 2025, and what the start of ITO does.
+
+For each penalty: MCC against steps and FLOPs, with what converged solvers reach; every run's final value. And ITO from
+different starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from reports.collect import Cell
+from reports.curves import read_curves, total_flops
+from reports.figures.oneill import (
+    CONVERGED,
+    MODES,
+    SPREAD,
+    bands,
+    chance,
+    crossing_at,
+    in_order,
+    legend,
+    level,
+    one_data_set,
+    published,
+    references,
+    sae_level,
+    seeds_of,
+    sizes_of,
+    spread,
+)
+from reports.figures.style import save, styled
+
+MAIN = ("SAE", "MLP32", "MLP256", "ITO")
+STARTS = ("ITO", "ITO from -2", "ITO warm", "ITO warm floor")
+CLAIM_OF_L1 = {0.01: "oneill/dictionary-1", 0.05: "oneill/dictionary-2"}
+
+
+def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
+    """Two figures for each penalty at which there is an SAE, and one of the starts at the smallest of them."""
+    written: list[Path] = []
+    penalties = sorted({cell.get("coder.l1") for cell in cells if cell.method == "SAE"})
+    with styled():
+        for l1 in penalties:
+            own = [cell for cell in cells if cell.get("coder.l1") == l1]
+            shared = one_data_set(own)
+            table = read_curves(shared)
+            table = table[table["coder.l1"] == l1] if len(table) else table
+            name = f"oneill_known_dictionary_{cells[0].scale}"
+            written += save(curves(shared, table, l1), folder / f"{name}_l1_{l1:g}_curves")
+            written += save(runs(own, l1), folder / f"{name}_l1_{l1:g}_runs")
+            if l1 == penalties[0]:
+                written += save(starts(shared, table, l1), folder / f"{name}_starts")
+    return written
+
+
+def curves(cells: Sequence[Cell], table: pd.DataFrame, l1: float) -> Figure | None:
+    """Latent MCC over steps, and over FLOPs in both countings, training and one inference."""
+    methods = [method for method in MAIN if method in set(table["coder.name"])]
+    if not methods:
+        return None
+    paper = cells[0].scale == "paper"
+    figure = Figure(figsize=(10.5, 4.1), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, mode in zip(panels, (None, *MODES), strict=True):
+        axes.set_xscale("linear" if mode is None else "log")
+        shown = table if mode is None else table.assign(flops=total_flops(table, mode))
+        bands(axes, shown, "step" if mode is None else "flops", "latent_mcc", methods)
+        axes.set_xlabel("steps, or iterations of ITO" if mode is None else MODES[mode])
+        ceilings(axes, cells)
+        chance(axes, cells, "latent_mcc")
+        if mode is not None:
+            sae_level(axes, cells, "latent_mcc")
+            crossing_at(axes, cells, f"crossing_flops_{mode}", "ITO", 0.2)
+        if paper and l1 in CLAIM_OF_L1:
+            references(axes, published(CLAIM_OF_L1[l1]), methods)
+    panels[0].set_ylabel("latent MCC, held-out samples")
+    legend(figure, methods, paper)
+    figure.suptitle(
+        f"Known dictionary, {sizes_of(cells)}, penalty {l1:g}, {cells[0].scale} scale, {seeds_of(cells)}", fontsize=10
+    )
+    return figure
+
+
+def ceilings(axes: Axes, cells: Sequence[Cell]) -> None:
+    """What converged solvers reach."""
+    for method in CONVERGED:
+        if values := [cell.metrics["latent_mcc"] for cell in cells if cell.method == method]:
+            level(
+                axes,
+                float(np.mean(values)),
+                f"{method} {np.mean(values):.3f}",
+                line="-.",
+                left=True,
+                below=method == "FISTA",
+            )
+
+
+def starts(cells: Sequence[Cell], table: pd.DataFrame, l1: float) -> Figure | None:
+    """ITO from log-codes of -10, of -2, and from the SAE's codes: the delay is the start's."""
+    methods = [method for method in STARTS if method in set(table["coder.name"])]
+    if len(methods) < 2:
+        return None
+    figure = Figure(figsize=(7.2, 4.1), layout="constrained")
+    axes = figure.subplots()
+    bands(axes, table, "step", "latent_mcc", methods)
+    ceilings(axes, cells)
+    axes.set_xlabel("iterations")
+    axes.set_ylabel("latent MCC, held-out samples")
+    legend(figure, methods, authors=False)
+    setting = f"{sizes_of(cells)}, penalty {l1:g}, {cells[0].scale} scale"
+    figure.suptitle(f"Where ITO starts, {setting}\n{seeds_of(cells)}", fontsize=10)
+    return figure
+
+
+def runs(cells: Sequence[Cell], l1: float) -> Figure | None:
+    """Final values run by run."""
+    methods = in_order(cell.method for cell in cells)
+    if not methods:
+        return None
+    figure = Figure(figsize=(1.8 + 1.15 * len(methods), 3.6), layout="constrained")
+    axes = figure.subplots()
+    spread(axes, cells, "latent_mcc", methods)
+    axes.set_ylabel("final latent MCC")
+    figure.suptitle(f"Known dictionary, penalty {l1:g}, {cells[0].scale} scale\n{SPREAD}", fontsize=9)
+    return figure

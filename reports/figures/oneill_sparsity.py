@@ -1,0 +1,108 @@
+"""The figure of oneill_sparsity, like fig. 6 of O'Neill et al. 2025: active codes against error and recovery.
+
+Full lines: L1 penalties; dashed lines: TopK. At paper scale, open diamonds are the authors' result files.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from reports.collect import Cell
+from reports.figures.oneill import in_order, legend, look, published, seeds_of
+from reports.figures.style import GREY, mean_and_half, save, styled
+
+MCC_OF_L1, L0_OF_L1, MSE_OF_L1 = "oneill/sparsity-1", "oneill/sparsity-3", "oneill/sparsity-2"
+
+
+def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
+    """One figure of four panels."""
+    with styled():
+        return save(tradeoffs(cells), folder / f"oneill_sparsity_{cells[0].scale}")
+
+
+def tradeoffs(cells: Sequence[Cell]) -> Figure | None:
+    """Above: active codes against error and latents. Below: latents over the penalty, and over k."""
+    chosen = [cell for cell in cells if cell.method != "SC truncated"]
+    methods = in_order(cell.method for cell in chosen)
+    if not methods:
+        return None
+    paper = cells[0].scale == "paper"
+    figure = Figure(figsize=(9.4, 7.2), layout="constrained")
+    (error, recovery), (over_l1, over_k) = figure.subplots(2, 2)
+    for method in methods:
+        own = [cell for cell in chosen if cell.method == method]
+        knob = "coder.k" if method.startswith("TopK") else "coder.l1"
+        line(error, own, method, knob, "metrics.l0", "mse")
+        line(recovery, own, method, knob, "metrics.l0", "latent_mcc")
+        line(over_k if knob == "coder.k" else over_l1, own, method, knob, knob, "latent_mcc")
+    if paper:
+        authors(error, L0_OF_L1, MSE_OF_L1)
+        authors(recovery, L0_OF_L1, MCC_OF_L1)
+        authors(over_l1, None, MCC_OF_L1)
+        authors(over_k, None, "oneill/sparsity-8")
+    density = cells[0].get("source.K") / cells[0].get("source.N")
+    for axes in (error, recovery):
+        axes.axvline(density, color=GREY, linestyle=":", linewidth=1.2)
+        axes.annotate(
+            "true", (density, 0.99), xycoords=axes.get_xaxis_transform(), xytext=(3, 0), textcoords="offset points",
+            fontsize=7, color=GREY, va="top",
+        )  # fmt: skip
+        axes.set_xlabel("fraction of active codes")
+    error.set_yscale("log")
+    error.set_ylabel("mean squared error")
+    over_l1.set_xscale("log")
+    over_l1.set_xlabel("L1 penalty")
+    over_k.set_xlabel("k")
+    for axes in (recovery, over_l1, over_k):
+        axes.set_ylabel("latent MCC")
+        axes.set_ylim(0, 1)
+    legend(figure, methods, paper)
+    figure.suptitle(f"Sparsity, {cells[0].scale} scale, {seeds_of(cells)}", fontsize=10)
+    return figure
+
+
+def line(axes: Axes, cells: Sequence[Cell], method: str, knob: str, x: str, y: str) -> None:
+    """A point for each value of the knob: means over seeds, with the interval of y."""
+    groups: dict[Any, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        if y in cell.metrics and cell.get(x) is not None:
+            groups[cell.get(knob)].append(cell)
+    if not groups:
+        return
+    points = [
+        (np.mean([c.get(x) for c in groups[value]]), *mean_and_half([c.metrics[y] for c in groups[value]]))
+        for value in sorted(groups)
+    ]
+    at, mean, half = (np.array(column) for column in zip(*points, strict=True))
+    style = look(method)
+    axes.errorbar(
+        at,
+        mean,
+        yerr=np.minimum(half, 0.999 * mean) if y == "mse" else half,
+        color=style.colour,
+        linestyle=style.line,
+        marker=style.marker,
+        markersize=5,
+        markerfacecolor="white" if method.startswith("TopK") else style.colour,
+        linewidth=1.4,
+        elinewidth=0.9,
+        capsize=2,
+    )
+
+
+def authors(axes: Axes, x_claim: str | None, y_claim: str) -> None:
+    """Published pairs as open diamonds; without a claim for x, over the knob itself."""
+    xs, ys = published(x_claim) if x_claim else None, published(y_claim)
+    for (method, knob), y in ys.items():
+        x = knob if xs is None else xs.get((method, knob))
+        if x is not None:
+            axes.plot(
+                x, y, marker="D", markersize=5, markerfacecolor="white", markeredgecolor=look(method).colour, zorder=4
+            )

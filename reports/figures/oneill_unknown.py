@@ -1,0 +1,117 @@
+"""The figures of oneill_unknown, like fig. 4 of O'Neill et al. 2025, with what lies beyond it.
+
+For each profile: MCC of latents and dictionary against steps, and against FLOPs in the paper's counting and corrected,
+with the crossings of sparse coding over the SAE; every run's final value. And sparse coding from different starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from reports.collect import Cell
+from reports.crossings import NAMES
+from reports.curves import read_curves, total_flops
+from reports.figures.oneill import (
+    MCC,
+    MODES,
+    SPREAD,
+    bands,
+    chance,
+    crossing_at,
+    in_order,
+    legend,
+    one_data_set,
+    published,
+    references,
+    sae_level,
+    seeds_of,
+    sizes_of,
+    spread,
+)
+from reports.figures.style import save, styled
+
+MAIN = ("SAE", "SAE+ITO", "MLP32", "MLP256", "SC")
+STARTS = ("SAE", "SC", "SC from -2")
+CLAIMS = {"latent_mcc": "oneill/unknown-1", "dict_mcc": "oneill/unknown-2"}
+REPO = "repo"  # the profile that the authors' numbers belong to
+
+
+def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
+    """Curves and runs for each profile, and the starts of sparse coding."""
+    written: list[Path] = []
+    name = f"oneill_unknown_{cells[0].scale}"
+    with styled():
+        for profile in sorted({str(cell.get("profile")) for cell in cells}):
+            own = [cell for cell in cells if str(cell.get("profile")) == profile]
+            shared = one_data_set(own)
+            table = read_curves(shared)
+            written += save(curves(shared, table, profile), folder / f"{name}_{profile}_curves")
+            written += save(runs(own, profile), folder / f"{name}_{profile}_runs")
+            written += save(starts(shared, table), folder / f"{name}_{profile}_starts")
+    return written
+
+
+def curves(cells: Sequence[Cell], table: pd.DataFrame, profile: str) -> Figure | None:
+    """Latents above, dictionary below; steps, FLOPs as published, FLOPs corrected (training and one inference)."""
+    methods = [method for method in MAIN if method in set(table["coder.name"])]
+    if not methods:
+        return None
+    authors = cells[0].scale == "paper" and profile == REPO
+    figure = Figure(figsize=(10.5, 6.6), layout="constrained")
+    for row, (metric, label) in zip(figure.subplots(2, 3, sharex="col", sharey="row"), MCC.items(), strict=True):
+        row[0].set_ylabel(label)
+        for axes, mode in zip(row, (None, *MODES), strict=True):
+            axes.set_xscale("linear" if mode is None else "log")
+            shown = table if mode is None else table.assign(flops=total_flops(table, mode))
+            drawn = [
+                method for method in methods if metric != "dict_mcc" or method != "SAE+ITO"
+            ]  # the SAE's dictionary
+            bands(axes, shown, "step" if mode is None else "flops", metric, drawn)
+            chance(axes, cells, metric)
+            if mode is not None:
+                sae_level(axes, cells, metric)
+                crossing_at(axes, cells, f"{NAMES[metric]}_{mode}", "SC", 0.02)
+            if authors:
+                references(axes, published(CLAIMS[metric]), methods)
+            if metric == "dict_mcc":
+                axes.set_xlabel("training steps" if mode is None else MODES[mode])
+    legend(figure, methods, authors)
+    title = f"Codes and dictionary unknown, {sizes_of(cells)}, profile {profile}, {cells[0].scale} scale"
+    figure.suptitle(f"{title}, {seeds_of(cells)}", fontsize=10)
+    return figure
+
+
+def starts(cells: Sequence[Cell], table: pd.DataFrame) -> Figure | None:
+    """Sparse coding from log-codes of -10 and of -2, beside the SAE: the delay is the start's."""
+    methods = [method for method in STARTS if method in set(table["coder.name"])]
+    if not {"SC", "SC from -2"} <= set(methods):
+        return None
+    figure = Figure(figsize=(8.4, 3.9), layout="constrained")
+    for axes, (metric, label) in zip(figure.subplots(1, 2), MCC.items(), strict=True):
+        bands(axes, table, "step", metric, methods)
+        chance(axes, cells, metric)
+        axes.set_xlabel("training steps")
+        axes.set_ylabel(label)
+    legend(figure, methods, authors=False)
+    figure.suptitle(
+        f"Where sparse coding starts, {sizes_of(cells)}, {cells[0].scale} scale\n{seeds_of(cells)}", fontsize=10
+    )
+    return figure
+
+
+def runs(cells: Sequence[Cell], profile: str) -> Figure | None:
+    """Final values run by run, latents above and dictionary below."""
+    methods = in_order(cell.method for cell in cells)
+    if not methods:
+        return None
+    figure = Figure(figsize=(2.4 + 1.15 * max(len(methods), 4), 5.6), layout="constrained")
+    for axes, (metric, label) in zip(figure.subplots(2, 1), MCC.items(), strict=True):
+        spread(axes, cells, metric, methods)
+        chance(axes, cells, metric)
+        axes.set_ylabel(f"final {label}")
+    figure.suptitle(f"Codes and dictionary unknown, profile {profile}, {cells[0].scale} scale\n{SPREAD}", fontsize=9)
+    return figure
