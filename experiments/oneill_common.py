@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from core.bench import threads
-from core.data.sparse_codes import Problem, SparseCodes
+from core.data.sparse_codes import Problem, SparseCodes, chance_latent_mcc
 from core.errors import UserError
 from core.metrics import flops, recovery
 from core.seeding import derived_seed
@@ -34,6 +34,7 @@ from core.stacked.inference import fista, hard_top_k, log_codes, nnls
 from core.stacked.l0 import l0_oracle
 from core.stacked.objectives import KnownCodes, Reconstruction, random_dictionary
 from core.stacked.runs import train
+from experiments import oneill_costs
 
 RUNS, CURVES = "runs.parquet", "curves.parquet"
 ACTIVE = 1e-4  # a code above it counts as active: codes that are exponentials are never zero
@@ -109,7 +110,7 @@ def known_codes(cfg: DictConfig) -> dict[str, float]:
     objective = KnownCodes(lambda step: (p.X_train, p.S_train), cfg.objective)
     outcome = Outcome(stack.rows)
     with timed(cfg) as clock:
-        outcome.add(cfg.coder.name, train(cfg, coder, objective, evaluate), partial(_known_codes_flops, cfg))
+        outcome.add(cfg.coder.name, train(cfg, coder, objective, evaluate), partial(oneill_costs.known_codes, cfg))
     return leave(cfg, outcome, clock.seconds)
 
 
@@ -120,7 +121,7 @@ def known_dictionary(cfg: DictConfig) -> dict[str, float]:
     with timed(cfg) as clock:
         if cfg.coder.solver is not None:
             curve = _solve(cfg, stack)
-            outcome.add(cfg.coder.name, curve, partial(_solver_flops, cfg))
+            outcome.add(cfg.coder.name, curve, partial(oneill_costs.solver, cfg))
         else:
             coder = coder_of(cfg, stack)
             objective = Reconstruction(p.X_train, stack.l1, p.D, learn_D=False)
@@ -128,13 +129,15 @@ def known_dictionary(cfg: DictConfig) -> dict[str, float]:
             def evaluate(step: int) -> Scores:
                 return _latent_scores(stack, coder(p.X_test), p.D)
 
-            outcome.add(cfg.coder.name, train(cfg, coder, objective, evaluate), partial(_training_flops, cfg, False))
+            outcome.add(
+                cfg.coder.name, train(cfg, coder, objective, evaluate), partial(oneill_costs.training, cfg, False)
+            )
             if cfg.coder.name in cfg.warm_ito_of:
                 with torch.no_grad():
                     start = coder(p.X_test).clone()
                 for label, floor in WARM_FLOORS.items():
                     curve = _ito_curve(cfg, stack, init=start, floor=floor)
-                    outcome.add(label, curve, partial(_warm_flops, cfg))
+                    outcome.add(label, curve, partial(oneill_costs.warm_ito, cfg))
     return leave(cfg, outcome, clock.seconds)
 
 
@@ -174,15 +177,15 @@ def unknown(cfg: DictConfig) -> dict[str, float]:
             step: {name.split("/")[1]: value for name, value in scores.items() if name.split("/")[0] == label}
             for step, scores in curves.items()
         }
-        outcome.add(label, own, partial(_training_flops, cfg, True))
+        outcome.add(label, own, partial(oneill_costs.training, cfg, True))
     if by_ito:
-        outcome.costs[by_ito[0]] = partial(_ito_flops, cfg)
+        outcome.costs[by_ito[0]] = partial(oneill_costs.with_ito, cfg)
     for k in cfg.truncate_to:
         S_hat = hard_top_k(optimised() if free else coder(p.X_test), k)
         label = f"{cfg.coder.name} truncated"
         X = objective.explained_by_codes(p.X_test)
         scores = {**_latent_scores(stack, S_hat, objective.D, X), **_dictionary_scores(p.D, objective.D)}
-        outcome.add(f"{label}/{k}", {cfg.steps: scores}, partial(_training_flops, cfg, True))
+        outcome.add(f"{label}/{k}", {cfg.steps: scores}, partial(oneill_costs.training, cfg, True))
         outcome.rows[f"{label}/{k}"] = {"coder.name": label, "coder.k": k}
     return leave(cfg, outcome, clock.seconds, objective.D)
 
@@ -272,55 +275,6 @@ def _sizes(S_hat: Tensor) -> Scores:
     return {"l0": (S_hat > ACTIVE).float().mean((1, 2)), "dead": (S_hat <= ACTIVE).all(1).float().mean(-1)}
 
 
-# ---- FLOPs: (of training so far, of one inference of the test set)
-
-
-def _training_flops(cfg: DictConfig, learn_D: bool, step: int, mode: flops.Mode) -> tuple[float, float]:
-    s, c = cfg.source, cfg.coder
-    N = c.N or s.N
-    if c.kind == "sc":
-        training = flops.sc_train_step(N, s.M, s.n_train, mode)
-        return step * training, flops.optimise_codes(N, s.M, s.n_test, cfg.inference.iterations, mode)
-    if c.kind == "mlp":
-        training = flops.mlp_train_step(N, s.M, c.width, s.n_train, learn_D, mode, c.bias)
-        return step * training, flops.mlp_inference(N, s.M, c.width, s.n_test)
-    return step * flops.sae_train_step(N, s.M, s.n_train, learn_D, mode, c.bias), flops.sae_inference(N, s.M, s.n_test)
-
-
-def _ito_flops(cfg: DictConfig, step: int, mode: flops.Mode) -> tuple[float, float]:
-    training, _ = _training_flops(cfg, True, step, mode)
-    s = cfg.source
-    return training, flops.optimise_codes(s.N, s.M, s.n_test, cfg.inference.iterations, mode)
-
-
-def _warm_flops(cfg: DictConfig, step: int, mode: flops.Mode) -> tuple[float, float]:
-    s = cfg.source
-    total = flops.sae_ito(s.N, s.M, s.n_train, cfg.steps, s.n_test, step, mode, learn_D=False, warm_start=True)
-    training, _ = _training_flops(cfg, False, cfg.steps, mode)
-    return training, total - training
-
-
-def _solver_flops(cfg: DictConfig, step: int, mode: flops.Mode) -> tuple[float, float]:
-    """Iterations of ITO, with the SAE's training at the same index where the paper charges it; no other is counted."""
-    s = cfg.source
-    if cfg.coder.solver.kind != "ito":
-        return 0.0, 0.0
-    codes = flops.optimise_codes(s.N, s.M, s.n_test, step, mode)
-    total = flops.sae_ito(s.N, s.M, s.n_train, step, s.n_test, step, mode, learn_D=False, warm_start=False)
-    return total - codes, codes
-
-
-def _known_codes_flops(cfg: DictConfig, step: int, mode: flops.Mode) -> tuple[float, float]:
-    """Without a decoder, in training and in inference."""
-    s, c = cfg.source, cfg.coder
-    decoder = 2 * s.M * s.N * s.n_test
-    if c.kind == "mlp":
-        training = flops.mlp_known_codes_step(s.N, s.M, c.width, s.n_train, mode, c.bias)
-        return step * training, flops.mlp_inference(s.N, s.M, c.width, s.n_test) - decoder
-    training = flops.sae_known_codes_step(s.N, s.M, s.n_train, mode, c.bias)
-    return step * training, flops.sae_inference(s.N, s.M, s.n_test) - decoder
-
-
 # ---- what a cell leaves behind
 
 
@@ -395,7 +349,7 @@ def chance_levels(cfg: DictConfig) -> dict[str, float]:
     """What an untrained encoder and a random dictionary of these sizes reach."""
     s = cfg.source
     return {
-        "latent_mcc": recovery.chance_latent_mcc(s.N, s.M, s.K, s.zipf_alpha) if cfg.task != "known_codes" else 0.0,
+        "latent_mcc": chance_latent_mcc(SparseCodes(s.N, s.M, s.K, s.zipf_alpha)) if cfg.task != "known_codes" else 0.0,
         "dict_mcc": recovery.chance_dictionary_mcc(s.N, s.M),
     }
 

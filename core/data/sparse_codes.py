@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from core.errors import UserError
-from core.seeding import generator
+from core.metrics.recovery import mcc
+from core.seeding import derived_seed, generator
 
 ZIPF_MAGNITUDE_OFFSET = 0.1  # added to a code's probability: the factor of its magnitude
 
@@ -99,3 +100,16 @@ class SparseCodes:
 def _at_least_1(name: str, value: int) -> None:
     if not isinstance(value, int) or value < 1:
         raise UserError(f"source.{name}: {value!r} must be a whole number of at least 1.")
+
+
+def chance_latent_mcc(source: SparseCodes, n_samples: int = 1024, n_draws: int = 20, seed: int = 0) -> float:
+    """Mean latent MCC of untrained encoders ReLU(X W), W `[M, N]` uniform within +-1 / sqrt(M) (torch's Linear)."""
+    _at_least_1("n_samples", n_samples)
+    _at_least_1("n_draws", n_draws)
+    g, total = generator(seed, "chance", "latent"), 0.0
+    for draw in range(n_draws):
+        S = source.codes(n_samples, g)
+        W = torch.empty(source.M, source.N).uniform_(-(source.M**-0.5), source.M**-0.5, generator=g)
+        S_hat = (S @ source.dictionary(derived_seed(seed, "chance", draw)) @ W).relu()
+        total += mcc(S, S_hat).item()
+    return total / n_draws

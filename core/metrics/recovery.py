@@ -14,9 +14,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from core.data.sparse_codes import SparseCodes
 from core.errors import UserError
-from core.seeding import derived_seed, generator
+from core.seeding import generator
 
 Kind = Literal["pearson", "cosine"]
 Number = TypeVar("Number", float, Tensor)
@@ -79,28 +78,6 @@ def chance_dictionary_mcc(N: int, M: int, kind: Kind = "pearson", n_draws: int =
     for _ in range(n_draws):
         D, other = (normalize(torch.randn(N, M, generator=g), dim=1) for _ in range(2))
         total += dictionary_mcc(D, other, kind).item()
-    return total / n_draws
-
-
-def chance_latent_mcc(
-    N: int,
-    M: int,
-    K: int,
-    zipf_alpha: float | None = None,
-    kind: Kind = "pearson",
-    n_samples: int = 1024,
-    n_draws: int = 20,
-    seed: int = 0,
-) -> float:
-    """Mean latent MCC of untrained encoders ReLU(X W), W `[M, N]` uniform within +-1 / sqrt(M) (torch's Linear)."""
-    _at_least_1(n_samples=n_samples, n_draws=n_draws)
-    source, g = SparseCodes(N, M, K, zipf_alpha), generator(seed, "chance", "latent")
-    total = 0.0
-    for draw in range(n_draws):
-        S = source.codes(n_samples, g)
-        W = torch.empty(M, N).uniform_(-(M**-0.5), M**-0.5, generator=g)
-        S_hat = (S @ source.dictionary(derived_seed(seed, "chance", draw)) @ W).relu()
-        total += mcc(S, S_hat, kind).item()
     return total / n_draws
 
 

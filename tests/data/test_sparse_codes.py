@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.data.sparse_codes import SparseCodes
+from core.data.sparse_codes import SparseCodes, chance_latent_mcc
 from core.errors import UserError
 from core.seeding import generator
 
@@ -114,3 +114,13 @@ def test_an_empty_half_is_refused_by_name(sizes: dict):
     name = next(name for name, value in sizes.items() if value == 0)
     with pytest.raises(UserError, match=rf"source\.{name}: 0"):
         SparseCodes(16, 8, 3).draw(**sizes, seed=0)
+
+
+@pytest.mark.parametrize(("K", "chance"), [(3, 0.50), (9, 0.42)])
+def test_chance_of_latents_of_an_untrained_encoder(K: int, chance: float):
+    assert chance_latent_mcc(SparseCodes(16, 8, K)) == pytest.approx(chance, abs=0.025)
+
+
+def test_chance_of_latents_repeats_with_its_seed():
+    one, again, other = (chance_latent_mcc(SparseCodes(8, 4, 2), n_draws=2, seed=seed) for seed in (1, 1, 2))
+    assert one == again != other

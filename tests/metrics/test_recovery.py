@@ -15,7 +15,6 @@ from core.metrics.recovery import (
     UnmatchedCorrelationSums,
     chance_corrected,
     chance_dictionary_mcc,
-    chance_latent_mcc,
     correlations,
     dictionary_mcc,
     mcc,
@@ -202,16 +201,9 @@ def test_chance_of_dictionaries_of_all_published_shapes():
     assert chance_dictionary_mcc(1000, 200, n_draws=2) == pytest.approx(0.23, abs=0.02)
 
 
-@pytest.mark.parametrize(("K", "chance"), [(3, 0.50), (9, 0.42)])
-def test_chance_of_latents_of_an_untrained_encoder(K: int, chance: float):
-    assert chance_latent_mcc(16, 8, K) == pytest.approx(chance, abs=0.025)
-
-
 def test_chance_repeats_with_its_seed():
     assert chance_dictionary_mcc(8, 4, n_draws=2, seed=1) == chance_dictionary_mcc(8, 4, n_draws=2, seed=1)
     assert chance_dictionary_mcc(8, 4, n_draws=2, seed=1) != chance_dictionary_mcc(8, 4, n_draws=2, seed=2)
-    assert chance_latent_mcc(8, 4, 2, n_draws=2, seed=1) == chance_latent_mcc(8, 4, 2, n_draws=2, seed=1)
-    assert chance_latent_mcc(8, 4, 2, n_draws=2, seed=1) != chance_latent_mcc(8, 4, 2, n_draws=2, seed=2)
 
 
 def test_chance_corrected_by_hand():
@@ -239,7 +231,6 @@ def test_two_coordinates_make_pearson_say_nothing():
         (lambda: mcc(torch.ones(5, 3), torch.ones(5, 3), "spearman"), "'spearman' must be pearson or cosine"),  # type: ignore[arg-type]
         (lambda: chance_dictionary_mcc(0, 8), "N: 0 must be at least 1"),
         (lambda: chance_dictionary_mcc(8, 8, n_draws=0), "n_draws: 0"),
-        (lambda: chance_latent_mcc(8, 4, 9), "source.K: 9"),
     ],
 )
 def test_what_has_no_correlation_is_refused(call, says: str):
