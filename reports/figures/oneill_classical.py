@@ -29,18 +29,18 @@ def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
 def panels(cells: Sequence[Cell], codes: str) -> Figure:
     """A row for each metric, a column for each K; dashed: what chance gives."""
     every_k = sorted({cell.get("source.K") for cell in cells})
-    figure = Figure(figsize=(1.2 + 2.8 * len(every_k), 5.0), layout="constrained")
+    figure = Figure(figsize=(1.6 + 2.8 * len(every_k), 5.0), layout="constrained")
     axes = figure.subplots(len(METRICS), len(every_k), squeeze=False, sharey="row", sharex=True)
     for row, (metric, label) in zip(axes, METRICS.items(), strict=True):
         for panel, K in zip(row, every_k, strict=True):
             lines(panel, [cell for cell in cells if cell.get("source.K") == K], metric)
             panel.set_ylim(0, 1.02)
-            log_axis(panel, {cell.get("source.N") for cell in cells}, "number of atoms N")
+            log_axis(panel, _sizes(cells), "number of atoms N" if metric == "dict_mcc" else "")
         row[0].set_ylabel(label)
     for panel, K in zip(axes[0], every_k, strict=True):
         panel.set_title(f"K = {K}", fontsize=9)
     axes[0, -1].legend()
-    figure.suptitle(f"scikit-learn dictionary learning, {codes} codes, held-out samples; dashed: chance", fontsize=9)
+    figure.suptitle(f"scikit-learn dictionary learning, {codes} codes,\nheld-out samples; dashed: chance", fontsize=9)
     return figure
 
 
