@@ -19,6 +19,7 @@ from core.results import FAILED, RESULTS, read_all
 HISTOGRAM = "l0_histogram.parquet"
 RUNS = "runs.parquet"
 KEPT = Path(__file__).parent / "results"
+OF_THE_CELL = ("seconds", "peak_extra_gb")  # metrics that every run has from its cell
 METRIC = "metrics."  # what the names of metrics begin with, among a cell's keys and the columns of runs.parquet
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -154,17 +155,21 @@ def _place(found: Cell | Failure) -> tuple[str, str, str]:
 
 
 def _runs(cell: Cell) -> list[Cell]:
-    """One cell for each row of runs.parquet: its settings over the configuration's, its metrics alone.
+    """One cell for each row of runs.parquet: its settings over the configuration's, its own metrics.
 
-    An empty entry is a metric that the run lacks, or a setting: null if the configuration has it, else unknown.
+    The cell's metrics are means over its runs and left out, but for `OF_THE_CELL`. An empty entry is a metric that the
+    run lacks, or a setting: null if the configuration has it, else unknown.
     """
     cells = []
+    shared = {name: cell.metrics[name] for name in OF_THE_CELL if name in cell.metrics}
     for row in pq.read_table(cell.folder / RUNS).to_pylist():
         known = {key: value for key, value in _flat(row) if value is not None and value == value}
         emptied = {key: None for key in row.keys() - known.keys() if key in cell.settings}
-        metrics = {key.removeprefix(METRIC): float(known.pop(key)) for key in list(known) if key.startswith(METRIC)}
+        own = {key.removeprefix(METRIC): float(known.pop(key)) for key in list(known) if key.startswith(METRIC)}
         settings = {**cell.settings, **emptied, **known}
-        cells.append(replace(cell, seed=int(known.get("seed", cell.seed)), metrics=metrics, settings=settings))
+        cells.append(
+            replace(cell, seed=int(known.get("seed", cell.seed)), metrics={**shared, **own}, settings=settings)
+        )
     return cells
 
 

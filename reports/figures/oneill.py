@@ -147,10 +147,26 @@ def power_of_10(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+def same_range(panels: Sequence[Axes]) -> None:
+    """One horizontal range for panels whose axes are to be compared."""
+    ends = np.array([axes.get_xlim() for axes in panels])
+    for axes in panels:
+        axes.set_xlim(ends[:, 0].min(), ends[:, 1].max())
+
+
 def legend(figure: Figure, methods: Sequence[str], authors: bool) -> None:
     """One legend for all panels, below them."""
     handles = [
-        Line2D([], [], color=look(m).colour, linestyle=look(m).line, marker=look(m).marker, markersize=5, label=m)
+        Line2D(
+            [],
+            [],
+            color=look(m).colour,
+            linestyle=look(m).line,
+            marker=look(m).marker,
+            markersize=5,
+            label=m,
+            markerfacecolor="white" if m.startswith("TopK") else look(m).colour,
+        )
         for m in methods
     ]
     if authors:

@@ -21,6 +21,7 @@ from reports.figures.oneill import (
     published,
     references,
     sae_level,
+    same_range,
     seeds_of,
     sizes_of,
     spread,
@@ -57,6 +58,7 @@ def curves(cells: Sequence[Cell]) -> Figure | None:
         sae_level(axes, shared, "latent_mcc")
         for place, method in enumerate(m for m in methods if m != BASELINE):
             crossing_at(axes, shared, name, method, 0.03 + 0.15 * place)
+    same_range(panels[1:])
     panels[0].set_ylabel("latent MCC, held-out samples")
     panels[0].set_ylim(0.4, 1.0)
     legend(figure, methods, paper)

@@ -30,6 +30,7 @@ from reports.figures.oneill import (
     published,
     references,
     sae_level,
+    same_range,
     seeds_of,
     sizes_of,
     spread,
@@ -79,6 +80,7 @@ def curves(cells: Sequence[Cell], table: pd.DataFrame, l1: float) -> Figure | No
             crossing_at(axes, cells, f"crossing_flops_{mode}", "ITO", 0.2)
         if paper and l1 in CLAIM_OF_L1:
             references(axes, published(CLAIM_OF_L1[l1]), methods)
+    same_range(panels[1:])
     panels[0].set_ylabel("latent MCC, held-out samples")
     legend(figure, methods, paper)
     figure.suptitle(

@@ -28,6 +28,7 @@ from reports.figures.oneill import (
     published,
     references,
     sae_level,
+    same_range,
     seeds_of,
     sizes_of,
     spread,
@@ -79,6 +80,7 @@ def curves(cells: Sequence[Cell], table: pd.DataFrame, profile: str) -> Figure |
                 references(axes, published(CLAIMS[metric]), methods)
             if metric == "dict_mcc":
                 axes.set_xlabel("training steps" if mode is None else MODES[mode])
+        same_range(row[1:])
     legend(figure, methods, authors)
     title = f"Codes and dictionary unknown, {sizes_of(cells)}, profile {profile}, {cells[0].scale} scale"
     figure.suptitle(f"{title}, {seeds_of(cells)}", fontsize=10)

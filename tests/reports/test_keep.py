@@ -26,7 +26,7 @@ def write_stack(outputs, name="coder=sae", scale="paper", commit="0123456789ab",
         "versions": {"torch": "2.13.0"},
         "started": "2026-01-01T00:00:00Z",
         "seconds": 2.0,
-        "metrics": {"mcc": 0.6},
+        "metrics": {"mcc": 0.6, "seconds": 1.5},
         "config": {"seed": 0, "coder": {"l1": None, "name": "SAE"}, "source": {"N": 16}, "l1": [0.01, 0.05]},
     }
     (folder / "results.json").write_text(json.dumps(record))
@@ -40,7 +40,8 @@ def test_every_row_of_a_stack_is_a_cell_with_its_own_seed_settings_and_metrics(t
     assert [cell.seed for cell in (first, second, third)] == [0, 1, 1]
     assert [cell.method for cell in (first, second, third)] == ["SAE", "SAE", "TopK SAE"]
     assert [cell.get("coder.l1") for cell in (first, second, third)] == [0.01, 0.05, None]
-    assert first.metrics == {"mcc": 0.5} and third.metrics == {"mcc": 0.7, "dead": 0.0}
+    assert first.metrics == {"seconds": 1.5, "mcc": 0.5}
+    assert third.metrics == {"seconds": 1.5, "mcc": 0.7, "dead": 0.0}
     assert {cell.folder for cell in (first, second, third)} == {folder}
     assert first.get("source.N") == 16 and first.get("l1") == "[0.01, 0.05]"
 
@@ -59,7 +60,7 @@ def test_a_cell_without_a_coders_name_is_named_after_its_methods_class(tmp_path)
     record = json.loads((folder / "results.json").read_text())
     record["config"] = {"method": {"_target_": "core.methods.topk.TopK"}}
     (folder / "results.json").write_text(json.dumps(record))
-    assert [(cell.method, cell.metrics) for cell in read_cells(tmp_path)] == [("TopK", {"mcc": 0.6})]
+    assert [(cell.method, cell.metrics) for cell in read_cells(tmp_path)] == [("TopK", {"mcc": 0.6, "seconds": 1.5})]
 
 
 def report(outputs, *arguments):
