@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,6 +38,7 @@ def keep(outputs: Path, scale: str, experiments: Sequence[str], kept: Path) -> l
         raise UserError(f"{outputs} holds no finished cell at {scale} scale; --outputs names the folder.")
     chosen = [cell for cell in cells if cell.experiment in (experiments or finished)]
     refuse_large(file for cell in chosen for file in kept_files(cell.folder))
+    say_what_is_missing(chosen)
     written = [copy(cell, kept / cell.experiment / cell.scale / cell.folder.name) for cell in chosen]
     for experiment in sorted({cell.experiment for cell in chosen}):
         written += draw(experiment, scale, kept)
@@ -58,17 +60,23 @@ def refuse_large(files: Iterable[Path]) -> None:
 
 
 def copy(cell: Cell, to: Path) -> Path:
-    """Replace what was kept of the cell; say what was left behind, and whether the code had uncommitted changes."""
-    files = kept_files(cell.folder)
-    if left := sorted({entry.name for entry in cell.folder.iterdir()} - {file.name for file in files}):
-        print(f"left behind in {cell.folder}: {', '.join(left)}", file=sys.stderr)
-    if cell.record["commit"].endswith("-dirty"):
-        print(f"warning: {cell.folder} was made from code with uncommitted changes", file=sys.stderr)
+    """Replace what was kept of the cell."""
     shutil.rmtree(to, ignore_errors=True)
     to.mkdir(parents=True)
-    for file in files:
+    for file in kept_files(cell.folder):
         shutil.copyfile(file, to / file.name)
     return to
+
+
+def say_what_is_missing(cells: Sequence[Cell]) -> None:
+    """What is left behind of the cells, and how many were made from code with uncommitted changes."""
+    left = Counter(
+        entry.name for cell in cells for entry in cell.folder.iterdir() if entry not in kept_files(cell.folder)
+    )
+    if left:
+        print(f"left behind: {', '.join(f'{name} (in {n} cells)' for name, n in left.items())}", file=sys.stderr)
+    if dirty := [cell for cell in cells if cell.record["commit"].endswith("-dirty")]:
+        print(f"warning: {len(dirty)} cells were made from code with uncommitted changes", file=sys.stderr)
 
 
 def draw(experiment: str, scale: str, kept: Path) -> list[Path]:
