@@ -20,7 +20,7 @@ def cell_name(override_dirname: str) -> str:
     """
     overrides = re.split(r",(?=[^,=]+=)", override_dirname) if override_dirname else []
     named = [override for override in overrides if not _is_unnamed(override.lstrip("+~").split("=")[0])]
-    name = ",".join(named).replace("/", "_") or "base"
+    name = ",".join(named).replace("/", "_").replace("\\ ", "_") or "base"
     if len(name.encode()) > MAX_NAME_BYTES:
         digest = hashlib.sha256(name.encode()).hexdigest()[:12]
         name = f"{name.encode()[:MAX_NAME_BYTES].decode(errors='ignore')}_{digest}"

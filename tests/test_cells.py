@@ -18,6 +18,10 @@ def test_a_list_as_a_value_stays_with_its_key():
     assert cell_name("method.betas=[0.9,0.99],seed=1") == "method.betas=[0.9,0.99],seed=1"
 
 
+def test_a_space_which_hydra_writes_with_a_backslash_becomes_an_underscore():
+    assert cell_name(r"coder.name=TopK\ SAE,coder=sae") == "coder.name=TopK_SAE,coder=sae"
+
+
 def test_long_names_fit_into_a_folder_and_stay_distinct():
     a, b = (cell_name("model.source=" + "x" * 300 + end) for end in "ab")
     assert a != b

@@ -10,6 +10,8 @@ import run as runner
 
 EXPERIMENTS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf/experiment").glob("*.yaml"))
 
+WITHOUT_LIGHTNING = {"bench_stream", "bench_stacked", "oneill_classical", "oneill_theorem"}  # they fit nothing with it
+
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -24,8 +26,7 @@ def test_an_experiment_runs_at_smoke_scale_and_is_skipped_the_next_time(name, ar
     assert runner.main() == 0
     results = [json.loads(path.read_text()) for path in (tmp_path / name / "smoke").rglob("results.json")]
     assert results and all(result["metrics"] and result["scale"] == "smoke" for result in results)
-    trains = name != "bench_stream"
-    assert bool(list((tmp_path / "logs").rglob("events.out.tfevents.*"))) == trains
+    assert bool(list((tmp_path / "logs").rglob("events.out.tfevents.*"))) == (name not in WITHOUT_LIGHTNING)
     capsys.readouterr()
     assert runner.main() == 0
     assert capsys.readouterr().err.count("skipped") == len(results)
