@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from core.metrics.statistics import t_interval
 from reports.collect import Cell
@@ -61,6 +62,9 @@ def curves(cells: Sequence[Cell], title: str) -> Figure:
         for key, look in SERIES.items():
             _line(axes, [cell for cell in cells if (cell.method, cell.get("profile")) == key], metric, look)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("measured L0 (mean active latents per token)")
         axes.set_ylabel(label)
     panels[0].set_ylim(bottom=0)
