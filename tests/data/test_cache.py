@@ -270,8 +270,8 @@ def test_a_complete_cache_is_read_whatever_the_limits(cached):
 
 @contextmanager
 def small_files() -> Iterator[None]:
-    """Every write beyond 8 kB of a file fails, as on a disk that is full. Not a fixture: pytest reports before a fixture
-    ends, and its report may be a file longer than that."""
+    """Every write beyond 8 kB of a file fails, as on a disk that is full. Not a fixture: pytest reports before a
+    fixture ends, and its report may be a file longer than that."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
