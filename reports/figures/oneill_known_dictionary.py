@@ -99,7 +99,7 @@ def ceilings(axes: Axes, cells: Sequence[Cell]) -> None:
                 f"{method} {np.mean(values):.3f}",
                 line="-.",
                 left=True,
-                below=method == "FISTA",
+                below=method != "L0 oracle",
             )
 
 
