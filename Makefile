@@ -7,14 +7,15 @@ PY := .venv/bin/python
 READY := .venv/.installed
 PAPERS := leask oneill minder paulo song
 BENCHMARKS := bench_train_step bench_stream bench_fleet bench_scaling bench_stacked
-EXPERIMENTS := $(basename $(notdir $(foreach paper,$(PAPERS),$(sort $(wildcard conf/experiment/$(paper)_*.yaml)))))
+ALL := $(basename $(notdir $(foreach paper,$(PAPERS),$(sort $(wildcard conf/experiment/$(paper)_*.yaml)))))
+EXPERIMENTS := $(filter-out $(WITHOUT),$(ALL))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-quick check report bench peers clean reproduce-all $(PAPERS:%=reproduce-%)
 
 help: ## this list
 	@grep -hE '^[a-z<>-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
-	@printf 'reproduce-<paper>     all experiments of one paper: %s (SCALE=demo|paper)\n' '$(PAPERS)'
+	@printf 'reproduce-<paper>     all experiments of one paper: %s (SCALE=demo|paper, WITHOUT="experiments to leave out")\n' '$(PAPERS)'
 
 demo: $(READY) ## the main experiment on the bundled model, then the report: minutes on a laptop, no network
 	@status=0; HF_HUB_OFFLINE=1 $(PY) run.py experiment=leask_batchtopk scale=demo || status=$$?; \
