@@ -1,15 +1,18 @@
 """What several test files need: a small tokenizer, a random GPT-2 as a folder, and text that needs no installation."""
 
+import json
 import random
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 from core.data.text import CountedDocuments, Document, Split, split_of
+from core.fleet import Request
 
 
 class WordSource:
@@ -69,6 +72,46 @@ def tiny_model(tiny_lm_folder: Path) -> dict[str, Any]:
         "attn_implementation": "sdpa",
         "device": "cpu",
     }
+
+
+@pytest.fixture(scope="session")
+def words_data(words: WordSource, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The group `data` for the random words as a local file."""
+    path = tmp_path_factory.mktemp("words") / "words.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in words.texts))
+    return {"_target_": "core.data.local.LocalText", "path": str(path)}
+
+
+SMALL_STREAM = {
+    "site": "resid_pre.1", "n_tokens": 1536, "n_ctx": 16, "packing": "concat", "max_document_tokens": 64,
+    "batch_size": 64, "buffer_tokens": 512, "buffer_dtype": "float32", "rows_per_forward": 8, "batches_per_chunk": 4,
+    "calibration_batches": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def small_request(tiny_model: dict[str, Any], words_data: dict[str, Any]) -> Callable[..., Request]:
+    """Makes the request for a method on the tiny model, 24 batches of 64; keywords change the stream."""
+
+    def request(method: dict[str, Any], devices: int = 1, **stream: Any) -> Request:
+        return Request(method, {**SMALL_STREAM, **stream}, tiny_model, words_data, "32-true", 0, devices)
+
+    return request
+
+
+@pytest.fixture(scope="session")
+def bare_cfg() -> Callable[..., DictConfig]:
+    """Makes what training asks of a configuration, with a store `<folder>/<name>`; keywords change `trainer`."""
+
+    def cfg(folder: Path, name: str, **trainer: Any) -> DictConfig:
+        quiet = {"accelerator": "cpu", "precision": "32-true", "checkpoint_every_seconds": 0, "processes": 1}
+        return OmegaConf.create({
+            "name": name, "artifacts_dir": str(folder / name), "output_dir": str(folder / "outputs"),
+            "trainer": {**quiet, **trainer},
+            "logging": {"logger": "none", "quiet_seconds": 1000, "log_every_steps": 50},
+        })  # fmt: skip
+
+    return cfg
 
 
 @pytest.fixture(autouse=True, scope="session")

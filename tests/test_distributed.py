@@ -1,6 +1,5 @@
 """Several ranks train the dictionary that one process trains on the joined batches."""
 
-import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -54,34 +53,13 @@ METHODS = {
     "relu_l1": RELU_L1,
     "relu_l1, dense, scalar norm": {**RELU_L1, "path": "dense", "input_norm": "scalar"},
 }
-STREAM = {
-    "site": "resid_pre.1", "n_tokens": 1536, "n_ctx": 16, "packing": "concat", "max_document_tokens": 64,
-    "batch_size": 64, "buffer_tokens": 512, "buffer_dtype": "float32", "rows_per_forward": 8, "batches_per_chunk": 4,
-    "calibration_batches": 3,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory, tiny_model: dict[str, Any], words: Any):
+def setting(tmp_path_factory: pytest.TempPathFactory, bare_cfg: Any, small_request: Any):
     """(configuration for a store of its own, request maker)."""
-    tmp_path = tmp_path_factory.mktemp("ranks")
-    text = tmp_path / "words.jsonl"
-    text.write_text("\n".join(json.dumps({"text": t}) for t in words.texts))
-    data = {"_target_": "core.data.local.LocalText", "path": str(text)}
-
-    def cfg(name: str) -> DictConfig:
-        return OmegaConf.create({
-            "name": name, "artifacts_dir": str(tmp_path / name), "output_dir": str(tmp_path / "outputs"),
-            "trainer": {
-                "accelerator": "cpu", "precision": "32-true", "checkpoint_every_seconds": 0, "processes": "auto",
-            },
-            "logging": {"logger": "none", "quiet_seconds": 1000, "log_every_steps": 50},
-        })  # fmt: skip
-
-    def request(method: dict[str, Any], devices: int, **stream: Any) -> Request:
-        return Request(method, {**STREAM, **stream}, tiny_model, data, "32-true", 0, devices)
-
-    return cfg, request
+    folder = tmp_path_factory.mktemp("ranks")
+    return lambda name: bare_cfg(folder, name, processes="auto"), small_request
 
 
 def weights(request: Request, cfg: DictConfig) -> dict[str, Tensor]:

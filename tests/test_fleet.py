@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from core import fleet
 from core.artifacts import Store
@@ -33,32 +33,16 @@ METHODS: dict[str, dict[str, Any]] = {
         "path": "auto", **COMMON,
     },
 }  # fmt: skip
-STREAM = {
-    "site": "resid_pre.1", "n_tokens": 1536, "n_ctx": 16, "packing": "concat", "max_document_tokens": 64,
-    "batch_size": 64, "buffer_tokens": 512, "buffer_dtype": "float32", "rows_per_forward": 8, "batches_per_chunk": 4,
-    "calibration_batches": 3,
-}  # fmt: skip
 
 
 @pytest.fixture
-def setting(tmp_path: Path, tiny_model: dict[str, Any], words: Any):
+def setting(tmp_path: Path, bare_cfg: Any, small_request: Any):
     """(configuration for a store of its own, request maker)."""
-    text = tmp_path / "words.jsonl"
-    text.write_text("\n".join(json.dumps({"text": t}) for t in words.texts))
-    data = {"_target_": "core.data.local.LocalText", "path": str(text)}
-
-    def cfg(name: str) -> DictConfig:
-        return OmegaConf.create({
-            "name": name, "artifacts_dir": str(tmp_path / name), "output_dir": str(tmp_path / "outputs"),
-            "trainer": {"accelerator": "cpu", "precision": "32-true", "checkpoint_every_seconds": 0, "processes": 1},
-            "logging": {"logger": "none", "quiet_seconds": 1000, "log_every_steps": 50},
-        })  # fmt: skip
 
     def request(method: str, stream: dict[str, Any] | None = None, **changes: Any) -> Request:
-        settings = {**METHODS[method], **changes}
-        return Request(settings, {**STREAM, **(stream or {})}, tiny_model, data, "32-true", seed=0)
+        return small_request({**METHODS[method], **changes}, **(stream or {}))
 
-    return cfg, request
+    return lambda name: bare_cfg(tmp_path, name), request
 
 
 def weights(request: Request, cfg: DictConfig) -> dict[str, torch.Tensor]:

@@ -1,6 +1,5 @@
 """Activations kept on disk are the stream's, bit for bit, whatever happens to run, folder and disk."""
 
-import json
 import os
 import resource
 import shutil
@@ -365,28 +364,15 @@ METHOD = {
     "seed": 0, "decoder_norm": "before_step", "dead_after_tokens": 256, "grad_clip": 1e5, "warmup_steps": 0,
     "decay_fraction": 0.5,
 }  # fmt: skip
-STREAM = {
-    "site": "resid_pre.1", "n_tokens": 1024, "n_ctx": 16, "packing": "concat", "max_document_tokens": 64,
-    "batch_size": 64, "buffer_tokens": 256, "buffer_dtype": "float32", "rows_per_forward": 8, "batches_per_chunk": 4,
-    "calibration_batches": 3,
-}  # fmt: skip
 
 
 def test_a_dictionary_trained_from_the_cache_is_the_one_trained_from_the_stream(
-    tmp_path, tiny_model, words, monkeypatch
+    tmp_path, small_request, bare_cfg, monkeypatch
 ):
-    text = tmp_path / "words.jsonl"
-    text.write_text("\n".join(json.dumps({"text": t}) for t in words.texts))
-    data = {"_target_": "core.data.local.LocalText", "path": str(text)}
-    request = Request(METHOD, STREAM, tiny_model, data, "32-true", seed=0)
+    request = small_request(METHOD, n_tokens=1024, buffer_tokens=256)
 
     def trained(store: str, cache: str | None) -> dict[str, torch.Tensor]:
-        cfg = OmegaConf.create({
-            "name": store, "artifacts_dir": str(tmp_path / store), "output_dir": str(tmp_path / "outputs"),
-            "trainer": {"accelerator": "cpu", "precision": "32-true", "checkpoint_every_seconds": 0},
-            "logging": {"logger": "none", "quiet_seconds": 1000, "log_every_steps": 50},
-            "cache": {"dir": cache, "max_gb": 1, "keep_free_gb": 0},
-        })  # fmt: skip
+        cfg = OmegaConf.merge(bare_cfg(tmp_path, store), {"cache": {"dir": cache, "max_gb": 1, "keep_free_gb": 0}})
         assert train_together([request], cfg) == {}
         return load_dictionary(Store(cfg.artifacts_dir).path(KIND, request.spec)).state_dict()
 
