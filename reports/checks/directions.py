@@ -15,6 +15,8 @@ from reports.checks.base import Check, Comparison, Side, TwoSides, comparison, o
 from reports.collect import Cell
 from reports.matching import Setting, by_setting, in_series, shown, words
 
+MANY = 1000  # beyond it, as against a value of zero to rounding, a ratio says no more
+
 
 @dataclass(frozen=True, kw_only=True)
 class Directed(Check):
@@ -43,6 +45,8 @@ class Directed(Check):
         return {seed: (a - b) / abs(b) if b else float(np.sign(a - b)) for seed, (a, b) in comparison.pairs.items()}
 
     def say(self, effect: Interval) -> str:
+        if effect.mean > MANY:
+            return f"more than {MANY} times as high"
         word, sign = ("lower", -1) if effect.mean < 0 else ("higher", 1)
         low, high = sorted((sign * effect.low, sign * effect.high))
         return f"{abs(effect.mean):.1%} {word}" + (f" [{low:.1%}, {high:.1%}]" if effect.n > 1 else "")
