@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -278,21 +279,19 @@ def _sizes(S_hat: Tensor) -> Scores:
 # ---- what a cell leaves behind
 
 
-class timed:  # noqa: N801  (used as a context manager)
-    """Wall time of a block that computes with `cfg.threads` threads."""
+class Stopwatch:
+    """Wall time of a block, once it has ended."""
 
-    def __init__(self, cfg: DictConfig) -> None:
-        self._threads = threads(cfg.threads)
-        self.seconds = 0.0
+    seconds = 0.0
 
-    def __enter__(self) -> timed:
-        self._threads.__enter__()
-        self._started = time.monotonic()
-        return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.seconds = time.monotonic() - self._started
-        self._threads.__exit__(*error)
+@contextmanager
+def timed(cfg: DictConfig) -> Iterator[Stopwatch]:
+    """A block that computes with `cfg.threads` threads, and its wall time."""
+    watch, started = Stopwatch(), time.monotonic()
+    with threads(cfg.threads):
+        yield watch
+    watch.seconds = time.monotonic() - started
 
 
 def leave(cfg: DictConfig, outcome: Outcome, seconds: float, D_hat: Tensor | None = None) -> dict[str, float]:
