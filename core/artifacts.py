@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import socket
 import sys
 import tempfile
@@ -26,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from core.interrupts import remove_folder
 
 MANIFEST = "artifact.json"
 PATIENCE_SECONDS = 1.0  # of waiting for a lock before it is said
@@ -117,7 +118,7 @@ class Store:
             with suppress(OSError):  # a full disk: the lock holds all the same
                 file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
             for abandoned in path.parent.glob(f".{path.name}.*"):
-                shutil.rmtree(abandoned, ignore_errors=True)
+                remove_folder(abandoned)
             yield
         finally:
             lock.release()
@@ -140,7 +141,7 @@ class Store:
             temporary.replace(path)
             sync(path.parent)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_folder(temporary)
             raise
         return path
 

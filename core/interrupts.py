@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -61,8 +63,8 @@ class Deferred:
 
 @contextmanager
 def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM go to `handler` within. A signal that is ignored (`nohup`, `&`) stays so; outside the main
-    thread, which alone can set handlers, nothing changes."""
+    """SIGINT and SIGTERM go to `handler` within, and an error that comes of an Interrupted leaves as that one. A signal
+    that is ignored (`nohup`, `&`) stays so; outside the main thread, which alone can set handlers, nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -72,6 +74,28 @@ def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
             if previous is not signal.SIG_IGN:
                 signal.signal(number, handler)
         yield
+    except Exception as error:
+        raise_if_interrupted(error)
+        raise
     finally:
         for number, previous in before.items():
             signal.signal(number, signal.SIG_DFL if previous is None else previous)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """SIGINT and SIGTERM wait for the end of the block: for short work that does not bear an exception just anywhere,
+    as `shutil.rmtree`, which closes a file twice."""
+    held: list[int] = []
+    try:
+        with handled_by(lambda signum, _: held.append(signum)):
+            yield
+    finally:
+        if held:
+            signal.raise_signal(held[0])
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder and what is in it, as far as that can be done, however often the process is told to stop."""
+    with held_back():
+        shutil.rmtree(folder, ignore_errors=True)

@@ -31,7 +31,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from core import distributed
 from core.artifacts import sha256, sync, write_atomically
 from core.errors import UserError
-from core.interrupts import Deferred, Interrupted, handled_by
+from core.interrupts import Deferred, Interrupted, handled_by, remove_folder
 
 
 class TokenProgress(Callback):
@@ -263,7 +263,7 @@ def discard_finished(root: Path, is_stored: Callable[[str], bool]) -> None:
             with suppress(OSError):  # another process may be at it too
                 record.parent.replace(record.parent.with_name(f".{record.parent.name}.finished"))
     for finished in root.glob("*/.*.finished"):
-        shutil.rmtree(finished, ignore_errors=True)
+        remove_folder(finished)
         with suppress(OSError):
             finished.parent.rmdir()  # if it is empty
 

@@ -1,10 +1,22 @@
 import os
+import shutil
 import signal
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from core.interrupts import SIGNALS, Deferred, Interrupted, handled_by, raise_if_interrupted, stop_at_once
+from core.interrupts import (
+    SIGNALS,
+    Deferred,
+    Interrupted,
+    handled_by,
+    held_back,
+    raise_if_interrupted,
+    remove_folder,
+    stop_at_once,
+)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -27,21 +39,68 @@ def test_the_first_signal_is_noted_and_the_second_one_stops_at_once(capfd: pytes
     assert "SIGINT: stopping after the current chunk" in capfd.readouterr().err
 
 
-def test_an_interruption_is_found_behind_the_error_of_a_library_that_cleans_up():
-    def clean_up_badly() -> None:
+def clean_up_badly() -> None:
+    try:
         try:
-            try:
-                raise Interrupted(signal.SIGTERM)
-            finally:
-                raise AttributeError("half of an object")
-        except AttributeError as error:
-            raise ValueError("could not be built") from error
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            raise AttributeError("half of an object")
+    except AttributeError as error:
+        raise ValueError("could not be built") from error
 
-    with pytest.raises(ValueError, match="could not be built") as wrong:
+
+def test_an_interruption_is_found_behind_the_error_of_a_library_that_cleans_up():
+    with handled_by(stop_at_once), pytest.raises(ValueError, match="could not be built") as wrong:
         clean_up_badly()
     with pytest.raises(Interrupted):
         raise_if_interrupted(wrong.value)
     raise_if_interrupted(ValueError("of its own"))
+
+
+def test_an_error_that_comes_of_an_interruption_leaves_as_the_interruption_and_another_as_itself():
+    with pytest.raises(Interrupted), handled_by(stop_at_once):
+        clean_up_badly()
+    with pytest.raises(ValueError, match="of its own"), handled_by(stop_at_once):
+        raise ValueError("of its own")
+
+
+def test_a_signal_that_is_held_back_comes_when_the_block_has_ended_also_with_an_error():
+    done = []
+    with pytest.raises(Interrupted) as stop, handled_by(stop_at_once):
+        with held_back():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("the block")
+        done.append("what follows")
+    assert done == ["the block"] and stop.value.signum == signal.SIGTERM
+    with pytest.raises(Interrupted), handled_by(stop_at_once), held_back():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise ValueError("of its own")
+    with handled_by(stop_at_once), held_back():
+        pass  # and nothing comes where nothing came
+
+
+@pytest.mark.parametrize("call", ["os.unlink", "os.rmdir", "os.close", "os.scandir"])
+def test_a_folder_is_removed_whole_wherever_in_it_the_signal_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+):
+    (tmp_path / "folder/in/it").mkdir(parents=True)
+    (tmp_path / "folder/in/file").touch()
+    original, calls = getattr(os, call.split(".")[1]), []
+
+    def told_to_stop(*arguments: Any, **named: Any) -> Any:
+        result = original(*arguments, **named)
+        calls.append(call)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    with pytest.raises(Interrupted), handled_by(stop_at_once):
+        monkeypatch.setattr(f"{shutil.__name__}.{call}", told_to_stop)
+        try:
+            remove_folder(tmp_path / "folder")
+        finally:
+            monkeypatch.undo()
+    assert calls and not (tmp_path / "folder").exists()
 
 
 def test_a_signal_that_the_shell_ignores_stays_ignored():

@@ -7,7 +7,6 @@ Adam works entry by entry.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from core.artifacts import content_key
 from core.errors import NonFiniteLoss, UserError
+from core.interrupts import remove_folder
 from core.results import comparable
 from core.stacked.coders import Coder
 from core.stacked.objectives import Objective
@@ -132,5 +132,5 @@ def train(cfg: DictConfig, coder: Coder, objective: Objective, evaluate: Evaluat
     logs = Path(cfg.output_dir) / "logs" / cfg.name
     trainer = make_trainer(cfg, logs, Path(cfg.cell_folder).name, data.n_chunks, [progress, checkpoints])
     checkpoints.fit(trainer, runs, data)
-    shutil.rmtree(folder.parent, ignore_errors=True)
+    remove_folder(folder.parent)
     return runs.curves
