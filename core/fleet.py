@@ -339,7 +339,8 @@ def _train(
         if index not in fleet.stopped:
             method = methods[request.key].to(stream.device)
             method.finish(calibration)
-            training = {**fleet.last(index), "seconds_together": time.time() - started, "together": len(requests)}
+            seconds = checkpoints.earlier_seconds + time.time() - started
+            training = {**fleet.last(index), "seconds_together": seconds, "together": len(requests)}
             distributed.check_equal(method.state_dict().values())
             if distributed.rank() == 0:
                 store.put(KIND, request.spec, partial(save_dictionary, method, training))

@@ -95,7 +95,8 @@ class Checkpoints(Callback):
 
     def __init__(self, folder: Path, every_seconds: float, members: Sequence[str] = ()) -> None:
         self.folder, self.every_seconds, self.members = folder, every_seconds, list(members)
-        self.saved = time.monotonic()
+        self.earlier_seconds = 0.0  # of training in earlier lives, up to the checkpoint that this one goes on from
+        self.saved = self._began = time.monotonic()
         self.signals = Deferred()
         self._handlers = ExitStack()
         self._loaded: dict[str, Any] | None = None
@@ -146,7 +147,7 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = True
-        self.saved = time.monotonic()
+        self.saved = self._began = time.monotonic()
         self._handlers.enter_context(handled_by(self.signals))  # after Lightning's own, which they replace meanwhile
         if trainer.received_sigterm:
             self.signals.signum = signal.SIGTERM
@@ -175,10 +176,17 @@ class Checkpoints(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return {"torch": str(torch.__version__), "rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
+        seconds = self.earlier_seconds + time.monotonic() - self._began
+        return {
+            "torch": str(torch.__version__),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": cuda_rng,
+            "seconds": seconds,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
+        self.earlier_seconds = state_dict.get("seconds", 0.0)
         if state_dict["torch"] != torch.__version__:
             print(
                 f"the checkpoint was written with torch {state_dict['torch']}, this is {torch.__version__}: "

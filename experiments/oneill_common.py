@@ -34,10 +34,11 @@ from core.stacked.coders import Coder
 from core.stacked.inference import fista, hard_top_k, log_codes, nnls
 from core.stacked.l0 import l0_oracle
 from core.stacked.objectives import KnownCodes, Reconstruction, random_dictionary
-from core.stacked.runs import train
+from core.stacked.runs import Trained, train
 from experiments import oneill_costs
 
 RUNS, CURVES = "runs.parquet", "curves.parquet"
+FOUND = 0.5  # a true code whose correlation with its unit is below it counts as lost
 ACTIVE = 1e-4  # a code above it counts as active: codes that are exponentials are never zero
 MODES: tuple[flops.Mode, ...] = ("paper", "corrected")
 WARM_FLOORS = {"ITO warm": 1e-10, "ITO warm floor": 1e-2}  # the paper's text, and one from which a code can grow
@@ -91,9 +92,14 @@ class Outcome:
     curves: dict[str, Curve] = field(default_factory=dict)
     costs: dict[str, Cost] = field(default_factory=dict)
     rows: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # label -> further settings of it
+    earlier_seconds: float = 0.0  # of training, before this process went on from a checkpoint
 
     def add(self, label: str, curve: Curve, cost: Cost) -> None:
         self.curves[label], self.costs[label] = curve, cost
+
+    def add_trained(self, label: str, trained: Trained, cost: Cost) -> None:
+        self.add(label, trained.curves, cost)
+        self.earlier_seconds += trained.earlier_seconds
 
 
 # ---- the three problems
@@ -106,12 +112,13 @@ def known_codes(cfg: DictConfig) -> dict[str, float]:
 
     def evaluate(step: int) -> Scores:
         S_hat = coder(p.X_test)
-        return {"latent_mcc": recovery.unmatched_correlation(p.S_test, S_hat), **_sizes(S_hat)}
+        return {**recovered(recovery.unmatched_correlations(p.S_test, S_hat)), **_sizes(S_hat)}
 
     objective = KnownCodes(lambda step: (p.X_train, p.S_train), cfg.objective)
     outcome = Outcome(stack.rows)
     with timed(cfg) as clock:
-        outcome.add(cfg.coder.name, train(cfg, coder, objective, evaluate), partial(oneill_costs.known_codes, cfg))
+        trained = train(cfg, coder, objective, evaluate)
+        outcome.add_trained(cfg.coder.name, trained, partial(oneill_costs.known_codes, cfg))
     return leave(cfg, outcome, clock.seconds)
 
 
@@ -130,9 +137,8 @@ def known_dictionary(cfg: DictConfig) -> dict[str, float]:
             def evaluate(step: int) -> Scores:
                 return _latent_scores(stack, coder(p.X_test), p.D)
 
-            outcome.add(
-                cfg.coder.name, train(cfg, coder, objective, evaluate), partial(oneill_costs.training, cfg, False)
-            )
+            trained = train(cfg, coder, objective, evaluate)
+            outcome.add_trained(cfg.coder.name, trained, partial(oneill_costs.training, cfg, False))
             if cfg.coder.name in cfg.warm_ito_of:
                 with torch.no_grad():
                     start = coder(p.X_test).clone()
@@ -172,7 +178,7 @@ def unknown(cfg: DictConfig) -> dict[str, float]:
 
     outcome = Outcome(stack.rows)
     with timed(cfg) as clock:
-        curves = train(cfg, coder, objective, evaluate)
+        curves, outcome.earlier_seconds = train(cfg, coder, objective, evaluate)
     for label in (cfg.coder.name, *by_ito):
         own = {
             step: {name.split("/")[1]: value for name, value in scores.items() if name.split("/")[0] == label}
@@ -244,12 +250,23 @@ def _latent_scores(stack: Stack, S_hat: Tensor, D_hat: Tensor, X: Tensor | None 
     p = stack.problem
     mse = (S_hat @ D_hat - (p.X_test if X is None else X)).square().mean((1, 2)).detach()
     return {
-        "latent_mcc": recovery.mcc(p.S_test, S_hat),
+        **recovered(recovery.matched_correlations(p.S_test, S_hat)),
         "latent_mcc_cosine": recovery.mcc(p.S_test, S_hat, "cosine"),
         "mse": mse,
         "loss": mse + stack.l1 * S_hat.mean((1, 2)),
         "exact_support": _same_support(p.S_test, S_hat),
         **_sizes(S_hat),
+    }
+
+
+def recovered(correlations: Tensor) -> Scores:
+    """MCC, the share of true codes that no unit has found, and the MCC of the others (0 if there are none), from the
+    correlation of each true code with its unit `[R, N]`."""
+    found = correlations >= FOUND
+    return {
+        "latent_mcc": correlations.mean(-1),
+        "lost": 1 - found.float().mean(-1),
+        "latent_mcc_of_found": torch.where(found, correlations, 0).sum(-1) / found.sum(-1).clamp(min=1),
     }
 
 
@@ -295,7 +312,10 @@ def timed(cfg: DictConfig) -> Iterator[Stopwatch]:
 
 
 def leave(cfg: DictConfig, outcome: Outcome, seconds: float, D_hat: Tensor | None = None) -> dict[str, float]:
-    """Write `curves.parquet` and `runs.parquet` (and the first run's atoms); the metrics are means over seeds."""
+    """Write `curves.parquet` and `runs.parquet` (and the first run's atoms); the metrics are means over seeds.
+
+    seconds  that this process took; those before a checkpoint that it went on from come on top
+    """
     folder = Path(cfg.cell_folder)
     folder.mkdir(parents=True, exist_ok=True)
     curves = pd.DataFrame(_curve_rows(outcome))
@@ -306,7 +326,7 @@ def leave(cfg: DictConfig, outcome: Outcome, seconds: float, D_hat: Tensor | Non
         pd.DataFrame(D_hat[0].detach().numpy(), columns=[f"x{i}" for i in range(D_hat.shape[-1])]).to_parquet(
             folder / "atoms.parquet"
         )
-    return {**_means(runs), "seconds": seconds, "runs": float(len(outcome.runs))}
+    return {**_means(runs), "seconds": outcome.earlier_seconds + seconds, "runs": float(len(outcome.runs))}
 
 
 def _settings(outcome: Outcome, label: str, run: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from core.stacked.coders import Coder
 from core.stacked.inference import fista
 from core.stacked.objectives import KnownSparseCodes
 from core.stacked.runs import train
-from experiments.oneill_common import ACTIVE, Outcome, Scores, leave, timed
+from experiments.oneill_common import ACTIVE, Outcome, Scores, leave, recovered, timed
 
 GB = 1e9
 
@@ -78,8 +78,8 @@ def encoders(cfg: DictConfig) -> Outcome:
         return training.observed(indices, values).expand(len(cfg.seeds), -1, -1), indices, values
 
     outcome = Outcome([settings(seed) for seed in cfg.seeds])
-    curve = train(cfg, coder, KnownSparseCodes(batches), lambda step: scores(coder, test, cfg))
-    outcome.add(cfg.coder.name, curve, partial(encoder_flops, cfg))
+    trained = train(cfg, coder, KnownSparseCodes(batches), lambda step: scores(coder, test, cfg))
+    outcome.add_trained(cfg.coder.name, trained, partial(encoder_flops, cfg))
     return outcome
 
 
@@ -93,7 +93,7 @@ def scores(coder: Coder, test: LargeSparseCodes, cfg: DictConfig) -> Scores:
         sums.add(indices, values, S_hat)
         n_active += (S_hat > ACTIVE).sum(1)
     return {
-        "latent_mcc": sums.value(),
+        **recovered(sums.each()),
         "l0": n_active.mean(1) / len(test),
         "dead": (n_active == 0).float().mean(1),
     }
@@ -109,7 +109,7 @@ def oracle(cfg: DictConfig) -> Outcome:
     sums.add(indices, values, S_hat)
     active = S_hat > ACTIVE
     outcome = Outcome([settings(cfg.seeds[0], l1)])
-    found = {"latent_mcc": sums.value(), "l0": active.float().mean((1, 2)), "dead": (~active).all(1).float().mean(1)}
+    found = {**recovered(sums.each()), "l0": active.float().mean((1, 2)), "dead": (~active).all(1).float().mean(1)}
     outcome.add(cfg.coder.name, {0: found}, lambda step, mode: (0.0, 0.0))
     return outcome
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from core.cells import cell_name
 from core.errors import UserError
 from core.metrics import flops
-from experiments.oneill_common import CURVES, RUNS, Stack
+from experiments.oneill_common import CURVES, RUNS, Stack, recovered
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +40,13 @@ def final(table: pd.DataFrame, label: str, metric: str) -> pd.Series:
 
 
 # ---- stacks
+
+
+def test_codes_that_no_unit_has_found_are_told_from_those_that_are_found_badly():
+    scores = recovered(torch.tensor([[0.9, 0.7, 0.49, -0.1], [1.0, 0.5, 0.8, 0.9], [0.1, 0.2, 0.0, -1.0]]))
+    assert scores["lost"].tolist() == pytest.approx([0.5, 0, 1])
+    assert scores["latent_mcc_of_found"].tolist() == pytest.approx([0.8, 0.8, 0])
+    assert scores["latent_mcc"].tolist() == pytest.approx([1.99 / 4, 0.8, -0.175])
 
 
 def test_a_stack_has_one_run_for_each_seed_and_penalty_on_the_same_data(tmp_path: Path):

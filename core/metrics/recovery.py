@@ -33,17 +33,22 @@ def correlations(A: Tensor, B: Tensor, kind: Kind = "pearson") -> Tensor:
     return (_standardised(A, B, kind).mT @ _standardised(B, A, kind)).clamp_(-1, 1)
 
 
-def mcc(S: Tensor, S_hat: Tensor, kind: Kind = "pearson") -> Tensor:
-    """Mean over S's columns `[..., n, P]` of |correlation| with the matched column of S_hat `[..., n, Q]`: `[...]`.
+def matched_correlations(S: Tensor, S_hat: Tensor, kind: Kind = "pearson") -> Tensor:
+    """|Correlation| of each of S's columns `[..., n, P]` with the matched column of S_hat `[..., n, Q]`: `[..., P]`.
 
     Columns are matched one to one so that the sum is largest (Hungarian algorithm). With Q < P the columns of S that
-    find no partner count 0; with Q > P the surplus columns of S_hat are left out. `pearson` is O'Neill et al. 2025,
-    eq. 7; `cosine` is SAELens's `mean_correlation_coefficient`.
+    find no partner get 0; with Q > P the surplus columns of S_hat are left out.
     Raises UserError as `correlations` does.
     """
     C = correlations(S, S_hat, kind).abs()  # [..., P, Q]
-    flat = [_largest_sum(c) for c in C.flatten(0, -3)] if C.ndim > 2 else [_largest_sum(C)]
-    return torch.tensor(flat, dtype=torch.float64).reshape(C.shape[:-2]) / C.shape[-2]
+    flat = [_of_best_pairs(c) for c in C.flatten(0, -3)] if C.ndim > 2 else [_of_best_pairs(C)]
+    return torch.stack(flat).reshape(C.shape[:-1])
+
+
+def mcc(S: Tensor, S_hat: Tensor, kind: Kind = "pearson") -> Tensor:
+    """Mean of `matched_correlations`: `[...]`. `pearson` is O'Neill et al. 2025, eq. 7; `cosine` is SAELens's
+    `mean_correlation_coefficient`."""
+    return matched_correlations(S, S_hat, kind).mean(-1)
 
 
 def dictionary_mcc(D: Tensor, D_hat: Tensor, kind: Kind = "pearson") -> Tensor:
@@ -54,8 +59,8 @@ def dictionary_mcc(D: Tensor, D_hat: Tensor, kind: Kind = "pearson") -> Tensor:
     return mcc(D.mT, D_hat.mT, kind)
 
 
-def unmatched_correlation(S: Tensor, S_hat: Tensor) -> Tensor:
-    """Mean over i of the signed Pearson correlation of S[..., i] and S_hat[..., i], both `[..., n, N]`: `[...]`.
+def unmatched_correlations(S: Tensor, S_hat: Tensor) -> Tensor:
+    """Signed Pearson correlation of S[..., i] and S_hat[..., i], both `[..., n, N]`, for every i: `[..., N]`.
 
     For codes whose order is known (O'Neill et al. 2025, known sparse codes): no matching, no absolute value.
     Raises UserError as `correlations` does, and for different widths.
@@ -67,7 +72,12 @@ def unmatched_correlation(S: Tensor, S_hat: Tensor) -> Tensor:
     width = max(1, CHUNK // max(S[..., :1].numel(), S_hat[..., :1].numel(), 1))
     parts = zip(S.split(width, -1), S_hat.split(width, -1), strict=True)
     found = [(_standardised(a, b, "pearson") * _standardised(b, a, "pearson")).sum(-2) for a, b in parts]
-    return torch.cat(found, -1).clamp_(-1, 1).mean(-1)
+    return torch.cat(found, -1).clamp_(-1, 1)
+
+
+def unmatched_correlation(S: Tensor, S_hat: Tensor) -> Tensor:
+    """Mean of `unmatched_correlations`: `[...]`."""
+    return unmatched_correlations(S, S_hat).mean(-1)
 
 
 def chance_dictionary_mcc(N: int, M: int, kind: Kind = "pearson", n_draws: int = 20, seed: int = 0) -> float:
@@ -102,12 +112,13 @@ def _standardised(A: Tensor, other: Tensor, kind: Kind) -> Tensor:
     return A / torch.where(norm.square() < VARIANCE_FLOOR * n, math.inf, norm)
 
 
-def _largest_sum(C: Tensor) -> float:
-    """The largest sum over one-to-one pairs of rows and columns of C `[P, Q]`; NaN if there is one in C."""
+def _of_best_pairs(C: Tensor) -> Tensor:
+    """C `[P, Q]` at the one-to-one pairs of rows and columns with the largest sum, 0 for a row without a partner:
+    `[P]`; NaN if there is one in C."""
     if C.isnan().any():
-        return math.nan
-    rows, columns = linear_sum_assignment(C.numpy(), maximize=True)
-    return C[rows, columns].sum().item()
+        return C.new_full(C.shape[:1], math.nan)
+    rows, columns = map(torch.from_numpy, linear_sum_assignment(C.numpy(), maximize=True))
+    return C.new_zeros(len(C)).index_put_((rows,), C[rows, columns])
 
 
 def _at_least_1(**values: int) -> None:
@@ -117,7 +128,7 @@ def _at_least_1(**values: int) -> None:
 
 
 class UnmatchedCorrelationSums:
-    """`unmatched_correlation` over more samples than fit into memory: sums over chunks, one division at the end.
+    """`unmatched_correlations` over more samples than fit into memory: sums over chunks, one division at the end.
 
     True codes come as the indices `[n, K]` and values `[n, K]` of the active ones, predicted ones as S_hat `[R, n, N]`.
     """
@@ -139,13 +150,13 @@ class UnmatchedCorrelationSums:
             self.S_hat_square[run] += found.square().sum(0)
             self.product[run].index_add_(0, codes, (found.gather(1, indices) * values).flatten())
 
-    def value(self) -> Tensor:
-        """`[R]`, float64. Raises UserError before 2 samples are counted."""
+    def each(self) -> Tensor:
+        """As `unmatched_correlations` gives them: `[R, N]`, float64. Raises UserError before 2 samples are counted."""
         if self.n < 2:
             raise UserError(f"Correlations need 2 samples, not {self.n}.")
         covariance = self.product - self.S * self.S_hat / self.n
         scale = self._norm(self.S, self.S_square) * self._norm(self.S_hat, self.S_hat_square)
-        return (covariance / scale).clamp_(-1, 1).mean(-1)
+        return (covariance / scale).clamp_(-1, 1)
 
     def _norm(self, total: Tensor, square: Tensor) -> Tensor:
         centred = square - total.square() / self.n

@@ -115,9 +115,10 @@ class KnownCodes(Objective):
         """A unit that is silent on the whole batch, or ought to be, has cosine 0 and no gradient."""
         work = self._buffers_of("work", S_hat, *S_hat.shape)
         inner = torch.mul(S, S_hat, out=work).sum(1, keepdim=True)  # [R, 1, N]
-        norm = torch.linalg.vector_norm(S, dim=1, keepdim=True) * torch.linalg.vector_norm(S_hat, dim=1, keepdim=True)
+        square = torch.mul(S_hat, S_hat, out=dS).sum(1, keepdim=True)
+        norm = torch.linalg.vector_norm(S, dim=1, keepdim=True) * square.sqrt()
         scale = torch.where(norm > 0, 1 / (norm * S_hat.shape[-1]), 0)
-        pull = torch.where(norm > 0, inner * scale / S_hat.square().sum(1, keepdim=True), 0)
+        pull = torch.where(norm > 0, inner * scale / square, 0)
         torch.mul(S_hat, pull, out=dS)
         torch.mul(S, scale, out=work)
         dS.sub_(work)

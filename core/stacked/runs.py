@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -114,9 +114,16 @@ class Steps(pl.LightningDataModule):
         self.done = state_dict["done"]
 
 
-def train(cfg: DictConfig, coder: Coder, objective: Objective, evaluate: Evaluate) -> dict[int, dict[str, Tensor]]:
+class Trained(NamedTuple):
+    """What a training leaves but its parameters."""
+
+    curves: dict[int, dict[str, Tensor]]  # steps done -> {metric: [R]}
+    earlier_seconds: float  # of earlier lives, which this one went on from
+
+
+def train(cfg: DictConfig, coder: Coder, objective: Objective, evaluate: Evaluate) -> Trained:
     """Train for `cfg.steps` steps at `cfg.lr`, evaluating every `cfg.log_every` (and before and after, so that a
-    `log_every` as large as `steps` gives the two ends); steps done -> {metric: [R]}.
+    `log_every` as large as `steps` gives the two ends).
 
     Checkpoints lie in the cell's folder while it trains, under a key of its configuration. Raises NonFiniteLoss, and
     Interrupted after SIGINT or SIGTERM, with a checkpoint.
@@ -133,4 +140,4 @@ def train(cfg: DictConfig, coder: Coder, objective: Objective, evaluate: Evaluat
     trainer = make_trainer(cfg, logs, Path(cfg.cell_folder).name, data.n_chunks, [progress, checkpoints])
     checkpoints.fit(trainer, runs, data)
     remove_folder(folder.parent)
-    return runs.curves
+    return Trained(runs.curves, checkpoints.earlier_seconds)

@@ -17,8 +17,10 @@ from core.metrics.recovery import (
     chance_dictionary_mcc,
     correlations,
     dictionary_mcc,
+    matched_correlations,
     mcc,
     unmatched_correlation,
+    unmatched_correlations,
 )
 
 KINDS: tuple[Kind, ...] = ("pearson", "cosine")
@@ -49,6 +51,8 @@ def test_mcc_by_hand_takes_the_best_assignment_not_the_best_pairs_first():
     S_hat[2, 0], S_hat[3, 1] = 0.3, 0.4  # norms: sqrt(.81 + .64 + .09), sqrt(.64 + .01 + .16)
     a, b = math.sqrt(1.54), 0.9
     assert mcc(S, S_hat, "cosine").item() == pytest.approx((0.8 / b + 0.8 / a) / 2)
+    assert matched_correlations(S, S_hat, "cosine").tolist() == pytest.approx([0.8 / b, 0.8 / a])
+    assert matched_correlations(S, S_hat[:, :1], "cosine").tolist() == pytest.approx([0.9 / a, 0])
 
 
 def naive_mcc(S: np.ndarray, S_hat: np.ndarray) -> float:
@@ -258,9 +262,9 @@ def test_correlation_sums_over_chunks_are_the_correlation_over_all_samples(n: in
     sums = UnmatchedCorrelationSums(4, 12)
     for part in torch.arange(n).split(7):
         sums.add(indices[part], values[part], S_hat[:, part])
-    assert torch.allclose(sums.value(), unmatched_correlation(S.expand(4, n, 12), S_hat), atol=1e-9)
+    assert torch.allclose(sums.each(), unmatched_correlations(S.expand(4, n, 12), S_hat), atol=1e-9)
 
 
 def test_correlation_sums_need_two_samples():
     with pytest.raises(UserError, match="2 samples"):
-        UnmatchedCorrelationSums(1, 3).value()
+        UnmatchedCorrelationSums(1, 3).each()

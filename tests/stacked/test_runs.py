@@ -1,6 +1,7 @@
 """A stack trained through Lightning is the plain loop, stopped and resumed as often as one likes."""
 
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from core.stacked.runs import train
 
 ROOT = Path(__file__).parents[2]
 SEEDS, M, N = [0, 1], 4, 7
+PAUSE = 0.02  # seconds before a stop, so that a life takes some
 X = torch.randn(2, 30, M, generator=torch.Generator().manual_seed(0))
 
 
@@ -62,7 +64,8 @@ def plain_loop() -> dict[int, dict[str, torch.Tensor]]:
 
 def test_training_is_the_plain_loop_and_leaves_no_checkpoint(cfg: DictConfig):
     coder, objective = parts()
-    curves = train(cfg, coder, objective, measured(coder, objective))
+    curves, earlier_seconds = train(cfg, coder, objective, measured(coder, objective))
+    assert earlier_seconds == 0
     assert_same(curves, plain_loop())
     assert not torch.equal(curves[0]["W"], curves[40]["W"]) and not torch.equal(curves[0]["D"], curves[40]["D"])
     assert not list(Path(cfg.cell_folder).rglob("*.ckpt"))
@@ -79,15 +82,20 @@ def test_stopped_after_any_chunk_and_resumed_it_comes_out_the_same(cfg: DictConf
             left[0] -= 1
             if left[0] == 0:
                 left.pop(0)
+                time.sleep(PAUSE)
                 signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(runs.StackedRuns, "training_step", told)
+    born = time.monotonic()
     for _ in range(3):
         coder, objective = parts()
         with pytest.raises(Interrupted):
             train(cfg, coder, objective, measured(coder, objective))
     coder, objective = parts()
-    assert_same(train(cfg, coder, objective, measured(coder, objective)), plain_loop())
+    started = time.monotonic()
+    trained = train(cfg, coder, objective, measured(coder, objective))
+    assert_same(trained.curves, plain_loop())
+    assert 3 * PAUSE < trained.earlier_seconds < started - born
 
 
 def test_a_loss_that_is_not_finite_ends_the_cell(cfg: DictConfig):
