@@ -12,38 +12,73 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from core.analysis.evaluate import DownstreamReference, compat_rows, downstream_reference
-from core.artifacts import Store, write_atomically
+from core.artifacts import Store, content_key, write_atomically
 from core.data.rows import RowStream
+from core.errors import UserError
 from core.fleet import KIND, Request, load_or_train
 from core.methods.base import DictionaryMethod
 from core.models.language_model import LanguageModel, load_language_model
 
 Made = TypeVar("Made")
+TRAINING_ONLY = ("lr", "decay_fraction", "dead_after_tokens")  # experiments set them whatever the method is
 
 
-def request(cfg: DictConfig) -> Request:
-    """The dictionary that a cell's `method`, `stream`, `model` and `data` describe."""
-    parts = {key: plain(cfg[key]) for key in ("method", "stream", "model", "data")}
+def is_loaded(method: Any) -> bool:
+    """Whether a `method` node names a dictionary made elsewhere, which is read (`core.interop`) and never trained."""
+    return str(method["_target_"]).startswith("core.interop.")
+
+
+def request(cfg: DictConfig, method: Any = None) -> Request:
+    """The dictionary that a cell's `stream`, `model` and `data` describe, and its `method` or another node of the kind.
+
+    Raises UserError for one that is loaded."""
+    node = plain(cfg.method if method is None else method)
+    if is_loaded(node):
+        raise UserError("method=pretrained: this experiment trains its dictionaries; choose another method.")
+    parts = {key: plain(cfg[key]) for key in ("stream", "model", "data")}
     seed = parts["stream"].pop("seed")
-    return Request(precision=cfg.trainer.precision, seed=seed, devices=cfg.trainer.devices, **parts)
+    precision, devices = cfg.trainer.precision, cfg.trainer.devices
+    return Request(method=node, precision=precision, seed=seed, devices=devices, **parts)
 
 
-def trained(cfg: DictConfig) -> DictionaryMethod:
-    """The cell's dictionary, on the model's device; `dictionary.json` in its folder says where it lies and how it was
-    trained."""
-    wanted = request(cfg)
-    method = load_or_train(wanted, cfg)
-    stored = Store(cfg.artifacts_dir).path(KIND, wanted.spec)
-    manifest = json.loads((stored / "manifest.json").read_text())
-    write_atomically(
-        Path(cfg.cell_folder) / "dictionary.json", json.dumps({"folder": str(stored), **manifest}, indent=1)
-    )
-    return method.to(language_model(cfg).device)
+def requests(cfg: DictConfig, *methods: Any) -> list[Request]:
+    """What a cell asks of the fleet for its `method`, or for these nodes; nothing for dictionaries that are loaded."""
+    return [request(cfg, method) for method in methods or (cfg.method,) if not is_loaded(method)]
+
+
+def trained(cfg: DictConfig, method: Any = None) -> DictionaryMethod:
+    """The cell's dictionary, or that of another `method` node, on the model's device; trained, or loaded where the node
+    says so. `dictionary.json` in the cell's folder says where it lies and how it was made; for another node
+    `dictionary_<key>.json`."""
+    node = plain(cfg.method if method is None else method)
+    if is_loaded(node):
+        key, (found, told) = content_key(node), _loaded(node)
+    else:
+        wanted = request(cfg, node)
+        found, key = load_or_train(wanted, cfg), wanted.key
+        stored = Store(cfg.artifacts_dir).path(KIND, wanted.spec)
+        told = {"folder": str(stored), **json.loads((stored / "manifest.json").read_text())}
+    name = "dictionary" if method is None else f"dictionary_{key}"
+    write_atomically(Path(cfg.cell_folder) / f"{name}.json", json.dumps(told, indent=1))
+    return found.to(language_model(cfg).device)
+
+
+def _loaded(method: dict[str, Any]) -> tuple[DictionaryMethod, dict[str, Any]]:
+    """The dictionary of a node that is loaded, and what is to be kept of it: class, options and source."""
+    try:
+        found = instantiate({key: value for key, value in method.items() if key not in TRAINING_ONLY})
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error.__cause__.__cause__
+        raise
+    kind = f"{type(found).__module__}.{type(found).__qualname__}"
+    return found, {"class": kind, "hyperparameters": found.hyperparameters()}
 
 
 def plain(node: Any) -> Any:

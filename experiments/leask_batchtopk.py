@@ -17,7 +17,7 @@ from experiments.common import (
     held_out_rows,
     language_model,
     reference_losses,
-    request,
+    requests,
     trained,
 )
 
@@ -25,7 +25,7 @@ from experiments.common import (
 def dictionaries(cfg: DictConfig) -> list[Request]:
     """What the fleet trains for this cell."""
     n_compat_rows(cfg.evaluation.compat_tokens, cfg.evaluation.n_rows, cfg.stream.n_ctx)  # before hours are spent
-    return [request(cfg)]
+    return requests(cfg)
 
 
 def run(cfg: DictConfig) -> dict[str, float]:

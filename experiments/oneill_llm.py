@@ -17,14 +17,14 @@ from experiments.common import (
     held_out_rows,
     language_model,
     reference_losses,
-    request,
+    requests,
     trained,
 )
 
 
 def dictionaries(cfg: DictConfig) -> list[Request]:
     """What the fleet trains for this cell."""
-    return [request(cfg)]
+    return requests(cfg)
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
