@@ -129,7 +129,7 @@ def circumstances(cells: Sequence[Cell]) -> list[str]:
     folders = one_per_folder(cells)
     records = [cell.record for cell in folders]
     versions = sorted({f"{name} {version}" for record in records for name, version in record["versions"].items()})
-    seconds = [record["seconds"] for record in records]
+    seconds = [cell.metrics.get("seconds", cell.record["seconds"]) for cell in folders]  # with those of earlier lives
     found = [
         f"device: {', '.join(sorted({record['device'] for record in records}))}",
         f"commit: {', '.join(sorted({record['commit'] for record in records}))}",
