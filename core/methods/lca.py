@@ -1,5 +1,7 @@
 """A dictionary without an encoder: codes by descent on the LASSO, with the adaptive steps of O'Neill et al. 2025.
 
+Rozell et al.'s dynamics, which bear the same name, are `core.stacked.inference.lca`.
+
 Shapes: B rows in the batch, d = d_model, m = dict_size, D = W_dec `[m, d]`, an atom in each row.
 """
 
