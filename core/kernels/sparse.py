@@ -26,7 +26,7 @@ from core.kernels.codes import Codes, DenseCodes, SparseCodes, Support
 from core.kernels.device import in_bf16, triton_kernels
 from core.kernels.select import NotSparse, Select, mask_of_largest, select_above, select_topk
 
-# PyTorch says this once for every program that makes a CSR tensor; only `_sampled_product` does here.
+# PyTorch says this once for every program that makes a CSR tensor; only `sampled_product` does here.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 Path = Literal["auto", "sparse", "dense"]
@@ -151,7 +151,7 @@ class _Decode(torch.autograd.Function):
         d_out = _factor(d_out, ctx.in_bf16)
         d_values = d_W = None
         if ctx.needs_input_grad[0]:
-            d_values = _sampled_product(d_out, W_dec, support)
+            d_values = sampled_product(d_out, W_dec, support)
         if ctx.needs_input_grad[1]:
             order, offsets, rows = support.by_column
             d_W = _sums_of_rows(values[order], rows, offsets, d_out)
@@ -170,7 +170,7 @@ def _sums_of_rows(weights: Tensor, index: Tensor, offsets: Tensor, table: Tensor
     return embedding_bag(index, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
-def _sampled_product(left: Tensor, right: Tensor, support: Support) -> Tensor:
+def sampled_product(left: Tensor, right: Tensor, support: Support) -> Tensor:
     """`[n]`: left_i . right_j for every entry (i, j) of the support; left `[B, d]`, right `[m, d]`."""
     if triton := triton_kernels(left):
         return triton.cuda.sampled_product(left, right, support.rows, support.cols)

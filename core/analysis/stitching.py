@@ -1,0 +1,322 @@
+"""Stitching (Leask et al. 2025): which latents of a large dictionary are new to a small one of the same activations.
+
+A latent of the large dictionary, inserted alone into the small one, lowers the small one's error (novel) or does not
+(reconstruction). The change has a closed form, so that one product per batch scores all latents: with the small
+dictionary's residual r = x - x_hat, the latent's activation f_i and its decoder row w_i,
+    dMSE_i = E[-2 f_i (r . w_i) + f_i^2 |w_i|^2] / d
+Insertion keeps the small dictionary's decoder bias and both encoders as they are. Everything is measured in the space
+in which the dictionaries work, after their input normalisation, as means over coordinates.
+
+Shapes: B rows in a batch, d = d_model, n latents in the small and m in the large dictionary, K blocks of rows.
+Memory beside the weights: the codes of one batch, at most [B, n + m] numbers where they are dense, and sums [K, m] in
+fp64; never [n_rows, m]. Similarities are made in chunks of `CHUNK_ENTRIES` numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score, roc_curve
+from torch import Tensor
+
+from core.errors import UserError
+from core.kernels.codes import Codes, SparseCodes
+from core.kernels.sparse import sampled_product
+from core.methods.base import DictionaryMethod
+from core.metrics.sparsity import firing_counts
+from core.seeding import derived_seed
+
+CHUNK_ENTRIES = 1 << 24  # similarities, or resampled means, made at a time: 64 or 128 MiB
+CLASSES = ("novel", "reconstruction", "undecided", "dead")
+NOVEL, RECONSTRUCTION, UNDECIDED, DEAD = range(4)
+PAPER_THRESHOLD = 0.7  # cosine below which the paper calls a latent novel without inserting it
+
+
+def check_pair(small: DictionaryMethod, large: DictionaryMethod) -> None:
+    """Raises UserError unless both dictionaries can read the same activations: equal d, site and normalisation."""
+    if small is large:
+        raise UserError("small and large are one dictionary: stitching needs two of a family.")
+    if small.d_model != large.d_model:
+        raise UserError(
+            f"The small dictionary has d_model={small.d_model}, the large one {large.d_model}: stitching needs two "
+            "dictionaries of one site of one model."
+        )
+    sites = [getattr(method, "site", None) for method in (small, large)]
+    if None not in sites and sites[0] != sites[1]:
+        raise UserError(f"The dictionaries were made for {sites[0]} and {sites[1]}: stitching needs one site.")
+    if small.norm.kind != large.norm.kind:
+        raise UserError(
+            f"input_norm: the small dictionary has {small.norm.kind!r}, the large one {large.norm.kind!r}; their "
+            "errors cannot be compared. Take two with the same."
+        )
+    if not torch.equal(small.norm.scale, large.norm.scale):
+        raise UserError(
+            f"input_norm=scalar: the dictionaries divide by {float(small.norm.scale):.6g} and "
+            f"{float(large.norm.scale):.6g}; train both on one stream."
+        )
+    if small.training or large.training:
+        raise ValueError("Stitching uses the rule of inference: call eval() on both dictionaries.")
+
+
+# ---- what inserting each latent changes
+
+
+@dataclass(frozen=True)
+class LatentScores:
+    """Sums over rows of activations, from which every figure follows.
+
+    changes       fp64 `[K, m]`: change of the squared error by inserting a latent alone, over the rows of a block
+    n_rows        fp64 `[K]`: rows in each block
+    fired         int64 `[m]`: at how many rows each large latent fires
+    error_small, error_large    squared errors of the two dictionaries as they are
+    active_small, active_large  active latents, summed over rows
+    """
+
+    changes: Tensor
+    n_rows: Tensor
+    fired: Tensor
+    error_small: float
+    error_large: float
+    active_small: float
+    active_large: float
+    d_model: int
+
+    @property
+    def total_rows(self) -> float:
+        return float(self.n_rows.sum())
+
+    @property
+    def delta_mse(self) -> Tensor:
+        """fp64 `[m]`."""
+        return self.changes.sum(0) / (self.total_rows * self.d_model)
+
+    @property
+    def dead(self) -> Tensor:
+        """bool `[m]`: never active on these rows."""
+        return self.fired == 0
+
+    def metrics(self) -> dict[str, float]:
+        n, nd = self.total_rows, self.total_rows * self.d_model
+        return {
+            "n_rows_scored": n,
+            "mse_small": self.error_small / nd,
+            "mse_large": self.error_large / nd,
+            "l0_small": self.active_small / n,
+            "l0_large": self.active_large / n,
+        }
+
+    def interval(self, seed: int, confidence: float = 0.95, n_resamples: int = 1000) -> tuple[Tensor, Tensor]:
+        """Ends of the percentile bootstrap interval of `delta_mse`, fp64 `[m]` each; blocks are drawn again.
+
+        Raises UserError for fewer than 8 blocks."""
+        K = len(self.changes)
+        if K < 8:
+            raise UserError(f"The bootstrap needs 8 batches of text rows or more, not {K}: raise evaluation.n_rows.")
+        rng = np.random.default_rng(derived_seed(seed, "stitching", "bootstrap"))
+        draws = torch.from_numpy(rng.multinomial(K, np.full(K, 1 / K), size=n_resamples)).double()
+        draws = draws.to(self.changes.device)
+        rows = (draws @ self.n_rows)[:, None] * self.d_model  # [resamples, 1]
+        ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64, device=draws.device)
+        width = max(1, CHUNK_ENTRIES // (2 * n_resamples))
+        found = [torch.quantile(draws @ part / rows, ends, dim=0) for part in self.changes.split(width, 1)]
+        low, high = torch.cat(found, 1)
+        return low, high
+
+    def classes(self, seed: int, confidence: float = 0.95, n_resamples: int = 1000) -> Tensor:
+        """int64 `[m]`, places in `CLASSES`: novel where the whole interval of dMSE is below 0, reconstruction where all
+        of it is above, dead where the latent never fired."""
+        low, high = self.interval(seed, confidence, n_resamples)
+        found = torch.full_like(self.fired, UNDECIDED)
+        found[high < 0] = NOVEL
+        found[low > 0] = RECONSTRUCTION
+        found[self.dead] = DEAD
+        return found
+
+
+@torch.no_grad()
+def score_latents(
+    small: DictionaryMethod, large: DictionaryMethod, batches: Iterable[Tensor], n_blocks: int = 64
+) -> LatentScores:
+    """Score all latents of `large` against `small` on batches `[B, d]` of raw activations, each of whole text rows.
+
+    Batch i counts in block i modulo `n_blocks`. Where codes are sparse, a latent is looked at only where it fires.
+    Raises UserError for dictionaries that do not fit together (`check_pair`), and for batches without rows.
+    """
+    check_pair(small, large)
+    device, m = large.W_dec.device, large.dict_size
+    changes = torch.zeros(n_blocks, m, dtype=torch.float64, device=device)
+    n_rows = torch.zeros(n_blocks, dtype=torch.float64, device=device)
+    fired = torch.zeros(m, dtype=torch.int64, device=device)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # as the last four of LatentScores
+    squared_norms = large.W_dec.square().sum(1)  # [m]
+    n_batches = 0
+    for x in batches:
+        x = small.norm(x)[0]
+        codes_small, codes_large = small.encode(x), large.encode(x)
+        r = x - small.decode(codes_small)  # [B, d]
+        block = n_batches % n_blocks
+        changes[block] += changes_of_error(codes_large, r, large.W_dec, squared_norms)
+        n_rows[block] += len(x)
+        fired += firing_counts(codes_large)
+        sums[0] += r.double().square().sum()
+        sums[1] += (x - large.decode(codes_large)).double().square().sum()
+        sums[2] += codes_small.l0() * len(x)
+        sums[3] += codes_large.l0() * len(x)
+        n_batches += 1
+    if not n_batches or not n_rows.sum() > 0:
+        raise UserError("There are no activations to score latents on: raise evaluation.n_rows.")
+    if not bool(changes.isfinite().all()):
+        raise FloatingPointError("The changes of the error are not finite: look for NaN in the activations.")
+    used = min(n_batches, n_blocks)
+    return LatentScores(changes[:used], n_rows[:used], fired, *sums.tolist(), small.d_model)
+
+
+def changes_of_error(codes: Codes, r: Tensor, W_dec: Tensor, squared_norms: Tensor) -> Tensor:
+    """Sum over rows of -2 f_i (r . w_i) + f_i^2 |w_i|^2 for every latent: codes `[B, m]`, r `[B, d]` -> fp64 `[m]`."""
+    if isinstance(codes, SparseCodes):
+        f, cols = codes.values, codes.cols
+        terms = f * (f * squared_norms[cols] - 2 * sampled_product(r, W_dec, codes.support))
+        return torch.bincount(cols, weights=terms.double(), minlength=codes.shape[1])
+    found = []
+    width = max(1, CHUNK_ENTRIES // len(r))
+    for f, W, norms in zip(codes.dense().split(width, 1), W_dec.split(width), squared_norms.split(width), strict=True):
+        found.append((f * torch.addcmul(-2 * (r @ W.T), f, norms)).sum(0, dtype=torch.float64))
+    return torch.cat(found)
+
+
+class Error(NamedTuple):
+    """Of one dictionary: mean squared error per coordinate, the same with the best decoder bias, mean L0."""
+
+    mse: float
+    mse_refit: float
+    l0: float
+
+
+@torch.no_grad()
+def error_of(method: DictionaryMethod, batches: Iterable[Tensor]) -> Error:
+    """Score a dictionary on batches `[B, d]` of raw activations. The refitted bias is the mean of x - f W over them."""
+    total = torch.zeros(method.d_model, dtype=torch.float64, device=method.W_dec.device)
+    error, active, n = total.new_zeros(()), total.new_zeros(()), 0
+    for x in batches:
+        x = method.norm(x)[0]
+        codes = method.encode(x)
+        r = (x - method.decode(codes)).double()
+        total, error = total + r.sum(0), error + r.square().sum()
+        active, n = active + codes.l0() * len(x), n + len(x)
+    refit = error / n - (total / n).square().sum()
+    return Error(float(error) / n / method.d_model, float(refit) / method.d_model, float(active) / n)
+
+
+# ---- what decoder rows say
+
+
+class Nearest(NamedTuple):
+    """For every latent of the large dictionary `[m]`: the largest cosine with a decoder row of the small one; whose."""
+
+    cosine: Tensor
+    partner: Tensor
+
+
+def unit_decoder(method: DictionaryMethod, which: str) -> Tensor:
+    """Decoder rows at unit norm `[m, d]`. Raises UserError where a row is zero: it has no direction."""
+    W = method.W_dec.detach()
+    norms = W.norm(dim=1, keepdim=True)
+    zero = (norms.squeeze(1) == 0).nonzero().flatten()
+    if len(zero):
+        raise UserError(
+            f"{which}: {len(zero)} of {len(W)} decoder rows are zero (the first: latent {int(zero[0])}), so they are "
+            "similar to nothing. Leave these latents out of the dictionary."
+        )
+    return W / norms
+
+
+def _similarities(small: DictionaryMethod, large: DictionaryMethod) -> Iterator[tuple[int, Tensor]]:
+    """(first latent, cosines `[chunk, n]`) of the large dictionary's latents with all of the small one's, in chunks."""
+    check_pair(small, large)
+    W_small, W_large = unit_decoder(small, "small"), unit_decoder(large, "large")
+    n_rows = max(1, CHUNK_ENTRIES // len(W_small))
+    for first in range(0, len(W_large), n_rows):
+        yield first, W_large[first : first + n_rows] @ W_small.T
+
+
+def nearest(small: DictionaryMethod, large: DictionaryMethod) -> Nearest:
+    """c_i = max_j cos(w_i of the large dictionary, w_j of the small one), and that j."""
+    found = [cosines.max(1) for _, cosines in _similarities(small, large)]
+    return Nearest(torch.cat([part.values for part in found]), torch.cat([part.indices for part in found]))
+
+
+class Components(NamedTuple):
+    """Connected components of the bipartite graph of similar latents, as labels from 0 on; int64 `[n]` and `[m]`.
+
+    `paired`, bool `[n_components]`: the component has latents of both dictionaries.
+    """
+
+    small: Tensor
+    large: Tensor
+    paired: Tensor
+
+    @property
+    def sizes(self) -> Tensor:
+        """int64 `[n_components]`: latents of both dictionaries."""
+        return torch.cat([self.small, self.large]).bincount(minlength=len(self.paired))
+
+
+def components(small: DictionaryMethod, large: DictionaryMethod, threshold: float) -> Components:
+    """Latents of the two dictionaries joined where cos >= threshold. Memory: the edges, and one chunk of cosines."""
+    rows, cols = [], []
+    for first, cosines in _similarities(small, large):
+        row, col = (cosines >= threshold).nonzero(as_tuple=True)
+        rows.append((row + first).cpu().numpy())
+        cols.append(col.cpu().numpy())
+    n, m = small.dict_size, large.dict_size
+    edges = (np.concatenate(rows) + n, np.concatenate(cols))
+    graph = coo_array((np.ones(len(edges[0]), np.int8), edges), shape=(n + m, n + m))
+    count, labels = connected_components(graph, directed=False)
+    paired = np.intersect1d(labels[:n], labels[n:])
+    label = torch.from_numpy(labels.astype(np.int64))
+    both = torch.zeros(count, dtype=torch.bool).index_fill(0, torch.from_numpy(paired.astype(np.int64)), True)
+    return Components(label[:n], label[n:], both)
+
+
+# ---- how well the cosine foretells the change
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The rule `novel if c_i < threshold` against dMSE_i < 0.
+
+    auc        P(c of a novel latent < c of another)
+    spearman   rank correlation of c and dMSE
+    threshold  where the mean of the two classes' accuracies is highest, on these very latents
+    """
+
+    auc: float
+    spearman: float
+    threshold: float
+    balanced_accuracy: float
+    balanced_accuracy_paper: float  # at the paper's threshold
+
+
+def predict_novel(cosine: Tensor, delta_mse: Tensor) -> Prediction | None:
+    """Of the latents given, `[l]` each; leave out dead ones. None where all are of one class."""
+    c, change = cosine.double().cpu().numpy(), delta_mse.cpu().numpy()
+    novel = change < 0
+    if novel.all() or not novel.any():
+        return None
+    false_positive, true_positive, scores = roc_curve(novel, -c, drop_intermediate=False)
+    best = int(np.argmax(true_positive - false_positive))
+    accuracy = (true_positive + 1 - false_positive) / 2
+    above = c[c > -scores[best]] if best else c
+    edge = float(above.min()) if len(above) else 1.0
+    threshold = edge if best == 0 else (edge - float(scores[best])) / 2  # between two latents
+    below = c < PAPER_THRESHOLD
+    paper = (below[novel].mean() + (~below)[~novel].mean()) / 2
+    rank = float(spearmanr(c, change).statistic)
+    return Prediction(float(roc_auc_score(novel, -c)), rank, threshold, float(accuracy[best]), float(paper))
