@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-Normalisation = Literal["token_std", "token_center", "scalar", "none"]
+Normalisation = Literal["token_std", "token_center", "scalar", "none", "layer_norm", "token_norm"]
 
 
 @dataclass(slots=True)
@@ -55,6 +55,8 @@ class InputNorm(nn.Module):
     token_center  per token, subtract the mean over d (what centring the weights that write to the residual stream does)
     scalar        one constant for all tokens, measured on the first activations so that E|x|^2 = d; a buffer
     none          activations as they are
+    layer_norm    token_std undone without the 1e-5, as SAELens does; codes are the same
+    token_norm    per token, scaled to the norm sqrt(d) (SAELens: constant_norm_rescale)
     """
 
     scale: Tensor
@@ -79,12 +81,16 @@ class InputNorm(nn.Module):
             return x, Shift(zero, one)
         if self.kind == "scalar":
             return x / self.scale, Shift(zero, self.scale)
+        if self.kind == "token_norm":
+            rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
+            return x / rms, Shift(zero, rms)
         mean = x.mean(-1, keepdim=True)
         if self.kind == "token_center":
             return x - mean, Shift(mean, one)
         centred = x - mean
-        std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(x.shape[-1] - 1) + 1e-5
-        return centred / std, Shift(mean, std)
+        std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(x.shape[-1] - 1)
+        divisor = std + 1e-5
+        return centred / divisor, Shift(mean, std if self.kind == "layer_norm" else divisor)
 
     @staticmethod
     def undo(x: Tensor, shift: Shift) -> Tensor:

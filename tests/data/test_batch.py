@@ -30,7 +30,7 @@ def test_the_scalar_travels_with_the_weights():
     assert torch.equal(norm(X)[0], other(X)[0])
 
 
-@pytest.mark.parametrize("kind", ["token_std", "token_center", "scalar", "none"])
+@pytest.mark.parametrize("kind", ["token_std", "token_center", "scalar", "none", "layer_norm", "token_norm"])
 def test_undoing_a_normalisation_gives_the_activations_back(kind):
     norm = InputNorm(kind)
     norm.fit(X)
@@ -42,3 +42,15 @@ def test_undoing_a_normalisation_gives_the_activations_back(kind):
 def test_an_unknown_kind_is_refused_by_name():
     with pytest.raises(ValueError, match=r"input_norm: 'layer'.*token_std"):
         InputNorm("layer")
+
+
+def test_layer_norm_makes_the_codes_space_of_token_std_and_is_undone_without_its_constant():
+    (a, of_a), (b, of_b) = InputNorm("token_std")(X), InputNorm("layer_norm")(X)
+    assert torch.equal(a, b)
+    torch.testing.assert_close(of_a.scale - of_b.scale, torch.full((50, 1), 1e-5), atol=1e-6, rtol=0)
+    torch.testing.assert_close(of_b.scale.squeeze(1), X.std(-1))
+
+
+def test_token_norm_gives_every_row_the_norm_of_the_root_of_d():
+    x, _ = InputNorm("token_norm")(X)
+    torch.testing.assert_close(x.norm(dim=-1), torch.full((50,), 32**0.5))
