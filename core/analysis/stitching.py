@@ -175,7 +175,10 @@ def score_latents(
     if not bool(changes.isfinite().all()):
         raise FloatingPointError("The changes of the error are not finite: look for NaN in the activations.")
     used = min(n_batches, n_blocks)
-    return LatentScores(changes[:used], n_rows[:used], fired, *sums.tolist(), small.d_model)
+    error_small, error_large, active_small, active_large = sums.tolist()
+    return LatentScores(
+        changes[:used], n_rows[:used], fired, error_small, error_large, active_small, active_large, small.d_model
+    )
 
 
 def changes_of_error(codes: Codes, r: Tensor, W_dec: Tensor, squared_norms: Tensor) -> Tensor:
@@ -305,10 +308,10 @@ class Prediction:
 
 
 def predict_novel(cosine: Tensor, delta_mse: Tensor) -> Prediction | None:
-    """Of the latents given, `[l]` each; leave out dead ones. None where all are of one class."""
+    """Of the latents given, `[l]` each; leave out dead ones. None where all are of one class or of one cosine."""
     c, change = cosine.double().cpu().numpy(), delta_mse.cpu().numpy()
     novel = change < 0
-    if novel.all() or not novel.any():
+    if novel.all() or not novel.any() or (c == c[0]).all():
         return None
     false_positive, true_positive, scores = roc_curve(novel, -c, drop_intermediate=False)
     best = int(np.argmax(true_positive - false_positive))

@@ -124,3 +124,11 @@ class DenseCodes:
 
 
 Codes = SparseCodes | DenseCodes
+
+
+def entries(codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, columns and values `[n]` of codes however they are kept, sorted by row and then by column."""
+    if isinstance(codes, SparseCodes):
+        return codes.rows, codes.cols, codes.values
+    rows, cols = codes.values.nonzero(as_tuple=True)
+    return rows, cols, codes.values[rows, cols]

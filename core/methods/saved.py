@@ -46,12 +46,12 @@ def load_dictionary(folder: str | Path) -> DictionaryMethod:
         state = load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
         raise UserError(f"{folder} holds no trained dictionary: {error.filename or error} is missing.") from error
-    method = _class(manifest["class"])(**manifest["hyperparameters"])
+    method = method_class(manifest["class"])(**manifest["hyperparameters"])
     method.load_state_dict(state)
     return method.eval()
 
 
-def _class(name: str) -> type[DictionaryMethod]:
+def method_class(name: str) -> type[DictionaryMethod]:
     module, _, attribute = name.rpartition(".")
     if not module.startswith("core.methods."):
         raise UserError(f"The manifest names the class {name}; only classes below core.methods are loaded.")

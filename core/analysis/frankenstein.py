@@ -1,0 +1,42 @@
+"""The dictionary that grows by what is new in every larger one of a family (Leask et al., in the post of 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from core.analysis.stitching import NOVEL, check_pair, nearest, score_latents
+from core.errors import UserError
+from core.methods.base import DictionaryMethod
+from core.methods.stitched import Stitched
+
+
+def frankenstein(
+    family: Sequence[DictionaryMethod],
+    batches: Callable[[], Iterable[Tensor]],
+    seed: int,
+    below: float = 1.0,
+    n_blocks: int = 64,
+) -> list[Stitched]:
+    """The smallest dictionary of a family, then with the novel latents of each larger one, from small to large.
+
+    A latent is novel if, inserted alone into what there is so far, it lowers the error (its whole bootstrap interval),
+    and no decoder row there has a cosine of `below` or more with its own. `batches` gives batches `[B, d]` of raw
+    activations anew each time. The smallest one's decoder bias stays. Raises UserError for a family of one, or one
+    whose dictionaries do not fit together.
+    """
+    if len(family) < 2:
+        raise UserError(f"family: {len(family)} dictionary is no family; name two or more of different sizes.")
+    ordered = sorted(family, key=lambda method: method.dict_size)
+    for larger in ordered[1:]:
+        check_pair(ordered[0], larger)
+    b_dec = ordered[0].b_dec.detach()
+    parts = [(ordered[0], torch.ones(ordered[0].dict_size, dtype=torch.bool))]
+    grown = [Stitched.of(parts, b_dec)]
+    for larger in ordered[1:]:
+        novel = score_latents(grown[-1], larger, batches(), n_blocks).classes(seed) == NOVEL
+        parts.append((larger, novel & (nearest(grown[-1], larger).cosine < below)))
+        grown.append(Stitched.of(parts, b_dec))
+    return grown

@@ -1,0 +1,207 @@
+"""Ways from a small dictionary to a large one (Leask et al. 2025): error, L0 and loss of every stitched one between.
+
+A path says at which step each latent of the large dictionary comes in and each of the small one goes, and when the
+decoder bias changes. Point s is the dictionary after step s; point 0 is the small one. A set of latents inserted at
+once is a path of one step.
+
+Shapes: B rows in a batch, d = d_model, n latents in the small and m in the large dictionary, S steps.
+Memory: `PATH_ENTRIES` numbers for the reconstructions [b, S + 1, d] of a few rows at a time, and a few times as many
+while they are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.analysis.stitching import Components, Nearest, check_pair
+from core.kernels import sparse
+from core.kernels.codes import Codes, SparseCodes, entries
+from core.methods.base import DictionaryMethod
+from core.metrics.sparsity import firing_counts
+from core.models.language_model import LanguageModel
+
+PATH_ENTRIES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Path:
+    """comes    int64 `[m]`: the step, 1 to S, that inserts each latent of the large dictionary; S + 1: none
+    goes     int64 `[n]`: the step that removes each latent of the small dictionary; S + 1: none
+    bias_at  the step that puts the large dictionary's decoder bias in place; S + 1: none
+    phases   S names, what each step is part of
+    """
+
+    comes: Tensor
+    goes: Tensor
+    bias_at: int
+    phases: tuple[str, ...]
+
+    @property
+    def n_steps(self) -> int:
+        return len(self.phases)
+
+    @property
+    def n_latents(self) -> Tensor:
+        """int64 `[S + 1]`: latents of the dictionary at each point."""
+        return self._summed(torch.ones_like(self.comes), torch.ones_like(self.goes))
+
+    def _summed(self, of_large: Tensor, of_small: Tensor) -> Tensor:
+        """`[S + 1]`: the sum over the latents present at each point."""
+        coming = of_large.new_zeros(self.n_steps + 2).index_add(0, self.comes, of_large).cumsum(0)
+        going = of_small.new_zeros(self.n_steps + 2).index_add(0, self.goes, of_small).cumsum(0)
+        return (coming + of_small.sum() - going)[:-1]
+
+
+def insertion(chosen: Tensor, n_small: int) -> Path:
+    """Insert the chosen latents, bool `[m]`, at once."""
+    return Path(torch.where(chosen, 1, 2), torch.full((n_small,), 2), 2, ("insert",))
+
+
+def insertion_in_order(values: Tensor, alive: Tensor, n_small: int, n_steps: int) -> Path:
+    """Insert the latents that are alive, bool `[m]`, by ascending value `[m]`, in steps of equal number."""
+    comes = torch.full(values.shape, n_steps + 1)
+    chosen = alive.nonzero().flatten()
+    comes[chosen[values[chosen].argsort(stable=True)]] = _steps(torch.ones(len(chosen)), n_steps)
+    return Path(comes, torch.full((n_small,), n_steps + 1), n_steps + 1, ("insert",) * n_steps)
+
+
+def interpolation(near: Nearest, graph: Components, n_steps_each: int) -> Path:
+    """From the small dictionary to the large one, each of three phases in `n_steps_each` steps:
+
+    insert  latents of the large dictionary without a similar one, by ascending cosine
+    swap    components of similar latents, whole, the most similar first: the small one's go, the large one's come
+    remove  the small dictionary's latents without a similar one; a last step changes the decoder bias
+    """
+    cosine = near.cosine.cpu()
+    S = 3 * n_steps_each + 1
+    comes, goes = torch.full(graph.large.shape, S), torch.full(graph.small.shape, S)
+    alone = (~graph.paired[graph.large]).nonzero().flatten()
+    comes[alone[cosine[alone].argsort(stable=True)]] = _steps(torch.ones(len(alone)), n_steps_each)
+
+    best = torch.full(graph.paired.shape, -torch.inf).scatter_reduce(0, graph.large, cosine, "amax")
+    pairs = graph.paired.nonzero().flatten()
+    pairs = pairs[best[pairs].argsort(descending=True, stable=True)]
+    step_of = torch.full(graph.paired.shape, S)
+    step_of[pairs] = n_steps_each + _steps(graph.sizes[pairs].double(), n_steps_each)
+    paired_large, paired_small = graph.paired[graph.large], graph.paired[graph.small]
+    comes[paired_large] = step_of[graph.large[paired_large]]
+    goes[paired_small] = step_of[graph.small[paired_small]]
+
+    left = (~paired_small).nonzero().flatten()
+    goes[left] = 2 * n_steps_each + _steps(torch.ones(len(left)), n_steps_each)
+    phases = [name for name in ("insert", "swap", "remove") for _ in range(n_steps_each)]
+    return Path(comes, goes, S, (*phases, "bias"))
+
+
+def _steps(weights: Tensor, n_steps: int) -> Tensor:
+    """int64: items in their order to steps 1 to `n_steps` of about equal weight."""
+    before = weights.cumsum(0) - weights
+    return (before * n_steps / weights.sum()).long().clamp(max=n_steps - 1) + 1
+
+
+@dataclass(frozen=True)
+class Curve:
+    """At the S + 1 points of a path: fp64 each.
+
+    mse        mean squared error per coordinate
+    mse_refit  the same, were the decoder bias the best one for the point: the mean of x - f W over the rows
+    l0         mean number of active latents in a row
+    """
+
+    mse: Tensor
+    mse_refit: Tensor
+    l0: Tensor
+
+
+@torch.no_grad()
+def walk(
+    small: DictionaryMethod, large: DictionaryMethod, batches: Iterable[Tensor], paths: Mapping[str, Path]
+) -> dict[str, Curve]:
+    """Score every point of several paths in one pass over batches `[B, d]` of raw activations.
+
+    Raises UserError for dictionaries that do not fit together.
+    """
+    check_pair(small, large)
+    d, device = small.d_model, small.W_dec.device
+    errors = {k: torch.zeros(p.n_steps + 1, dtype=torch.float64, device=device) for k, p in paths.items()}
+    residuals = {k: torch.zeros(p.n_steps + 1, d, dtype=torch.float64, device=device) for k, p in paths.items()}
+    fired = [torch.zeros(method.dict_size, dtype=torch.int64, device=device) for method in (small, large)]
+    n = 0
+    for batch in batches:
+        for part in batch.split(_rows_at_a_time(paths, d)):
+            x = small.norm(part)[0]
+            codes = small.encode(x), large.encode(x)
+            for key, path in paths.items():
+                r = x[:, None] - _along(path, small, large, *codes)  # [b, S + 1, d]
+                errors[key] += torch.linalg.vecdot(r, r).sum(0, dtype=torch.float64)
+                residuals[key] += r.sum(0, dtype=torch.float64)
+            for counts, code in zip(fired, codes, strict=True):
+                counts += firing_counts(code)
+            n += len(x)
+    return {
+        key: Curve(
+            errors[key].cpu() / (n * d),
+            ((errors[key] / n - (residuals[key] / n).square().sum(1)) / d).cpu(),
+            path._summed(fired[1].cpu(), fired[0].cpu()).double() / n,
+        )
+        for key, path in paths.items()
+    }
+
+
+@torch.no_grad()
+def losses_along(
+    small: DictionaryMethod,
+    large: DictionaryMethod,
+    path: Path,
+    lm: LanguageModel,
+    site: str,
+    rows: Tensor,
+    rows_per_batch: int,
+    captured: Tensor | None = None,
+) -> Tensor:
+    """The language model's loss, fp64 nats per token `[S + 1]`, with each point's reconstruction at all positions of
+    `rows` `[R, T]`. `captured` `[R, T, d]` are the activations of the rows, where they are there already."""
+    check_pair(small, large)
+    size = max(1, min(rows_per_batch, _rows_at_a_time({"": path}, small.d_model) // rows.shape[1]))
+    total = torch.zeros(path.n_steps + 1, dtype=torch.float64, device=lm.device)
+    for first in range(0, len(rows), size):
+        tokens = rows[first : first + size].to(lm.device)
+        activations = lm.capture(tokens, site) if captured is None else captured[first : first + size]
+        x, shift = small.norm(activations.flatten(0, 1))
+        for point, x_hat in enumerate(_along(path, small, large, small.encode(x), large.encode(x)).unbind(1)):
+            raw = small.norm.undo(x_hat, shift).view(activations.shape).to(activations.dtype)
+            logits = lm.logits_with(raw, tokens, site)[:, :-1].flatten(0, 1).float()
+            total[point] += F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum").double()
+    return total.cpu() / rows[:, 1:].numel()
+
+
+def _rows_at_a_time(paths: Mapping[str, Path], d: int) -> int:
+    return max(1, PATH_ENTRIES // (d * max(path.n_steps + 1 for path in paths.values())))
+
+
+def _along(
+    path: Path, small: DictionaryMethod, large: DictionaryMethod, codes_small: Codes, codes_large: Codes
+) -> Tensor:
+    """Reconstructions at every point, `[B, S + 1, d]`. The sums run so that the small dictionary's part is exactly 0
+    where all its latents are gone."""
+    n_points = path.n_steps + 1
+    coming = _sums_by(path.comes, n_points, codes_large, large.W_dec).cumsum(1)
+    staying = _sums_by(path.goes - 1, n_points, codes_small, small.W_dec).flip(1).cumsum(1).flip(1)
+    switched = torch.arange(n_points, device=coming.device)[:, None] >= path.bias_at
+    return coming + staying + torch.where(switched, large.b_dec, small.b_dec)
+
+
+def _sums_by(group: Tensor, n_groups: int, codes: Codes, W_dec: Tensor) -> Tensor:
+    """Codes `[B, m]` decoded group by group, `[B, n_groups, d]`: `group` `[m]`; other groups count nowhere."""
+    rows, cols, values = entries(codes)
+    at = group.to(cols.device)[cols]
+    kept = at < n_groups
+    place, order = (rows * n_groups + at)[kept].sort(stable=True)
+    n_places = codes.shape[0] * n_groups
+    split = SparseCodes(place, cols[kept][order], values[kept][order], (n_places, codes.shape[1]))
+    return sparse.decode(split, W_dec).view(codes.shape[0], n_groups, -1)
