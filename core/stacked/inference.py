@@ -154,10 +154,10 @@ def lca(
 
         a = ReLU(u - mu),   u <- u + rate (D (x - a D) + a - u),   u = 0 at the start.
 
-    Its rest points are the solutions of the LASSO, which O'Neill et al.'s own rule (`core.methods.lca`) reaches by other
-    steps. `rate` is the Euler step over the time constant; None takes
-    1 / lambda_max(D D^T), at most 1. Samples are taken in chunks, so that N = 16,896 atoms do. A chunk ends when no u
-    moves by more than `rate * tolerance`, or after `iterations`.
+    Its rest points are the solutions of the LASSO; O'Neill et al.'s rule, `core.methods.lca`, takes other steps there.
+    `rate` is the Euler step over the time constant; None takes 1 / lambda_max(D D^T), at most 1. Samples are taken in
+    chunks, so that N = 16,896 atoms do. A chunk ends when no u moves by more than `rate * tolerance`, or after
+    `iterations`.
     """
     X, D, unbatched = as_stack(X, D)
     (R, n, M), N = X.shape, D.shape[1]
