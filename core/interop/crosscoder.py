@@ -1,0 +1,99 @@
+"""Crosscoders of two models: the checkpoints published by Minder et al. 2025 (chat-tuning) and by Kissane et al.
+
+Facts (Minder et al., authors' code): `model.safetensors` or `.pt` with encoder.weight `[2, d, m]`, encoder.bias `[m]`,
+decoder.weight `[2, m, d]`, decoder.bias `[2, d]`; BatchTopK ones add k, threshold and code_normalization_id. Index 0 is
+the base model, 1 the chat model. A state saved from a compiled model has `_orig_mod.` before every name. With
+v_j = f_j (|d_j^base| + |d_j^chat|), a BatchTopK crosscoder keeps f_j at inference where v_j > threshold; other
+normalisations of the codes have other ids. Kissane: `cc_weights.pt` with W_enc `[2, d, m]`, W_dec `[m, 2, d]`, b_enc,
+b_dec `[2, d]`; ReLU, of activations that are scaled to a mean norm of sqrt(d) in each model.
+
+Shapes here: W_enc and W_dec `[m, 2, d]`, a latent in each row, as `core.kernels.sparse` has pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from core.errors import UserError
+from core.interop.files import Weights, read_pt, read_safetensors
+
+FILES = ("model.safetensors", "model.pt", "ae.pt", "cc_weights.pt")
+
+
+@dataclass(frozen=True)
+class CrosscoderWeights:
+    """f = ReLU(sum over models of W_enc h + b_enc), h_hat = f W_dec + b_dec, for base (0) and chat (1).
+
+    threshold              of v (see above), for BatchTopK; None: ReLU alone
+    k                      active latents per row that a BatchTopK crosscoder was trained with
+    code_normalization_id  the authors' number for how v is made; None where the file has none (the paper's way)
+    layout                 `minder` or `kissane`
+    """
+
+    W_enc: Tensor  # [m, 2, d]
+    W_dec: Tensor  # [m, 2, d]
+    b_enc: Tensor  # [m]
+    b_dec: Tensor  # [2, d]
+    threshold: float | None
+    k: int | None
+    code_normalization_id: int | None
+    layout: str
+
+    @property
+    def decoder_norms(self) -> Tensor:
+        """`[m, 2]`: |d_j^base| and |d_j^chat|."""
+        return self.W_dec.norm(dim=2)
+
+
+def read(place: Path) -> CrosscoderWeights:
+    """The crosscoder of a folder or of a file.
+
+    Raises UserError for shapes that are no crosscoder's, for a threshold that was never measured, and for files that
+    are not whole or hold more than tensors.
+    """
+    file = place if place.is_file() else next((place / name for name in FILES if (place / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{place} holds no crosscoder: none of {', '.join(FILES)} is there.")
+    weights = read_safetensors(file) if file.suffix == ".safetensors" else read_pt(file)
+    weights = weights.renamed(lambda name: name.removeprefix("_orig_mod."))
+    found = _kissane(weights) if "W_enc" in weights else _minder(weights)
+    weights.done()
+    return found
+
+
+def _minder(weights: Weights) -> CrosscoderWeights:
+    d, m = _sizes(weights, "encoder.weight")
+    W_enc, W_dec = weights.take("encoder.weight", 2, d, m), weights.take("decoder.weight", 2, m, d)
+    b_enc, b_dec = weights.take("encoder.bias", m), weights.take("decoder.bias", 2, d)
+    threshold = weights.take_number("threshold") if "threshold" in weights else None
+    if threshold is not None and threshold < 0:
+        raise UserError(f"{weights.path}: the threshold is {threshold:g}, so it was never measured.")
+    return CrosscoderWeights(
+        W_enc.permute(2, 0, 1).contiguous(),
+        W_dec.transpose(0, 1).contiguous(),
+        b_enc,
+        b_dec,
+        threshold,
+        int(weights.take_number("k")) if "k" in weights else None,
+        int(weights.take_number("code_normalization_id")) if "code_normalization_id" in weights else None,
+        "minder",
+    )
+
+
+def _kissane(weights: Weights) -> CrosscoderWeights:
+    d, m = _sizes(weights, "W_enc")
+    W_enc, W_dec = weights.take("W_enc", 2, d, m), weights.take("W_dec", m, 2, d)
+    b_enc, b_dec = weights.take("b_enc", m), weights.take("b_dec", 2, d)
+    return CrosscoderWeights(W_enc.permute(2, 0, 1).contiguous(), W_dec, b_enc, b_dec, None, None, None, "kissane")
+
+
+def _sizes(weights: Weights, name: str) -> tuple[int, int]:
+    shape = weights.shape(name)
+    if len(shape) != 3 or shape[0] != 2:
+        raise UserError(
+            f"{weights.path}: {name} has the shape {list(shape)}, not [2, d_model, dict_size] of a crosscoder."
+        )
+    return shape[1], shape[2]

@@ -1,0 +1,50 @@
+"""Gemma Scope: `params.npz` (Lieberum et al. 2024). JumpReLU dictionaries of the raw activations.
+
+f = z where z > threshold_i, z = x W_enc + b_enc; x_hat = f W_dec + b_dec; W_enc is `[d, m]`, W_dec `[m, d]`. The
+encoder does not see b_dec subtracted. The site stands in the repository's name and the folder's, not in the file.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from core.errors import UserError
+from core.interop.files import read_npz
+from core.methods.pretrained import Pretrained
+
+PARAMS = "params.npz"
+KINDS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
+
+
+def read(file: Path, repo: str = "", path: str = "") -> Pretrained:
+    """The dictionary of a `params.npz`. `repo` and `path` are the names that say its site, where they do.
+
+    Raises UserError if the file is not whole or lacks an array.
+    """
+    weights = read_npz(file)
+    shape = weights.shape("W_enc")
+    if len(shape) != 2:
+        raise UserError(f"{file}: W_enc has the shape {list(shape)}, not [d_model, dict_size].")
+    d, m = shape
+    W_enc, W_dec = weights.take("W_enc", d, m), weights.take("W_dec", m, d)
+    b_enc, b_dec, threshold = weights.take("b_enc", m), weights.take("b_dec", d), weights.take("threshold", m)
+    weights.done()
+    return Pretrained.of(
+        W_enc.T,
+        W_dec,
+        b_enc,
+        b_dec,
+        activation="jumprelu",
+        threshold=threshold,
+        subtract_b_dec=False,
+        source={"format": "gemma_scope", "hook": hook(repo, path), "model": None},
+    )
+
+
+def hook(repo: str, path: str) -> str | None:
+    """TransformerLens' name of the site: `google/gemma-scope-2b-pt-res`, `layer_12/...` -> `blocks.12.hook_resid_post`.
+    None where the names do not say it."""
+    kind = re.search(r"-(res|mlp|att)(?:-|/|$)", repo)
+    layer = re.search(r"(?:^|/)layer_(\d+)(?:/|$)", path)
+    return f"blocks.{layer[1]}.{KINDS[kind[1]]}" if kind and layer else None

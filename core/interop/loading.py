@@ -1,0 +1,128 @@
+"""`method=pretrained`: a dictionary from a folder or from the Hugging Face hub, in any format that is read.
+
+Of a repository only the files of one dictionary are fetched, at one commit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from core.data.batch import Normalisation
+from core.errors import UserError
+from core.interop import crosscoder, dictionary_learning, gemma_scope, native, saelens, sparsify
+from core.interop.hooks import check_site, hook_of
+from core.interop.hub import place
+from core.methods.base import DictionaryMethod
+from core.methods.pretrained import Pretrained, at_inference
+
+Format = Literal["auto", "saelens", "gemma_scope", "dictionary_learning", "sparsify", "native"]
+NEEDED: dict[str, tuple[str, ...]] = {  # by format: files without which it is not that format, the telling one first
+    "saelens": (saelens.WEIGHTS, saelens.CFG),
+    "sparsify": (sparsify.WEIGHTS, sparsify.CFG),
+    "gemma_scope": (gemma_scope.PARAMS,),
+    "dictionary_learning": (dictionary_learning.WEIGHTS, dictionary_learning.CONFIG),
+    "native": (native.MANIFEST, native.WEIGHTS),
+}
+OPTIONAL = {"saelens": (saelens.SCALER, saelens.SPARSITY)}
+
+
+def load(
+    d_model: int,
+    repo: str,
+    path: str | None = None,
+    revision: str | None = None,
+    format: Format = "auto",
+    site: str | None = None,
+    dict_size: int | None = None,
+    input_norm: Normalisation | None = None,
+    norm_scaling_factor: float | None = None,
+) -> DictionaryMethod:
+    """A dictionary at inference, on the CPU.
+
+    repo, path           a name on the hub or a folder here, and the folder within it (or its `params.npz`)
+    revision             commit, tag or branch on the hub; of no effect on a folder here
+    format               `auto`: told by the files' names; `native`: a dictionary trained here (its folder in the store,
+                         or the folder of a cell that used one)
+    d_model, dict_size   checked; dict_size only if given
+    site                 ours, checked where the files say theirs; None: not checked
+    input_norm           in the place of what the files say, where they say that there is none: `token_center` for
+                         dictionaries of a model with centred writing weights whose cfg.json is older than that setting
+    norm_scaling_factor  see `core.interop.saelens.read`
+
+    Raises UserError if it cannot be had, or is not what is asked for.
+    """
+    if format not in get_args(Format):
+        raise UserError(f"method.format: {format!r} is not one of {', '.join(get_args(Format))}.")
+    formats = {name: (files, OPTIONAL.get(name, ())) for name, files in NEEDED.items() if format in ("auto", name)}
+    folder, commit = place(repo, path, revision, formats)
+    kind = _format(folder, format)
+    method = _read(folder, kind, repo, path, norm_scaling_factor)
+    if isinstance(method, Pretrained):
+        method.source |= {"repo": repo, "path": path, "revision": commit}
+        check_site(method.source.get("hook"), site)
+    elif trained_on := native.site(folder):
+        check_site(hook_of(trained_on), site)
+    for name, stated, actual in (
+        ("model.d_model", d_model, method.d_model),
+        ("method.dict_size", dict_size, method.dict_size),
+    ):
+        if stated not in (None, actual):
+            raise UserError(
+                f"{name} is {stated}, but the dictionary in {folder} has {actual}: another model or another one."
+            )
+    return method if input_norm is None else _with_norm(method, input_norm, folder)
+
+
+def _read(
+    folder: Path, format: str, repo: str, path: str | None, norm_scaling_factor: float | None
+) -> DictionaryMethod:
+    if norm_scaling_factor is not None and format != "saelens":
+        raise UserError(f"method.norm_scaling_factor: nothing in the format {format} asks for it.")
+    if format == "saelens":
+        return saelens.read(folder, norm_scaling_factor)
+    if format == "gemma_scope":
+        return gemma_scope.read(folder / gemma_scope.PARAMS, repo, path or "")
+    if format == "dictionary_learning":
+        return dictionary_learning.read(folder)
+    return sparsify.read(folder) if format == "sparsify" else native.read(folder)
+
+
+def _with_norm(method: DictionaryMethod, input_norm: Normalisation, folder: Path) -> Pretrained:
+    if method.norm.kind not in ("none", input_norm):
+        raise UserError(
+            f"method.input_norm={input_norm}: the dictionary in {folder} has an input normalisation of its own, "
+            f"{method.norm.kind}. Set method.input_norm=null."
+        )
+    if input_norm == "scalar":
+        raise UserError("method.input_norm=scalar has a constant that was measured; what is loaded has none.")
+    m = at_inference(method)
+    threshold = m.threshold if m.activation == "jumprelu" else None
+    options: dict[str, Any] = {
+        "activation": m.activation,
+        "k": m.k,
+        "subtract_b_dec": m.subtract_b_dec,
+        "source": m.source,
+    }
+    return Pretrained.of(m.W_enc, m.W_dec, m.b_enc, m.b_dec, threshold=threshold, input_norm=input_norm, **options)
+
+
+def _format(folder: Path, stated: Format) -> str:
+    """The format of the files in a folder, checked if it is stated."""
+    here = [name for name, files in NEEDED.items() if all((folder / file).is_file() for file in files)]
+    if (folder / native.POINTER).is_file():
+        here.append("native")
+    if stated in here:
+        return stated
+    if stated == "auto" and len(here) == 1:
+        return here[0]
+    held = ", ".join(sorted(file.name for file in folder.iterdir())[:12]) if folder.is_dir() else ""
+    if stated == "auto" and len(here) > 1:
+        raise UserError(f"method.format: {folder} has the files of {' and '.join(here)}; say which one is meant.")
+    if stated == "auto" and any((folder / file).is_file() for file in crosscoder.FILES):
+        raise UserError(
+            f"{folder} seems to hold a crosscoder, which belongs to two models: core.interop.crosscoder.read reads it."
+        )
+    wanted = NEEDED if stated == "auto" else {stated: NEEDED[stated]}
+    needs = "; ".join(f"{name}: {' and '.join(files)}" for name, files in wanted.items())
+    raise UserError(f"method.path: {folder} lacks the files of a dictionary ({needs}). It holds: {held or 'nothing'}.")

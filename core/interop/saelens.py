@@ -1,0 +1,265 @@
+"""SAELens folders: `cfg.json` and `sae_weights.safetensors`, of versions 0 to 6; read, and written as 6.
+
+Facts, from the library (6.54): W_enc is `[d, m]`, W_dec `[m, d]`. Codes are act((norm(x) [- b_dec]) W_enc + b_enc) and
+reconstructions unnorm(f W_dec + b_dec), where
+  standard           ReLU
+  topk               ReLU of the k largest entries; with `rescale_acts_by_decoder_norm` they are multiplied by the norms
+                     of their decoder rows before the choice, and divided by them in decoding
+  jumprelu           z where z > threshold_i and z > 0
+  batchtopk          (a training checkpoint) at inference jumprelu with one threshold
+  gated              ReLU(pi e^r + b_mag) where pi + b_gate > 0, pi = x W_enc. That is jumprelu with encoder W_enc e^r,
+                     bias b_mag and threshold max(0, b_mag - b_gate e^r) (Rajamanoharan et al. 2024)
+and norm is
+  none                      the identity
+  layer_norm                per token, minus the mean over d, over (unbiased standard deviation + 1e-5); undone without
+                            the 1e-5
+  constant_norm_rescale     per token, scaled to the norm sqrt(d)
+  expected_average_only_in  x times a constant c that is not in cfg.json. The library folds it into the weights at the
+                            end of training (and then says `none`): W_enc c, W_dec / c, b_dec / c
+Before version 6, metadata stand in the same object as settings, under older names, and a factor per latent from
+fine-tuning (`scaling_factor`) multiplies codes in decoding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from core.artifacts import write_atomically
+from core.data.batch import Normalisation
+from core.errors import UserError
+from core.interop.files import Weights, read_json, read_safetensors
+from core.interop.hooks import hook_of
+from core.methods.base import DictionaryMethod
+from core.methods.pretrained import Activation, Pretrained, at_inference
+
+CFG, WEIGHTS, SPARSITY, SCALER = (
+    "cfg.json",
+    "sae_weights.safetensors",
+    "sparsity.safetensors",
+    "activation_scaler.json",
+)
+WRITTEN_AS = "6.0.0"  # the version of the format; cfg.json without one is read as older
+OLD_NAMES = {
+    "hook_point": "hook_name",
+    "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}
+NORMS: dict[str, Normalisation] = {
+    "none": "none",
+    "layer_norm": "layer_norm",
+    "constant_norm_rescale": "token_norm",
+    "expected_average_only_in": "none",  # folded
+}
+THEIR_NORMS: dict[Normalisation, str] = {
+    "none": "none",
+    "scalar": "none",  # folded
+    "token_center": "none",  # of activations that are centred
+    "token_std": "layer_norm",
+    "layer_norm": "layer_norm",
+    "token_norm": "constant_norm_rescale",
+}
+THRESHOLDED = ("batchtopk", "matryoshka_batchtopk")
+ARCHITECTURES = ("standard", "topk", "jumprelu", "gated", *THRESHOLDED)
+
+
+def read(folder: Path, norm_scaling_factor: float | None = None) -> Pretrained:
+    """The dictionary of a folder. `norm_scaling_factor` is c of `expected_average_only_in`, where it is not folded in
+    and the folder has no `activation_scaler.json` that says it.
+
+    Raises UserError for architectures, versions and settings that are not known, and for files that are not whole.
+    """
+    path = folder / CFG
+    cfg = _cfg(read_json(path), path)
+    d, m = _size(cfg, "d_in", path), _size(cfg, "d_sae", path)
+    weights = read_safetensors(folder / WEIGHTS)
+    W_enc, W_dec, b_dec = weights.take("W_enc", d, m).T, weights.take("W_dec", m, d), weights.take("b_dec", d)
+    W_dec = W_dec * _finetuning_factor(weights, cfg, m)[:, None]
+    W_enc, b_enc, activation, threshold = _activation(cfg["architecture"], W_enc, weights, m)
+    weights.done()
+    if cfg.get("rescale_acts_by_decoder_norm"):
+        if cfg["architecture"] not in ("topk", *THRESHOLDED):
+            raise UserError(f"{path}: rescale_acts_by_decoder_norm is not known for {cfg['architecture']}.")
+        norms = W_dec.norm(dim=1)
+        W_enc, b_enc, W_dec = W_enc * norms[:, None], b_enc * norms, W_dec / norms.clamp(min=1e-8)[:, None]
+    if cfg["normalize_activations"] == "expected_average_only_in":
+        c = _scaling_factor(folder, norm_scaling_factor)
+        W_enc, W_dec, b_dec = W_enc * c, W_dec / c, b_dec / c
+    elif norm_scaling_factor is not None:
+        raise UserError(f"method.norm_scaling_factor: {path} has normalize_activations={cfg['normalize_activations']}.")
+    return Pretrained.of(
+        W_enc,
+        W_dec,
+        b_enc,
+        b_dec,
+        activation=activation,
+        threshold=threshold,
+        k=_size(cfg, "k", path) if activation == "topk" else None,
+        subtract_b_dec=bool(cfg.get("apply_b_dec_to_input", True)),
+        input_norm=_norm(cfg, path),
+        source={"format": "saelens", "hook": cfg["hook_name"], "model": cfg["model_name"]},
+    )
+
+
+def read_log_sparsity(folder: Path) -> Tensor | None:
+    """log10 of the share of tokens on which a latent fires `[m]`, as measured in training; None if there is no such
+    file."""
+    if not (folder / SPARSITY).is_file():
+        return None
+    weights = read_safetensors(folder / SPARSITY)
+    return weights.take("sparsity", *weights.shape("sparsity"))
+
+
+def write(
+    method: DictionaryMethod,
+    folder: Path,
+    *,
+    site: str | None = None,
+    model: str | None = None,
+    log_sparsity: Tensor | None = None,
+    centred_model: bool = False,
+) -> None:
+    """Write a trained or loaded dictionary as SAELens loads it, so that codes are the same, and reconstructions too.
+
+    site, model     ours, for the metadata
+    log_sparsity    see `read_log_sparsity`
+    centred_model   has to be said for `input_norm=token_center`, which the format has not: then codes are the same for
+                    any activations, but reconstructions only for those of a model with centred writing weights, whose
+                    tokens have a mean of zero over d
+
+    `input_norm=token_std` becomes `layer_norm`, with the same codes; a reconstruction's deviation from the token's mean
+    is smaller by the part 1e-5 / std.
+    Raises UserError for methods whose encoder is not one matrix, and for `token_center` without `centred_model`.
+    """
+    found = at_inference(method)
+    kind = found.norm.kind
+    if kind == "token_center" and not centred_model:
+        raise UserError(
+            "method.input_norm=token_center: SAELens has no such normalisation. export.centred_model=true writes it "
+            "for a model with centred writing weights (TransformerLens' default for GPT-2), where it does nothing."
+        )
+    W_enc, W_dec, c = found.W_enc.data, found.W_dec.data, found.norm.scale
+    b_enc, b_dec = found.b_enc.data, found.b_dec.data
+    if kind == "scalar":
+        W_enc, W_dec, b_dec = W_enc / c, W_dec * c, b_dec * c
+    elif kind == "token_center":
+        if found.subtract_b_dec:  # the mean of b_dec stays in what the encoder sees
+            b_enc = b_enc - W_enc.sum(1) * b_dec.mean()
+        W_enc = W_enc - W_enc.mean(1, keepdim=True)
+    state = {"W_enc": W_enc.T, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
+    if found.activation == "jumprelu":
+        state["threshold"] = found.threshold
+    metadata = {
+        "sae_lens_version": WRITTEN_AS,
+        "sae_lens_training_version": None,
+        "model_name": model or found.source.get("model"),
+        "hook_name": hook_of(site) if site else found.source.get("hook"),
+        "hook_head_index": None,
+        "prepend_bos": True,
+        **({"model_from_pretrained_kwargs": {"center_writing_weights": True}} if kind == "token_center" else {}),
+    }
+    cfg = {
+        "architecture": "standard" if found.activation == "relu" else found.activation,
+        "d_in": found.d_model,
+        "d_sae": found.dict_size,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": found.subtract_b_dec,
+        "normalize_activations": THEIR_NORMS[kind],
+        "reshape_activations": "none",
+        "metadata": metadata,
+        **({"k": found.k, "rescale_acts_by_decoder_norm": False} if found.k is not None else {}),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    if log_sparsity is not None:
+        _save({"sparsity": log_sparsity}, folder / SPARSITY)
+    _save(state, folder / WEIGHTS)
+    write_atomically(folder / CFG, json.dumps(cfg, indent=1))
+
+
+def _save(state: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
+
+
+def _cfg(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """cfg.json of any version with the names and places of today: settings and the metadata that are used."""
+    metadata = raw.get("metadata") or {}
+    version = metadata.get("sae_lens_version") or raw.get("sae_lens_version")
+    major = str(version or "0").partition(".")[0]
+    if not major.isdecimal() or int(major) > 6:
+        raise UserError(f"{path} is of SAELens {version}; known here are versions up to 6. Save it with SAELens 6.")
+    cfg = {OLD_NAMES.get(key, key): value for key, value in {**metadata, **raw}.items()}
+    cfg.setdefault("architecture", "standard")
+    if cfg["architecture"] == "standard" and cfg.get("activation_fn") == "topk":
+        cfg |= {"architecture": "topk", "k": (cfg.get("activation_fn_kwargs") or {}).get("k")}
+    elif cfg.get("activation_fn") not in (None, "relu", "topk"):
+        raise UserError(f"{path}: activation_fn {cfg['activation_fn']!r} is not known here; relu and topk are.")
+    if cfg["architecture"] not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(f"{path}: the architecture {cfg['architecture']!r} is not known here; these are: {known}.")
+    norm = cfg.get("normalize_activations") or "none"
+    cfg["normalize_activations"] = "expected_average_only_in" if norm is True else norm
+    if cfg["normalize_activations"] not in NORMS:
+        raise UserError(f"{path}: normalize_activations {norm!r} is not known here; {', '.join(NORMS)} are.")
+    return {"hook_name": None, "model_name": None, **cfg}
+
+
+def _size(cfg: Mapping[str, Any], key: str, path: Path) -> int:
+    value = cfg.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 1:
+        raise UserError(f"{path}: {key} is {value!r}, not a whole number above 0.")
+    return int(value)
+
+
+def _finetuning_factor(weights: Weights, cfg: Mapping[str, Any], m: int) -> Tensor:
+    """What codes are multiplied by in decoding `[m]`; ones in almost all files."""
+    name = next((n for n in ("finetuning_scaling_factor", "scaling_factor") if n in weights), None)
+    if name is None:
+        return torch.ones(m)
+    factor = weights.take(name, m)
+    if not cfg.get("finetuning_scaling_factor") and not torch.allclose(factor, torch.ones(m)):
+        raise UserError(f"{weights.path}: {name} is not all ones, but cfg.json does not say that it is to be used.")
+    return factor if cfg.get("finetuning_scaling_factor") else torch.ones(m)
+
+
+def _activation(
+    architecture: str, W_enc: Tensor, weights: Weights, m: int
+) -> tuple[Tensor, Tensor, Activation, Tensor | None]:
+    """W_enc `[m, d]`, b_enc `[m]`, the activation function and its threshold."""
+    if architecture == "gated":
+        r, b_gate, b_mag = weights.take("r_mag", m).exp(), weights.take("b_gate", m), weights.take("b_mag", m)
+        return W_enc * r[:, None], b_mag, "jumprelu", b_mag - b_gate * r
+    b_enc = weights.take("b_enc", m)
+    if architecture == "jumprelu":
+        log = "log_threshold" in weights  # in training checkpoints of some versions
+        return W_enc, b_enc, "jumprelu", weights.take("log_threshold", m).exp() if log else weights.take("threshold", m)
+    if architecture in THRESHOLDED:
+        return W_enc, b_enc, "jumprelu", torch.tensor(weights.take_number("topk_threshold"))
+    return W_enc, b_enc, "topk" if architecture == "topk" else "relu", None
+
+
+def _norm(cfg: Mapping[str, Any], path: Path) -> Normalisation:
+    """Ours. Activations of a model with centred writing weights are those of the plain model less each token's mean."""
+    norm = NORMS[cfg["normalize_activations"]]
+    if (cfg.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights") and norm != "layer_norm":
+        if norm == "token_norm":
+            raise UserError(f"{path}: constant_norm_rescale of centred activations is not known here.")
+        return "token_center"
+    return norm
+
+
+def _scaling_factor(folder: Path, given: float | None) -> float:
+    told = read_json(folder / SCALER).get("scaling_factor") if (folder / SCALER).is_file() else None
+    c = given if told is None else told
+    if not isinstance(c, int | float) or not c > 0:
+        raise UserError(
+            f"{folder / CFG}: normalize_activations=expected_average_only_in, whose factor is neither folded into the "
+            f"weights nor in {SCALER}. Set method.norm_scaling_factor: sqrt(d) over the mean norm of the activations."
+        )
+    return float(c)

@@ -1,0 +1,65 @@
+"""Trained-like dictionaries of every method, rows to score them on, and the environment of the other libraries."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from core.methods.base import DictionaryMethod
+
+ROOT = Path(__file__).parents[2]
+PEERS = ROOT / ".venv-peers" / "bin" / "python"
+D, M, K = 24, 80, 6
+
+
+@pytest.fixture(scope="session")
+def rows() -> Tensor:
+    """`[200, d]` with a mean for every coordinate and a standard deviation over them of about 6."""
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(200, D, generator=g) * 5 + torch.linspace(-6, 6, D)
+
+
+@pytest.fixture(scope="session")
+def dictionary(rows: Tensor) -> Callable[..., DictionaryMethod]:
+    """Makes the method of a YAML with random weights, of the scale that its normalised inputs ask for."""
+
+    def build(name: str, **changes: Any) -> DictionaryMethod:
+        node = {"seed": 0, "model": {"d_model": D}, "method": OmegaConf.load(ROOT / f"conf/method/{name}.yaml")}
+        options = OmegaConf.to_container(OmegaConf.create(node), resolve=True)["method"]
+        method = instantiate(options | {"dict_size": M} | ({"k": K} if "k" in options else {}) | changes)
+        g = torch.Generator().manual_seed(0)
+        method.norm.fit(rows)
+        with torch.no_grad():
+            for parameter in method.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn(parameter.shape, generator=g) / 5)
+            if hasattr(method, "threshold_ema"):
+                method.threshold.fill_(0.7)
+        return method.eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def in_peers() -> Callable[[str, dict[str, Any]], None]:
+    """Runs a script in the environment that has the other libraries, with `told` as its first argument in JSON."""
+
+    def run(script: str, told: dict[str, Any]) -> None:
+        if not PEERS.is_file():
+            pytest.skip(f"{PEERS} is missing: `make peers` makes the environment with the other libraries")
+        quiet = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+        command = [str(PEERS), "-c", script, json.dumps(told, default=str)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **quiet})
+        if "ModuleNotFoundError" in done.stderr:
+            pytest.skip(f"the environment of `make peers` lacks a library: {done.stderr.strip().splitlines()[-1]}")
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return run
