@@ -11,7 +11,7 @@ from core.cells import cell_name
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
-METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml") if path.stem != "pretrained")  # no file yet
+METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml") if path.stem != "pretrained")
 DATA = sorted(path.stem for path in (ROOT / "conf/data").glob("*.yaml"))
 SCALES = ("smoke", "demo", "paper")
 
