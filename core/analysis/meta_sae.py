@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from core.artifacts import Store, content_key
@@ -61,6 +61,23 @@ class MetaRequest:
     precision: str = "32-true"
     weights: Tensor | None = None
     start: BatchTopK | None = None
+
+    @classmethod
+    def of(
+        cls,
+        meta: DictConfig,
+        rows: Tensor,
+        precision: str = "32-true",
+        weights: Tensor | None = None,
+        start: BatchTopK | None = None,
+    ) -> MetaRequest:
+        """The request of a configuration as in conf/meta; with `start` of `finetune_steps` steps."""
+        plain = OmegaConf.to_container(meta, resolve=True)
+        assert isinstance(plain, dict)
+        names = ("method", "batch_size", "sampling", "seed", "calibration_batches", "batches_per_chunk")
+        n_steps = plain["n_steps" if start is None else "finetune_steps"]
+        settings = {str(name): plain[name] for name in names}
+        return cls(rows=rows, n_steps=n_steps, precision=precision, weights=weights, start=start, **settings)
 
     @cached_property
     def batches_spec(self) -> dict[str, Any]:

@@ -1,0 +1,219 @@
+"""Meta-SAEs: planted attributes are found, trainings are resumed and stored, figures are right by hand."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.analysis import meta_sae
+from core.analysis.directions import max_cosines
+from core.analysis.meta_sae import (
+    MetaRequest,
+    VarianceExplained,
+    decompose,
+    decompose_together,
+    null_rows,
+    replaced_decoder,
+    score,
+    train_meta,
+    train_metas,
+)
+from core.artifacts import Store
+from core.data.decoder_rows import directions, random_directions
+from core.data.planted import PlantedEntities
+from core.errors import NonFiniteLoss, UserError
+from core.fleet import KIND
+from core.methods.batchtopk import BatchTopK
+from core.metrics.recovery import dictionary_mcc
+
+METHOD: dict[str, Any] = {
+    "_target_": "core.methods.batchtopk.BatchTopK", "d_model": 64, "dict_size": 40, "k": 4, "use_enc_bias": False,
+    "threshold_rule": "posthoc_mean", "threshold_ema_rate": 0.01, "aux": "r1", "aux_coefficient": 1 / 16,
+    "k_aux": 512, "lr": 1e-3, "betas": [0.9, 0.99], "input_norm": "none", "seed": 0, "decoder_norm": "before_step",
+    "dead_after_tokens": 6400, "grad_clip": 1e5, "warmup_steps": 0, "decay_fraction": 0.0, "path": "auto",
+}  # fmt: skip
+
+
+def wanted(rows: torch.Tensor, n_steps: int = 40, start: BatchTopK | None = None, **method: Any) -> MetaRequest:
+    return MetaRequest(
+        rows=rows, method={**METHOD, "d_model": rows.shape[1], **method}, n_steps=n_steps, batch_size=64,
+        sampling="shuffled", seed=0, calibration_batches=10, batches_per_chunk=8, start=start,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_few_threads: None) -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def cfg(bare_cfg: Any, tmp_path: Path) -> Any:
+    return partial(bare_cfg, tmp_path)
+
+
+ROWS = random_directions(200, 16, seed=5)
+
+
+# ---- ground truth
+
+
+def recovered(meta: BatchTopK, planted: PlantedEntities) -> tuple[float, float]:
+    """Mean cosine of attributes with their matched meta-latents, and the share of attributes with one above 0.7."""
+    nearest = max_cosines(planted.attributes, directions(meta.W_dec, "meta"))[0]
+    return float(dictionary_mcc(planted.attributes, meta.W_dec, "cosine")), float((nearest > 0.7).double().mean())
+
+
+@pytest.mark.slow
+def test_meta_latents_of_entities_are_the_planted_attributes(cfg: Any):
+    planted = PlantedEntities(n_entities=600, seed=0)  # 40 attributes, 3 for each entity
+    rows = directions(planted.entities, "entities")
+    settings = {"lr": 3e-3, "k": 3, "decay_fraction": 0.5}
+    real, null = (
+        train_meta(replace(wanted(r, 600, **settings), batch_size=200), cfg("store"))
+        for r in (rows, null_rows(rows, 0))
+    )
+    assert recovered(real, planted)[0] > 0.8 and recovered(real, planted)[1] > 0.9
+    assert recovered(null, planted)[0] < 0.35 and recovered(null, planted)[1] == 0.0
+    assert score(real, rows).batch.centred > score(null, null_rows(rows, 0)).batch.centred + 0.2
+
+    closeness, attribute = max_cosines(directions(real.W_dec, "meta"), planted.attributes)
+    codes = decompose(real, rows)
+    sure = closeness[codes.cols] > 0.7
+    right = planted.attributes_of[codes.rows[sure], attribute[codes.cols[sure]]]
+    assert sure.double().mean() > 0.8 and right.mean() > 0.9
+
+
+# ---- training
+
+
+def parameters(meta: BatchTopK) -> list[torch.Tensor]:
+    return [value.clone() for value in meta.state_dict().values()]
+
+
+def assert_equal(a: BatchTopK, b: BatchTopK) -> None:
+    assert all(torch.equal(x, y) for x, y in zip(parameters(a), parameters(b), strict=True))
+
+
+class InterruptedTrainingError(RuntimeError):
+    pass
+
+
+def test_a_stopped_training_goes_on_to_the_same_parameters_bit_for_bit(cfg: Any, monkeypatch: pytest.MonkeyPatch):
+    request = wanted(ROWS)
+    whole = train_meta(request, cfg("whole"))
+    original, steps = meta_sae.Fleet.training_step, []
+
+    def breaking(self: Any, chunk: Any, batch_idx: int) -> None:
+        steps.append(batch_idx)
+        if steps == [0, 1, 2]:
+            raise InterruptedTrainingError
+        original(self, chunk, batch_idx)
+
+    monkeypatch.setattr(meta_sae.Fleet, "training_step", breaking)
+    stopped = cfg("stopped", checkpoint_every_seconds=1e-9)
+    with pytest.raises(InterruptedTrainingError):
+        train_meta(request, stopped)
+    assert_equal(train_meta(request, stopped), whole)
+    assert steps == [0, 1, 2, 2, 3, 4]
+    assert not list(Path(stopped.artifacts_dir).glob("training/*/*"))  # nobody needs the checkpoints any more
+
+
+def test_what_is_stored_is_not_trained_again_and_another_setting_is_another_key(cfg: Any, monkeypatch):
+    request = wanted(ROWS)
+    first = train_meta(request, cfg("store"))
+    monkeypatch.setattr(meta_sae, "_train", lambda *_: pytest.fail("trained again"))
+    assert_equal(train_meta(wanted(ROWS.clone()), cfg("store")), first)
+    others = [wanted(ROWS, 41), wanted(ROWS, k=5), wanted(ROWS * 0.5), wanted(ROWS, start=first)]
+    assert len({request.key, *(other.key for other in others)}) == 5
+    assert not any(Store(cfg("store").artifacts_dir).has(KIND, other.spec) for other in others)
+
+
+def test_trained_together_each_comes_out_as_alone(cfg: Any):
+    requests = [wanted(ROWS), wanted(ROWS, dict_size=20), wanted(ROWS, k=8), wanted(null_rows(ROWS, 0))]
+    for together, request in zip(train_metas(requests, cfg("together")), requests, strict=True):
+        assert_equal(together, train_meta(request, cfg("alone")))
+
+
+def test_a_decoder_that_is_given_stays_and_the_encoder_learns_to_use_it(cfg: Any):
+    other = random_directions(40, 16, seed=9)
+    start = replaced_decoder(train_meta(wanted(ROWS, 200), cfg("store")), other)
+    tuned = train_meta(wanted(ROWS, 400, start=start), cfg("store"))
+    torch.testing.assert_close(tuned.W_dec, other)
+    assert torch.equal(tuned.b_dec, start.b_dec) and not torch.equal(tuned.W_enc, start.W_enc)
+    assert score(tuned, ROWS).batch.centred > score(start, ROWS).batch.centred + 0.05
+
+
+def test_frequent_rows_are_explained_better_when_they_are_drawn_more_often(cfg: Any):
+    weights = torch.where(torch.arange(200) < 20, 1.0, 0.01)
+    even = train_meta(wanted(ROWS, 400), cfg("store"))
+    weighted = replace(wanted(ROWS, 400), sampling="frequency", weights=weights)
+    tilted = train_meta(weighted, cfg("store"))
+    assert score(tilted, ROWS, weights).batch.centred > score(even, ROWS, weights).batch.centred + 0.1
+
+
+# ---- what is refused
+
+
+def test_a_method_that_does_not_fit_is_refused(cfg: Any):
+    topk = {key: value for key, value in METHOD.items() if not key.startswith("threshold")}
+    topk["_target_"] = "core.methods.topk.TopK"
+    with pytest.raises(UserError, match=r"meta\.method must be a BatchTopK, not TopK"):
+        train_meta(replace(wanted(ROWS), method=topk), cfg("store"))
+    with pytest.raises(UserError, match="d_model is 12, but rows have 16"):
+        train_meta(wanted(ROWS, d_model=12), cfg("store"))
+
+
+def test_a_training_that_diverges_says_so_and_stores_nothing(cfg: Any):
+    request = wanted(ROWS, lr=1e30, decoder_norm="none")
+    with pytest.raises(NonFiniteLoss):
+        train_meta(request, cfg("store"))
+    assert not Store(cfg("store").artifacts_dir).has(KIND, request.spec)
+
+
+# ---- figures
+
+
+def test_variance_explained_by_hand():
+    # rows 0 and 4 on a line, rebuilt as 1 and 3: errors 1 + 1, spread 4 + 4, energy 0 + 16
+    rows, rebuilt = torch.tensor([[0.0], [4.0]]), torch.tensor([[1.0], [3.0]])
+    found = VarianceExplained.of(rows, rebuilt)
+    assert found.centred == pytest.approx(1 - 2 / 8) and found.uncentred == pytest.approx(1 - 2 / 16)
+    # weights 3 : 1: mean 1, spread 3 * 1 + 9 = 12, error 3 + 1
+    found = VarianceExplained.of(rows, rebuilt, torch.tensor([3.0, 1.0]))
+    assert found.centred == pytest.approx(1 - 4 / 12) and found.uncentred == pytest.approx(1 - 4 / 16)
+
+
+def by_hand(meta: BatchTopK, codes: torch.Tensor) -> torch.Tensor:
+    return codes @ meta.W_dec + meta.b_dec
+
+
+def test_scores_are_those_of_dense_arithmetic(cfg: Any):
+    meta = train_meta(wanted(ROWS, 100), cfg("store"))
+    z = ((ROWS - meta.b_dec) @ meta.W_enc.T).relu()
+    together = z * (z >= z.flatten().topk(4 * len(ROWS)).values[-1])
+    alone = z * (z > meta.threshold)
+    found = score(meta, ROWS)
+    assert decompose_together(meta, ROWS).l0() == 4 and found.l0_threshold == pytest.approx(
+        float((alone > 0).sum() / 200)
+    )
+    torch.testing.assert_close(decompose(meta, ROWS).dense(), alone)
+    for value, codes in ((found.batch, together), (found.threshold, alone)):
+        assert value.centred == pytest.approx(VarianceExplained.of(ROWS, by_hand(meta, codes)).centred, abs=1e-6)
+    active = (together > 0).sum(0)
+    assert found.dead_fraction == pytest.approx(float((active == 0).double().mean()))
+    assert found.most_frequent == pytest.approx(float(active.max()) / 200)
+
+
+def test_the_null_has_the_shape_of_the_rows_and_none_of_their_structure():
+    null = null_rows(ROWS, 3)
+    assert null.shape == ROWS.shape and not torch.equal(null, ROWS) and torch.equal(null, null_rows(ROWS, 3))
+
+
+def test_another_decoder_leaves_the_rest_as_it_was(cfg: Any):
+    meta = train_meta(wanted(ROWS, 20), cfg("store"))
+    other = replaced_decoder(meta, random_directions(40, 16, 0))
+    assert torch.equal(other.W_enc, meta.W_enc) and torch.equal(other.threshold, meta.threshold)
+    assert torch.equal(other.W_dec, random_directions(40, 16, 0)) and not torch.equal(other.W_dec, meta.W_dec)
