@@ -345,7 +345,7 @@ def write_browsing(
         MetaLatent(j, common[j], int(active[j]), [int(ids[i]) for i in members[j][: 2 * SHOWN]])
         for j in range(len(members))
     ]
-    title = f"{cfg.family[cfg.base].dict_size} latents of {cfg.model.name} at {cfg.stream.site}"
+    title = f"{cfg.family[cfg.base].dict_size:,} latents at {cfg.stream.site} of the model {cfg.model.name}"
     note = f"{len(metas)} meta-latents, {ve:.1%} of the variance of the decoder directions explained."
     write_page(folder(cfg) / PAGE, title, note, latents, metas, len(rows.latents))
     table = pd.DataFrame(

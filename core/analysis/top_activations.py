@@ -5,6 +5,7 @@ Shapes: R rows of T tokens, m = dict_size, n strongest kept.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -122,8 +123,10 @@ def top_tokens(found: Strongest, rows: Tensor, tokenizer: Any, n: int) -> list[l
 
 
 def normal(token: str) -> str:
-    """A token without surrounding space and case; one that is nothing but space, as it is written in code."""
-    return token.strip().lower() or repr(token)[1:-1]
+    """A token without surrounding space and case; one that is nothing but space as in code, long runs counted."""
+    if words := token.strip().lower():
+        return words
+    return re.sub("  +", lambda run: f"\u2423\u00d7{len(run.group())}", repr(token)[1:-1])
 
 
 def contexts(
