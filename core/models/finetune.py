@@ -1,0 +1,86 @@
+"""Train a GPT-2-architecture model on, on other text, and keep the result as a folder that any experiment can load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from core.artifacts import Store, content_key
+from core.data.rows import RowStream
+from core.data.text import TextSource
+from core.errors import UserError
+from core.interrupts import remove_folder
+from core.models.identity import model_identity
+from core.models.language_model import LanguageModel, load_language_model
+from core.models.pretrain import Pretraining, RowData
+from core.training import Checkpoints, TokenProgress, make_trainer
+
+KIND = "language_model"
+
+
+class FineTuning(Pretraining):
+    """AdamW for everything: in steps as small as a short fine-tuning needs, Muon costs as much as the model."""
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        inner = [p for p in self.lm.transformer.h.parameters() if p.ndim == 2]
+        inner_ids = {id(p) for p in inner}
+        rest = [p for p in self.lm.parameters() if id(p) not in inner_ids]
+        return [
+            torch.optim.AdamW(group, lr=self.lr_adam, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+            for group in (inner, rest)
+        ]
+
+
+def fine_tuned(cfg: DictConfig, model: Mapping[str, Any], source: TextSource, training: Mapping[str, Any]) -> Path:
+    """The folder, in Hugging Face's format (half precision), of a model after training on; made once, then stored.
+
+    model     a configuration group `model`: where to begin
+    source    what it learns from; `train` documents, one pass over as many rows as are needed
+    training  n_tokens, n_ctx, rows_per_step, seed (of the text and its order); `optimiser`: lr, warmup_steps and
+              decay_fraction, as of `Pretraining`
+
+    A training that was interrupted goes on from its checkpoint. Raises UserError for a model of another architecture.
+    """
+    store = Store(cfg.artifacts_dir)
+    decisive = {"model": model_identity(model), "text": source.spec, "training": dict(training)}
+
+    def make(folder: Path) -> None:
+        lm = load_language_model({**model, "dtype": "float32"})
+        _train(cfg, lm, source, training, store.path("finetuning", decisive)).export(folder, lm.tokenizer)
+
+    path = store.get_or_make(KIND, decisive, make)
+    remove_folder(store.path("finetuning", decisive))
+    return path
+
+
+def _train(
+    cfg: DictConfig, lm: LanguageModel, source: TextSource, training: Mapping[str, Any], folder: Path
+) -> Pretraining:
+    if lm.family != "gpt2":
+        raise UserError(
+            f"model: {lm.name} is a {lm.family}; only a gpt2 can be trained on here, such as model=bundled."
+        )
+    n_ctx, rows_per_step, seed = training["n_ctx"], training["rows_per_step"], training["seed"]
+    n_steps = training["n_tokens"] // (n_ctx * rows_per_step)
+    if n_steps < 1:
+        raise UserError(f"planting.n_tokens={training['n_tokens']} is less than one step of {rows_per_step} x {n_ctx}.")
+    stream = RowStream(source, lm.tokenizer, "train", seed, n_ctx)
+    tokens = stream.next_rows((n_steps + 1) * rows_per_step).flatten().numpy()  # one more: order shifts the rows
+    o = training["optimiser"]
+    module = FineTuning(
+        lm.model.config.to_dict(), n_steps, o["lr"], o["lr"], 0.0, o["warmup_steps"], o["decay_fraction"], seed
+    )
+    module.lm.load_state_dict(lm.model.state_dict())
+    data = RowData(tokens, n_ctx, rows_per_step, seed)
+    checkpoints = Checkpoints(folder, cfg.trainer.checkpoint_every_seconds)
+    progress = TokenProgress(
+        "fine-tuning", n_steps * n_ctx * rows_per_step, n_ctx * rows_per_step, cfg.logging.quiet_seconds
+    )
+    name = f"{cfg.name}-{content_key(dict(training))}"
+    trainer = make_trainer(cfg, Path(cfg.output_dir) / "logs", name, n_steps, [progress, checkpoints])
+    checkpoints.fit(trainer, module, data)
+    return module
