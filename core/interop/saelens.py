@@ -116,19 +116,22 @@ def read_log_sparsity(folder: Path) -> Tensor | None:
     return weights.take("sparsity", *weights.shape("sparsity"))
 
 
+def write_log_sparsity(log_sparsity: Tensor, folder: Path) -> None:
+    """Beside a dictionary, what `read_log_sparsity` reads, `[m]`."""
+    _save({"sparsity": log_sparsity}, folder / SPARSITY)
+
+
 def write(
     method: DictionaryMethod,
     folder: Path,
     *,
     site: str | None = None,
     model: str | None = None,
-    log_sparsity: Tensor | None = None,
     centred_model: bool = False,
 ) -> None:
     """Write a trained or loaded dictionary as SAELens loads it, so that codes are the same, and reconstructions too.
 
     site, model     ours, for the metadata
-    log_sparsity    see `read_log_sparsity`
     centred_model   has to be said for `input_norm=token_center`, which the format has not: then codes are the same for
                     any activations, but reconstructions only for those of a model with centred writing weights, whose
                     tokens have a mean of zero over d
@@ -177,8 +180,6 @@ def write(
         **({"k": found.k, "rescale_acts_by_decoder_norm": False} if found.k is not None else {}),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    if log_sparsity is not None:
-        _save({"sparsity": log_sparsity}, folder / SPARSITY)
     _save(state, folder / WEIGHTS)
     write_atomically(folder / CFG, json.dumps(cfg, indent=1))
 

@@ -223,7 +223,9 @@ def test_a_dictionary_of_centred_tokens_is_written_for_a_centred_model_if_that_i
 @pytest.mark.parametrize("name", list(OURS))
 def test_what_is_written_is_read_back_the_same(name, tmp_path, rows, dictionary):
     method = dictionary(OURS[name][0], **OURS[name][1])
-    saelens.write(method, tmp_path, log_sparsity=torch.full((80,), -2.0))
+    saelens.write(method, tmp_path)
+    assert saelens.read_log_sparsity(tmp_path) is None
+    saelens.write_log_sparsity(torch.full((80,), -2.0), tmp_path)
     again = saelens.read(tmp_path)
     norm, plain = method.norm(rows)[0], again.norm(rows)[0]
     assert torch.equal(method.encode(norm).dense() > 0, again.encode(plain).dense() > 0)

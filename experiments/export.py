@@ -1,0 +1,54 @@
+"""Write a trained or loaded dictionary as a SAELens folder, read it back, and score both on the same text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from core.analysis.evaluate import evaluate_dictionaries
+from core.errors import UserError
+from core.fleet import Request
+from core.interop import saelens
+from experiments.common import (
+    held_out_activations,
+    held_out_rows,
+    language_model,
+    reference_losses,
+    requests,
+    trained,
+)
+
+SCORES = ("l0_mean", "nmse_raw_energy", "nmse_token_std", "ce_degradation")
+
+
+def dictionaries(cfg: DictConfig) -> list[Request]:
+    """What the fleet trains for this cell; nothing if the dictionary is loaded."""
+    return requests(cfg)
+
+
+def run(cfg: DictConfig) -> dict[str, float]:
+    """L0, errors and loss of the dictionary, and of what was written (`_exported`); `log_sparsity` is measured on the
+    same held-out text."""
+    folder = target(cfg)
+    method = trained(cfg)
+    lm, site, rows, e = language_model(cfg), cfg.stream.site, held_out_rows(cfg), cfg.evaluation
+    saelens.write(method, folder, model=cfg.model.name, site=site, centred_model=cfg.export.centred_model)
+    both = {"": method, "_exported": saelens.read(folder).to(lm.device)}
+    found = evaluate_dictionaries(
+        both, lm, site, rows, e.n_downstream_rows, e.rows_per_batch, reference_losses(cfg), held_out_activations(cfg)
+    )
+    log_sparsity = (found[""].sparsity.frequencies() + 1e-10).log10().float()
+    saelens.write_log_sparsity(log_sparsity, folder)
+    scores = {name: evaluation.metrics() for name, evaluation in found.items()}
+    return {score + name: values[score] for name, values in scores.items() for score in SCORES}
+
+
+def target(cfg: DictConfig) -> Path:
+    """The folder to write to. Raises UserError if it is one of the user's and holds something."""
+    if cfg.export.folder is None:
+        return Path(cfg.cell_folder) / "saelens"
+    folder = Path(cfg.export.folder).expanduser()
+    if folder.is_dir() and any(folder.iterdir()) and not cfg.force:
+        raise UserError(f"export.folder={folder} holds files already; choose another folder, or force=true.")
+    return folder

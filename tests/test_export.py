@@ -1,0 +1,63 @@
+"""Dictionaries go out as files and come back: through export, and into an experiment that trains none."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import run as runner
+from core.interop import saelens
+
+SETTINGS = ["scale=smoke", "logging=none", "stream.n_tokens=1024"]
+
+
+@pytest.fixture
+def run(tmp_path_factory, monkeypatch, capsys):
+    """Runs one cell and gives its folder, or what was said when it failed."""
+    artifacts = tmp_path_factory.mktemp("artifacts")
+
+    def one(out: Path, *arguments: str) -> Path | str:
+        given = [*SETTINGS, f"output_dir={out}", f"artifacts_dir={artifacts}", *arguments]
+        monkeypatch.setattr(sys, "argv", ["run.py", *given])
+        if runner.main():
+            return capsys.readouterr().err
+        return next(out.rglob("results.json")).parent
+
+    return one
+
+
+def metrics(cell: Path) -> dict[str, float]:
+    return json.loads((cell / "results.json").read_text())["metrics"]
+
+
+@pytest.mark.slow
+def test_a_trained_dictionary_is_exported_and_scored_again_with_the_same_result(run, tmp_path):
+    first = run(tmp_path / "a", "experiment=export", "method=batchtopk", "method.dict_size=64", "method.k=8")
+    scores = metrics(first)
+    for name in ("l0_mean", "nmse_raw_energy", "nmse_token_std", "ce_degradation"):
+        assert scores[f"{name}_exported"] == pytest.approx(scores[name], rel=1e-4)
+    sparsity = saelens.read_log_sparsity(first / "saelens")
+    assert (10**sparsity).sum().item() == pytest.approx(scores["l0_mean"], rel=1e-4)
+
+    loaded = ["experiment=leask_batchtopk", "hydra.mode=RUN", "method=pretrained"]
+    again = run(tmp_path / "b", *loaded, f'method.repo="{first}/saelens"')
+    assert metrics(again)["l0_mean"] == scores["l0_mean"]
+    assert metrics(again)["nmse_raw_energy"] == pytest.approx(scores["nmse_raw_energy"], rel=1e-4)
+    assert metrics(again)["l0_mean_compat"] > 0
+    told = json.loads((again / "dictionary.json").read_text())
+    assert told["hyperparameters"]["source"]["repo"] == str(first / "saelens")
+
+    native = run(tmp_path / "c", *loaded, f'method.repo="{first}"')  # the cell that trained it
+    assert metrics(native)["nmse_raw_energy"] == scores["nmse_raw_energy"]
+    from_cell = ["experiment=export", "method=pretrained", f'method.repo="{first}"', f"export.folder={tmp_path}/out"]
+    assert metrics(run(tmp_path / "d", *from_cell))["l0_mean_exported"] == scores["l0_mean"]
+    assert f"export.folder={tmp_path / 'out'} holds files already" in run(tmp_path / "e", *from_cell)
+
+    for arguments, message in (
+        ((f'method.repo="{first}"', "stream.site=resid_pre.2"), "Set stream.site=resid_pre.4"),
+        ((f'method.repo="{first}/saelens"', "stream.site=resid_pre.2"), "Set stream.site=resid_pre.4"),
+        ((f'method.repo="{first}/saelens"', "method.dict_size=65"), "method.dict_size is 65"),
+        ((f"method.repo={tmp_path}/nothing",), "there is no folder"),
+    ):
+        assert message in run(tmp_path / f"f{hash(arguments)}", *loaded, *arguments)
