@@ -78,7 +78,7 @@ def _loaded(method: dict[str, Any]) -> tuple[DictionaryMethod, dict[str, Any]]:
             raise error.__cause__ from error.__cause__.__cause__
         raise
     kind = f"{type(found).__module__}.{type(found).__qualname__}"
-    return found, {"class": kind, "hyperparameters": found.hyperparameters()}
+    return found, {"class": kind, "hyperparameters": found.hyperparameters(), "loaded": method}
 
 
 def plain(node: Any) -> Any:

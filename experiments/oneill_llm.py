@@ -34,6 +34,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     Claims: oneill/llm-1 to -6 compare these cells with each other.
     """
     method = trained(cfg)
+    step_flops = train_step_flops(method, cfg.stream.batch_size)  # knows which methods are compared here
     lm, site, rows, e = language_model(cfg), cfg.stream.site, held_out_rows(cfg), cfg.evaluation
     metrics = evaluate_dictionary(
         method,
@@ -50,7 +51,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         **metrics,
         "alive_fraction": 1 - metrics["dead_fraction"],
         **atom_norms(method),
-        "train_flops": n_steps * train_step_flops(method, cfg.stream.batch_size),
+        "train_flops": n_steps * step_flops,
     }
 
 

@@ -63,14 +63,12 @@ def load(
         check_site(method.source.get("hook"), site)
     elif trained_on := native.site(folder):
         check_site(hook_of(trained_on), site)
-    for name, stated, actual in (
-        ("model.d_model", d_model, method.d_model),
-        ("method.dict_size", dict_size, method.dict_size),
+    for name, stated, actual, remedy in (
+        ("model.d_model", d_model, method.d_model, "Choose the model that it was made for (model=...)"),
+        ("method.dict_size", dict_size, method.dict_size, "Set method.dict_size=null to take it as it is"),
     ):
         if stated not in (None, actual):
-            raise UserError(
-                f"{name} is {stated}, but the dictionary in {folder} has {actual}: another model or another one."
-            )
+            raise UserError(f"{name} is {stated}, but the dictionary in {folder} has {actual}. {remedy}.")
     return method if input_norm is None else _with_norm(method, input_norm, folder)
 
 
