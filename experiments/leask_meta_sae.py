@@ -64,17 +64,25 @@ def check(cfg: DictConfig) -> None:
     n = len(cfg.family)
     if cfg.rows not in ("base", "family"):
         raise UserError(f"rows={cfg.rows!r} is neither base nor family.")
-    if n < 2 or not all(0 <= place < n for place in (cfg.base, cfg.small)) or cfg.small >= cfg.base:
-        raise UserError(
-            f"family has {n} dictionaries; base={cfg.base} and small={cfg.small} are places in it, small first."
-        )
-    if not 1 <= cfg.n_replacing <= cfg.base:
-        raise UserError(
-            f"n_replacing={cfg.n_replacing} dictionaries must be 1 to {cfg.base}, those smaller than the base."
-        )
-    sizes = [settings.dict_size for settings in cfg.family]
+    if not 0 <= cfg.base < n:
+        raise UserError(f"base={cfg.base} is no place in the family of {n} dictionaries.")
+    if needed(cfg) != [cfg.base]:
+        if n < 2 or not 0 <= cfg.small < cfg.base:
+            raise UserError(
+                f"family has {n} dictionaries, small={cfg.small}, base={cfg.base}: the small one comes before the base. "
+                "detail=false rows=base needs the base alone."
+            )
+        if not 1 <= cfg.n_replacing <= cfg.base:
+            raise UserError(f"n_replacing={cfg.n_replacing} must be 1 to {cfg.base}, the dictionaries before the base.")
+
+
+def check_family(family: Mapping[int, DictionaryMethod]) -> None:
+    """Raises UserError unless all have one width and each is larger than the one before."""
+    if len({method.d_model for method in family.values()}) > 1:
+        raise UserError(f"family: widths differ: {', '.join(str(method.d_model) for method in family.values())}.")
+    sizes = [method.dict_size for method in family.values()]
     if sorted(set(sizes)) != sizes:
-        raise UserError(f"family: dict_size must grow from one dictionary to the next, not {sizes}.")
+        raise UserError(f"family: sizes must grow from one dictionary to the next, not {', '.join(map(str, sizes))}.")
 
 
 def needed(cfg: DictConfig) -> list[int]:
@@ -91,6 +99,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     """Train a meta-dictionary and one on random directions of the same shape; compare. Claims: leask/meta-*."""
     check(cfg)
     family = {place: trained(cfg, member(cfg, place)) for place in needed(cfg)}
+    check_family(family)
     rows = base_rows(cfg, family[cfg.base]) if cfg.rows == "base" else family_rows(cfg, family)
     null = null_rows(rows.directions, cfg.seed)
     real = MetaRequest.of(cfg.meta, rows.directions, cfg.trainer.precision, rows.frequency)
@@ -101,9 +110,9 @@ def run(cfg: DictConfig) -> dict[str, float]:
     if rows.frequency is not None and cfg.rows == "base":
         metrics |= weighted(meta, rows)
     if cfg.rows == "family":
-        metrics |= splits(cfg, meta, rows)
+        metrics |= splits(cfg, meta, rows, family)
     if cfg.detail and cfg.rows == "base":
-        others = {place: directions_of(cfg, place, method) for place, method in family.items()}
+        others = {place: directions(method.W_dec, name(place, method)) for place, method in family.items()}
         metrics |= similarity(cfg, meta, null_meta, rows, others) | pursuit(cfg, rows, others)
         metrics |= replacement(cfg, meta, rows, others)
         metrics |= geometry.graph_overlap(
@@ -139,7 +148,7 @@ def base_rows(cfg: DictConfig, base: DictionaryMethod) -> Rows:
     looked_at = cfg.detail or cfg.meta.sampling == "frequency" or cfg.meta.min_firing_rate is not None
     frequency = strongest(cfg, cfg.base, base).frequency if looked_at else None
     latents = kept(cfg, base.dict_size, frequency)
-    W = directions(base.W_dec[latents.to(base.W_dec.device)], name(cfg, cfg.base))
+    W = directions(base.W_dec[latents.to(base.W_dec.device)], name(cfg.base, base))
     return Rows(W, latents, None if frequency is None else frequency[latents], {cfg.base: 0})
 
 
@@ -152,7 +161,7 @@ def family_rows(cfg: DictConfig, family: Mapping[int, DictionaryMethod]) -> Rows
         first[place] = sum(len(part.latents) for part in parts)
         frequency = strongest(cfg, place, method).frequency if looked_at else None
         latents = kept(cfg, method.dict_size, frequency)
-        W = directions(method.W_dec[latents.to(method.W_dec.device)], name(cfg, place))
+        W = directions(method.W_dec[latents.to(method.W_dec.device)], name(place, method))
         parts.append(Rows(W, latents, None if frequency is None else frequency[latents], {}))
     together = torch.cat([part.frequency for part in parts if part.frequency is not None]) if looked_at else None
     return Rows(torch.cat([p.directions for p in parts]), torch.cat([p.latents for p in parts]), together, first)
@@ -168,13 +177,8 @@ def kept(cfg: DictConfig, m: int, frequency: Tensor | None) -> Tensor:
     return latents
 
 
-def directions_of(cfg: DictConfig, place: int, method: DictionaryMethod) -> Tensor:
-    """All rows of a dictionary, for comparison."""
-    return directions(method.W_dec, name(cfg, place))
-
-
-def name(cfg: DictConfig, place: int) -> str:
-    return f"family[{place}] ({cfg.family[place].dict_size} latents)"
+def name(place: int, method: DictionaryMethod) -> str:
+    return f"family[{place}] ({method.dict_size} latents)"
 
 
 def strongest(cfg: DictConfig, place: int, method: DictionaryMethod) -> top.Strongest:
@@ -213,8 +217,7 @@ def similarity(
     """Largest cosines of meta-latents with latents of every size, and within each set; their histograms as a table."""
     W, W_null = directions(meta.W_dec, "meta"), directions(null_meta.W_dec, "null")
     to = {place: geometry.max_cosines(W, other)[0] for place, other in others.items()}
-    sizes = {place: cfg.family[place].dict_size for place in others}
-    series = {f"meta-latents to {sizes[place]}": values for place, values in to.items()}
+    series = {f"meta-latents to {len(others[place])}": values for place, values in to.items()}
     series["null to the small one"] = geometry.max_cosines(W_null, others[cfg.small])[0]
     within = {"meta": W, "base": rows.directions, "small": others[cfg.small]}
     series |= {f"within {key}": geometry.max_cosines(set_, set_, within=True)[0] for key, set_ in within.items()}
@@ -266,10 +269,12 @@ def replacement(cfg: DictConfig, meta: BatchTopK, rows: Rows, others: Mapping[in
         )
         found[f"ve_{key}"] = score(as_it_is, rows.directions).batch.centred
         found[f"ve_{key}_tuned"] = score(tuned, rows.directions).batch.centred
-    return found
+    replaced, random = found["ve_replaced_tuned"], found["ve_random_decoder_tuned"]
+    whole = score(meta, rows.directions).batch.centred
+    return {**found, "replaced_above_random": replaced - random, "replaced_below_meta": whole - replaced}
 
 
-def splits(cfg: DictConfig, meta: BatchTopK, rows: Rows) -> dict[str, float]:
+def splits(cfg: DictConfig, meta: BatchTopK, rows: Rows, family: Mapping[int, DictionaryMethod]) -> dict[str, float]:
     """Meta-latents of latents by the size of their dictionary, and what latents inherit that others split into, for the
     base and the next smaller dictionary."""
     codes = decompose(meta, rows.directions)
@@ -281,7 +286,7 @@ def splits(cfg: DictConfig, meta: BatchTopK, rows: Rows) -> dict[str, float]:
     pairs = geometry.split_pairs(rows.directions[small], rows.directions[large])
     pairs = pairs + torch.tensor([small.start, large.start])
     return {
-        **{f"meta_latents_of_{cfg.family[place].dict_size}": mean for place, mean in means.items()},
+        **{f"meta_latents_of_{family[place].dict_size}": mean for place, mean in means.items()},
         "meta_latents_smallest": next(iter(means.values())),
         "meta_latents_largest": list(means.values())[-1],
         **geometry.inheritance(codes, pairs, (large.start, large.stop), cfg.seed).metrics(),
@@ -345,7 +350,7 @@ def write_browsing(
         MetaLatent(j, common[j], int(active[j]), [int(ids[i]) for i in members[j][: 2 * SHOWN]])
         for j in range(len(members))
     ]
-    title = f"{cfg.family[cfg.base].dict_size:,} latents at {cfg.stream.site} of the model {cfg.model.name}"
+    title = f"{len(found.counts):,} latents at {cfg.stream.site} of the model {cfg.model.name}"
     note = f"{len(metas)} meta-latents, {ve:.1%} of the variance of the decoder directions explained."
     write_page(folder(cfg) / PAGE, title, note, latents, metas, len(rows.latents))
     table = pd.DataFrame(

@@ -215,7 +215,7 @@ class VarianceExplained:
     @classmethod
     def of(cls, rows: Tensor, rows_hat: Tensor, weights: Tensor | None = None) -> VarianceExplained:
         """Of rows and their reconstructions, both `[N, d]`; weights `[N]`, of any positive sum."""
-        w, w_hat = rows.double(), rows_hat.double()
+        w, w_hat = rows.detach().double(), rows_hat.detach().double()
         p = torch.ones_like(w[:, 0]) if weights is None else weights.to(w)
         p = p / p.sum()
         error, mean = p @ (w - w_hat).square().sum(1), p @ w
