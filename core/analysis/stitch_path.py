@@ -118,6 +118,15 @@ class Curve:
     l0: Tensor
 
 
+def lowest(path: Path, curve: Curve, values: Tensor) -> float:
+    """Between which values the error of `insertion_in_order` is lowest: inserting all latents below it is best."""
+    best = int(curve.mse.argmin())
+    inserted, left = values[path.comes <= best], values[(path.comes > best) & (path.comes <= path.n_steps)]
+    if not len(inserted) or not len(left):
+        return float(left.min()) if len(left) else float(inserted.max()) + 1e-6
+    return float(inserted.max() + left.min()) / 2
+
+
 @torch.no_grad()
 def walk(
     small: DictionaryMethod, large: DictionaryMethod, batches: Iterable[Tensor], paths: Mapping[str, Path]
@@ -171,7 +180,7 @@ def losses_along(
     total = torch.zeros(path.n_steps + 1, dtype=torch.float64, device=lm.device)
     for first in range(0, len(rows), size):
         tokens = rows[first : first + size].to(lm.device)
-        activations = lm.capture(tokens, site) if captured is None else captured[first : first + size]
+        activations = lm.capture(tokens, site) if captured is None else captured[first : first + len(tokens)]
         x, shift = small.norm(activations.flatten(0, 1))
         for point, x_hat in enumerate(_along(path, small, large, small.encode(x), large.encode(x)).unbind(1)):
             raw = small.norm.undo(x_hat, shift).view(activations.shape).to(activations.dtype)

@@ -48,9 +48,9 @@ def check_pair(small: DictionaryMethod, large: DictionaryMethod) -> None:
             f"The small dictionary has d_model={small.d_model}, the large one {large.d_model}: stitching needs two "
             "dictionaries of one site of one model."
         )
-    sites = [getattr(method, "site", None) for method in (small, large)]
-    if None not in sites and sites[0] != sites[1]:
-        raise UserError(f"The dictionaries were made for {sites[0]} and {sites[1]}: stitching needs one site.")
+    hooks = [getattr(method, "source", {}).get("hook") for method in (small, large)]
+    if None not in hooks and hooks[0] != hooks[1]:
+        raise UserError(f"The dictionaries were made for {hooks[0]} and {hooks[1]}: stitching needs one site.")
     if small.norm.kind != large.norm.kind:
         raise UserError(
             f"input_norm: the small dictionary has {small.norm.kind!r}, the large one {large.norm.kind!r}; their "

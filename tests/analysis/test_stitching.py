@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core.analysis import stitching
 from core.analysis.frankenstein import frankenstein
-from core.analysis.stitch_path import Path, insertion, insertion_in_order, interpolation, walk
+from core.analysis.stitch_path import Curve, Path, insertion, insertion_in_order, interpolation, lowest, walk
 from core.analysis.stitching import (
     DEAD,
     NOVEL,
@@ -28,6 +28,7 @@ from core.analysis.stitching import (
 from core.errors import UserError
 from core.methods.base import DictionaryMethod
 from core.methods.batchtopk import BatchTopK
+from core.methods.pretrained import Pretrained
 from core.methods.relu_l1 import ReluL1
 from core.methods.saved import load_dictionary, save_dictionary
 from core.methods.stitched import Stitched
@@ -358,9 +359,20 @@ def test_dictionaries_scaled_by_other_constants_or_of_other_sites_are_refused():
     with pytest.raises(UserError, match="divide by 1 and 2"):
         score_latents(small, large, batches())
     small, large = relu(4), relu(8)
-    small.site, large.site = "resid_pre.3", "resid_pre.4"  # type: ignore[assignment]
-    with pytest.raises(UserError, match=r"resid_pre\.3 and resid_pre\.4"):
-        score_latents(small, large, batches())
+    elsewhere = [
+        Pretrained.of(
+            m.W_enc,
+            m.W_dec,
+            m.b_enc,
+            m.b_dec,
+            activation="relu",
+            subtract_b_dec=True,
+            source={"hook": f"resid_pre.{i}"},
+        )
+        for i, m in enumerate((relu(4), relu(8)))
+    ]
+    with pytest.raises(UserError, match=r"resid_pre\.0 and resid_pre\.1"):
+        score_latents(*elsewhere, batches())
 
 
 def test_one_dictionary_is_no_pair_and_no_family():
@@ -390,3 +402,14 @@ def test_the_rule_of_training_is_refused():
 def test_a_path_counts_its_latents():
     path = Path(torch.tensor([1, 3, 2]), torch.tensor([2, 3]), 2, ("a", "b"))
     assert path.n_latents.tolist() == [2, 3, 3]
+
+
+def test_the_threshold_lies_where_the_error_is_lowest():
+    values = torch.tensor([0.5, 0.1, 0.9, 0.3, 0.2])
+    path = insertion_in_order(values, torch.tensor([True, True, True, True, False]), n_small=3, n_steps=4)
+
+    def at(*mse: float) -> float:
+        return lowest(path, Curve(torch.tensor(mse), torch.tensor(mse), torch.tensor(mse)), values)
+
+    assert at(5, 4, 3, 6, 7) == pytest.approx(0.4)  # after 0.1 and 0.3, before 0.5
+    assert at(1, 4, 3, 6, 7) == pytest.approx(0.1) and at(5, 4, 3, 2, 1) > 0.9

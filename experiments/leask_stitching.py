@@ -1,0 +1,314 @@
+"""Stitching dictionaries of different sizes (Leask et al. 2025, the section on stitching; and the post of 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from core.analysis.evaluate import evaluate_dictionary
+from core.analysis.frankenstein import frankenstein
+from core.analysis.stitch_path import (
+    Curve,
+    insertion,
+    insertion_in_order,
+    interpolation,
+    losses_along,
+    lowest,
+    walk,
+)
+from core.analysis.stitch_path import Path as StitchPath
+from core.analysis.stitching import (
+    CLASSES,
+    DEAD,
+    NOVEL,
+    PAPER_THRESHOLD,
+    RECONSTRUCTION,
+    UNDECIDED,
+    Components,
+    LatentScores,
+    Nearest,
+    check_pair,
+    components,
+    error_of,
+    nearest,
+    predict_novel,
+    score_latents,
+)
+from core.errors import UserError
+from core.fleet import Request
+from core.methods.base import DictionaryMethod
+from experiments.common import (
+    held_out_activations,
+    held_out_rows,
+    language_model,
+    plain,
+    reference_losses,
+    requests,
+    trained,
+)
+
+LATENTS, INTERPOLATION, INSERTION, FRANKENSTEIN = (
+    f"{name}.parquet" for name in ("latents", "interpolation", "insertion", "frankenstein")
+)
+
+
+def dictionaries(cfg: DictConfig) -> list[Request]:
+    """What the fleet trains for this cell: the two of a pair, or the family."""
+    return requests(cfg, *members(cfg))
+
+
+def members(cfg: DictConfig) -> list[dict[str, Any]]:
+    """The `method` nodes of the cell: `method` with the settings of each member of the pair, or of the family, in the
+    place of its own. Raises UserError for fewer than two different ones."""
+    if cfg.part not in ("pair", "frankenstein"):
+        raise UserError(f"part={cfg.part!r} is neither pair nor frankenstein.")
+    chosen = [("small", cfg.small), ("large", cfg.large)] if cfg.part == "pair" else []
+    chosen += [(f"family[{i}]", member) for i, member in enumerate(cfg.family if not chosen else ())]
+    method, found = plain(cfg.method), []
+    for name, settings in chosen:
+        own = {key: value for key, value in plain(settings).items() if value is not None}
+        if unknown := own.keys() - method.keys():
+            raise UserError(f"{name}.{sorted(unknown)[0]}: the method has no such setting.")
+        found.append({**method, **own})
+    if len(found) < 2 or any(node in found[:i] for i, node in enumerate(found)):
+        keys = "small and large" if cfg.part == "pair" else "family"
+        raise UserError(f"{keys}: stitching needs two dictionaries or more, each different from the others.")
+    return found
+
+
+def run(cfg: DictConfig) -> dict[str, float]:
+    """One adjacent pair of a family (`part: pair`), or what is new in each member added up (`part: frankenstein`).
+
+    Claims: leask/stitching-1 to -4.
+    """
+    family = [trained(cfg, node) for node in members(cfg)]
+    Path(cfg.cell_folder).mkdir(parents=True, exist_ok=True)
+    return run_pair(cfg, family[0], family[1]) if cfg.part == "pair" else run_frankenstein(cfg, family)
+
+
+def activations(cfg: DictConfig) -> Iterator[Tensor]:
+    """Raw activations `[B, d]` of the held-out rows, `stitch.rows_per_block` rows at a time, without beginnings of text
+    and without the first position of a row, whose activations are unlike all others."""
+    lm, rows, captured = language_model(cfg), held_out_rows(cfg), held_out_activations(cfg)
+    size = cfg.stitch.rows_per_block
+    for first in range(0, len(rows), size):
+        tokens = rows[first : first + size]
+        x = lm.capture(tokens, cfg.stream.site) if captured is None else captured[first : first + size]
+        kept = tokens != lm.bos_token_id
+        kept[:, 0] = False
+        yield x[kept]
+
+
+# ---- a pair
+
+
+def run_pair(cfg: DictConfig, small: DictionaryMethod, large: DictionaryMethod) -> dict[str, float]:
+    """Score every latent of the large dictionary, foretell the scores from decoder rows, insert sets, interpolate."""
+    check_pair(small, large)
+    s, folder = cfg.stitch, Path(cfg.cell_folder)
+    scores = score_latents(small, large, activations(cfg), s.n_blocks)
+    near = nearest(small, large)
+    low, high = scores.interval(cfg.seed, s.confidence, s.n_resamples)
+    classes = scores.classes(cfg.seed, s.confidence, s.n_resamples)
+    save_latents(folder / LATENTS, scores, near, classes, low, high)
+
+    graphs = {"paper": components(small, large, PAPER_THRESHOLD)}
+    paths = {
+        **{f"insert_{name}": insertion(chosen.cpu(), small.dict_size) for name, chosen in sets(scores, near, classes)},
+        "order": insertion_in_order(near.cosine.cpu(), ~scores.dead.cpu(), small.dict_size, s.insertion_steps),
+        "paper": interpolation(near, graphs["paper"], s.steps_per_phase),
+    }
+    curves = walk(small, large, activations(cfg), paths)
+    save_curves(folder / INSERTION, {"order": paths["order"]}, curves, {"order": near})
+    from_data = lowest(paths["order"], curves["order"], near.cosine.cpu())
+    graphs["data"] = components(small, large, from_data)
+    paths["data"] = interpolation(near, graphs["data"], s.steps_per_phase)
+    curves |= walk(small, large, activations(cfg), {"data": paths["data"]})
+    losses = {key: downstream(cfg, small, large, paths[key]) for key in graphs}
+    save_curves(folder / INTERPOLATION, {key: paths[key] for key in graphs}, curves, losses=losses)
+
+    clean = reference_losses(cfg).clean
+    found = {**scores.metrics(), **of_classes(scores, near, classes)}
+    found |= {"ce_clean": clean, "ce_small": float(losses["paper"][0]), "ce_large": float(losses["paper"][-1])}
+    start = float(curves["paper"].mse[0])
+    for key, curve in curves.items():
+        if key.startswith("insert_"):
+            found[f"{key}_mse_ratio"] = float(curve.mse[1]) / start
+    found["threshold_insertion"] = from_data
+    found["insert_in_order_lowest_mse_ratio"] = float(curves["order"].mse.min()) / start
+    found["insert_in_order_highest_mse_ratio"] = float(curves["order"].mse.max()) / start
+    for key, graph in graphs.items():
+        found |= {f"interpolation_{key}_{k}": v for k, v in of_path(scores, paths[key], curves[key], graph).items()}
+    return found
+
+
+def sets(scores: LatentScores, near: Nearest, classes: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Sets of latents of the large dictionary that are inserted at once: by the sign of the score as the paper has it,
+    by what is sure of it, and by the cosine alone."""
+    lowers = (scores.delta_mse < 0) & ~scores.dead
+    below = (near.cosine < PAPER_THRESHOLD) & ~scores.dead
+    yield "novel", lowers
+    yield "reconstruction", ~lowers & ~scores.dead
+    yield "surely_novel", classes == NOVEL
+    yield "surely_reconstruction", classes == RECONSTRUCTION
+    yield "below_paper_threshold", below
+    yield "above_paper_threshold", ~below & ~scores.dead
+
+
+def of_classes(scores: LatentScores, near: Nearest, classes: Tensor) -> dict[str, float]:
+    """Shares of the classes, and how well the cosine foretells them. Shares are of the latents that are not dead."""
+    alive = ~scores.dead
+    n_alive = int(alive.sum())
+    if not n_alive:
+        raise UserError("No latent of the large dictionary fires on the held-out text: is it made for this site?")
+    shares = {name: int((classes == i).sum()) / n_alive for i, name in enumerate(CLASSES) if i != DEAD}
+    found = {
+        "dead_fraction": 1 - n_alive / len(alive),
+        "novel_fraction": int((scores.delta_mse[alive] < 0).sum()) / n_alive,
+        "surely_novel_fraction": shares["novel"],
+        "surely_reconstruction_fraction": shares["reconstruction"],
+        "undecided_fraction": shares["undecided"],
+        "below_paper_threshold_fraction": int((near.cosine[alive] < PAPER_THRESHOLD).sum()) / n_alive,
+        "cosine_median": float(near.cosine[alive].median()),
+    }
+    decided = alive & (classes != UNDECIDED)
+    for name, chosen in (("", alive), ("_decided", decided)):
+        if prediction := predict_novel(near.cosine[chosen], scores.delta_mse[chosen]):
+            found[f"auc{name}"] = prediction.auc
+            found[f"spearman{name}"] = prediction.spearman
+            found[f"threshold_best{name}"] = prediction.threshold
+            found[f"balanced_accuracy_best{name}"] = prediction.balanced_accuracy
+            found[f"balanced_accuracy_paper{name}"] = prediction.balanced_accuracy_paper
+    return found
+
+
+def of_path(scores: LatentScores, path: StitchPath, curve: Curve, graph: Components) -> dict[str, float]:
+    """An interpolation in numbers; ratios are to the small dictionary's error or L0. `largest_rise`: of the error above
+    the lowest value before, along the phases `insert` and `swap`."""
+    mse, l0, ends = curve.mse, curve.l0, scores.metrics()
+    inserted = path.phases.count("insert")
+    swapped = inserted + path.phases.count("swap")
+    way = mse[: swapped + 1]
+    return {
+        "mse_after_insert_ratio": float(mse[inserted] / mse[0]),
+        "mse_after_swap_ratio": float(mse[swapped] / mse[0]),
+        "mse_end_ratio": float(mse[-1] / mse[0]),
+        "largest_rise": float(((way - way.cummin(0).values) / mse[0]).max()),
+        "falling_share": float((way.diff() < 0).double().mean()),
+        "largest_rise_refit": float(
+            (curve.mse_refit - curve.mse_refit.cummin(0).values)[: swapped + 1].max() / curve.mse_refit[0]
+        ),
+        "l0_after_insert_ratio": float(l0[inserted] / l0[0]),
+        "l0_end_ratio": float(l0[-1] / l0[0]),
+        "start_gap": abs(float(mse[0]) / ends["mse_small"] - 1),
+        "end_gap": abs(float(mse[-1]) / ends["mse_large"] - 1),
+        "n_components": float(graph.paired.sum()),
+        "largest_component": float(graph.sizes[graph.paired].max()) if graph.paired.any() else 0.0,
+        "large_without_partner": float((~graph.paired[graph.large]).sum()),
+        "small_without_partner": float((~graph.paired[graph.small]).sum()),
+    }
+
+
+def downstream(cfg: DictConfig, small: DictionaryMethod, large: DictionaryMethod, path: StitchPath) -> Tensor:
+    """The language model's loss along a path, on the first `evaluation.n_downstream_rows` held-out rows."""
+    e, captured = cfg.evaluation, held_out_activations(cfg)
+    rows = held_out_rows(cfg)[: e.n_downstream_rows]
+    return losses_along(small, large, path, language_model(cfg), cfg.stream.site, rows, e.rows_per_batch, captured)
+
+
+def save_latents(path: Path, scores: LatentScores, near: Nearest, classes: Tensor, low: Tensor, high: Tensor) -> None:
+    """One row for each latent of the large dictionary."""
+    columns = {
+        "frequency": scores.fired.double() / scores.total_rows,
+        "delta_mse": scores.delta_mse,
+        "delta_mse_low": low,
+        "delta_mse_high": high,
+        "cosine": near.cosine,
+        "partner": near.partner,
+    }
+    table = pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
+    table["class"] = [CLASSES[i] for i in classes.tolist()]
+    table.rename_axis("latent").reset_index().to_parquet(path)
+
+
+def save_curves(
+    path: Path,
+    paths: Mapping[str, StitchPath],
+    curves: Mapping[str, Curve],
+    nears: Mapping[str, Nearest] | None = None,
+    losses: Mapping[str, Tensor] | None = None,
+) -> None:
+    """One row for each point of each path; with `nears` the largest cosine inserted so far."""
+    tables = []
+    for key, way in paths.items():
+        curve = curves[key]
+        columns: dict[str, Any] = {
+            "path": key,
+            "point": range(way.n_steps + 1),
+            "phase": ["start", *way.phases],
+            "n_latents": way.n_latents,
+            "mse": curve.mse,
+            "mse_refit": curve.mse_refit,
+            "l0": curve.l0,
+        }
+        if losses is not None:
+            columns["ce"] = losses[key]
+        if nears is not None:
+            cosine = nears[key].cosine.cpu().double()
+            largest = torch.full((way.n_steps + 2,), -torch.inf, dtype=torch.float64)
+            columns["cosine"] = largest.scatter_reduce(0, way.comes, cosine, "amax").cummax(0).values[:-1]
+        tables.append(pd.DataFrame({k: v.numpy() if isinstance(v, Tensor) else v for k, v in columns.items()}))
+    pd.concat(tables, ignore_index=True).to_parquet(path)
+
+
+# ---- a family
+
+
+def run_frankenstein(cfg: DictConfig, family: list[DictionaryMethod]) -> dict[str, float]:
+    """Grow the smallest dictionary by what is new in each larger one, and compare with ones of the same size."""
+    s, batches = cfg.stitch, partial(activations, cfg)
+    grown = frankenstein(family, batches, cfg.seed, s.frankenstein_below, s.n_blocks)
+    ordered = sorted(family, key=lambda method: method.dict_size)
+    rows = [(kind, method, error_of(method, batches())) for kind, group in (("family", ordered), ("grown", grown[1:]))
+            for method in group]  # fmt: skip
+    table = pd.DataFrame(
+        {"kind": kind, "n_latents": method.dict_size, **error._asdict(), "ce": spliced_loss(cfg, method)}
+        for kind, method, error in rows
+    )
+    table.to_parquet(Path(cfg.cell_folder) / FRANKENSTEIN)
+    return of_family(table)
+
+
+def of_family(table: pd.DataFrame) -> dict[str, float]:
+    """The last grown dictionary; and of all grown ones no larger than the family's largest the mean ratio of their
+    error and L0 to those of a dictionary of the same size, read between two of the family in logarithms."""
+    family, grown = (table[table["kind"] == kind] for kind in ("family", "grown"))
+    last = grown.iloc[-1]
+    found = {f"grown_{name}": float(last[name]) for name in ("n_latents", "mse", "mse_refit", "l0", "ce")}
+    found |= {f"largest_{name}": float(family.iloc[-1][name]) for name in ("n_latents", "mse", "mse_refit", "l0", "ce")}
+    within = grown[grown["n_latents"] <= family["n_latents"].max()]
+    found["n_grown_within_family"] = float(len(within))
+    if len(within):
+        for name in ("mse", "mse_refit", "l0"):
+            same = np.interp(np.log(within["n_latents"]), np.log(family["n_latents"]), np.log(family[name]))
+            found[f"grown_{name}_over_same_size"] = float(np.exp(np.log(within[name]) - same).mean())
+        same = np.interp(np.log(within["n_latents"]), np.log(family["n_latents"]), family["ce"])
+        found["grown_ce_minus_same_size"] = float((within["ce"] - same).mean())
+    return found
+
+
+def spliced_loss(cfg: DictConfig, method: DictionaryMethod) -> float:
+    """Nats per token with the dictionary's reconstruction at all positions."""
+    lm, e, captured = language_model(cfg), cfg.evaluation, held_out_activations(cfg)
+    rows = held_out_rows(cfg)[: e.n_downstream_rows]
+    captured = None if captured is None else captured[: len(rows)]
+    arguments = lm, cfg.stream.site, rows, len(rows), e.rows_per_batch, reference_losses(cfg), captured
+    return evaluate_dictionary(method, *arguments).metrics()["ce_spliced"]
