@@ -6,7 +6,7 @@ SCALE ?= demo
 PY := .venv/bin/python
 READY := .venv/.installed
 PAPERS := leask oneill minder paulo song
-BENCHMARKS := bench_train_step bench_stream bench_fleet bench_scaling bench_stacked
+BENCHMARKS := bench_train_step bench_stream bench_fleet bench_scaling bench_stacked bench_stitching
 ALL := $(basename $(notdir $(foreach paper,$(PAPERS),$(sort $(wildcard conf/experiment/$(paper)_*.yaml)))))
 EXPERIMENTS := $(filter-out $(WITHOUT),$(ALL))
 

@@ -10,7 +10,8 @@ import run as runner
 
 EXPERIMENTS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf/experiment").glob("*.yaml"))
 
-WITHOUT_LIGHTNING = {"bench_stream", "bench_stacked", "oneill_classical", "oneill_theorem"}  # they fit nothing with it
+BENCHMARKS_WITHOUT = {"bench_stream", "bench_stacked", "bench_stitching"}
+WITHOUT_LIGHTNING = {*BENCHMARKS_WITHOUT, "oneill_classical", "oneill_theorem"}  # they fit nothing with it
 
 
 @pytest.fixture(scope="module")
