@@ -71,6 +71,8 @@ def trained(cfg: DictConfig, method: Any = None) -> DictionaryMethod:
 
 def _loaded(method: dict[str, Any]) -> tuple[DictionaryMethod, dict[str, Any]]:
     """The dictionary of a node that is loaded, and what is to be kept of it: class, options and source."""
+    if method["repo"] in (None, "???"):
+        raise UserError("method.repo is not set: a name on the Hugging Face hub, or a folder with a dictionary.")
     try:
         found = instantiate({key: value for key, value in method.items() if key not in TRAINING_ONLY})
     except InstantiationException as error:
