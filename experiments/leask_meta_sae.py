@@ -66,10 +66,10 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"rows={cfg.rows!r} is neither base nor family.")
     if not 0 <= cfg.base < n:
         raise UserError(f"base={cfg.base} is no place in the family of {n} dictionaries.")
-    if needed(cfg) != [cfg.base]:
+    if cfg.detail or cfg.rows == "family":
         if n < 2 or not 0 <= cfg.small < cfg.base:
             raise UserError(
-                f"family has {n} dictionaries, small={cfg.small}, base={cfg.base}: the small one comes before the base. "
+                f"family has {n} dictionaries, small={cfg.small}, base={cfg.base}: the small one comes before. "
                 "detail=false rows=base needs the base alone."
             )
         if not 1 <= cfg.n_replacing <= cfg.base:
