@@ -1,0 +1,149 @@
+"""The figures of leask_stitching, for each language model, site and method.
+
+latents        for each pair of sizes, the largest cosine of a latent with the small dictionary, by class, and dMSE
+interpolation  for each pair of sizes, error, L0 and loss on the way from the small dictionary to the large one
+grown          error and L0 of the dictionary grown by novel latents, beside those of the family
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from reports.collect import Cell
+from reports.figures.style import BLACK, BLUE, GREY, ORANGE, SKY, VERMILION, log_axis, save, styled
+
+LATENTS, INTERPOLATION, FRANKENSTEIN = "latents.parquet", "interpolation.parquet", "frankenstein.parquet"
+PAPER_THRESHOLD = 0.7
+PANELS = {"mse": "MSE over that of the small", "l0": "L0 (active latents)", "ce": "loss (nats per token)"}
+WAYS = {"paper": (BLUE, "similar from cosine 0.7 on"), "data": (VERMILION, "similar from the best cosine on")}
+MAX_COLUMNS = 7
+
+
+def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
+    """Three figures for each model, site and method, as PNG and SVG; those without a cell are left out."""
+    groups: dict[tuple[str, str, str], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        groups[str(cell.get("model.name")), str(cell.get("stream.site")), str(cell.method)].append(cell)
+    written: list[Path] = []
+    with styled():
+        for (model, site, method), group in sorted(groups.items()):
+            title = f"{model}, {site}, {method}, {group[0].scale} scale, held-out text"
+            name = f"leask_stitching_{group[0].scale}_{model}_{site}_{method}"
+            pairs = sorted((c for c in group if c.get("part") == "pair"), key=_place)[:MAX_COLUMNS]
+            written += save(
+                latents([c for c in pairs if (c.folder / LATENTS).is_file()], title), folder / f"{name}_latents"
+            )
+            walks = [c for c in pairs if (c.folder / INTERPOLATION).is_file()]
+            written += save(interpolations(walks, title), folder / f"{name}_interpolation")
+            families = [c for c in group if (c.folder / FRANKENSTEIN).is_file()]
+            written += save(grown(families, title), folder / f"{name}_grown")
+    return written
+
+
+def _place(cell: Cell) -> tuple[int, float]:
+    """Pairs by the error of their small dictionary, the largest first, seed by seed: that is by size."""
+    return cell.seed, -cell.metrics.get("mse_small", 0.0)
+
+
+def _name(cell: Cell) -> str:
+    sizes = [cell.get(f"{which}.dict_size") or _last(cell.get(f"{which}.path")) for which in ("small", "large")]
+    return f"{sizes[0]} to {sizes[1]}"
+
+
+def _last(path: Any) -> str:
+    return str(path or "?").rstrip("/").rpartition("/")[2].rpartition("_")[2]
+
+
+def _columns(n: int, n_rows: int, height: float) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(max(4.4, 3.0 * n + 0.8), height), layout="constrained")
+    return figure, figure.subplots(n_rows, n, sharex="col", squeeze=False)
+
+
+def latents(cells: Sequence[Cell], title: str) -> Figure | None:
+    """Above, histograms of the largest cosine of latents that lower the error and of those that do not; below, dMSE."""
+    if not cells:
+        return None
+    figure, axes = _columns(len(cells), 2, 5.4)
+    bins = np.linspace(0, 1, 41)
+    for (above, below), cell in zip(axes.T, cells, strict=True):
+        table = pd.read_parquet(cell.folder / LATENTS)
+        alive = table[table["class"] != "dead"]
+        novel = alive["delta_mse"] < 0
+        for chosen, colour, label in ((novel, BLUE, "novel: lowers the error"), (~novel, ORANGE, "reconstruction")):
+            above.hist(alive.loc[chosen, "cosine"], bins=bins, color=colour, alpha=0.65, label=label)
+            below.scatter(alive.loc[chosen, "cosine"], alive.loc[chosen, "delta_mse"], s=4, color=colour, linewidths=0)
+        for panel in (above, below):
+            panel.axvline(PAPER_THRESHOLD, color=BLACK, linewidth=1, linestyle="--", label="paper's threshold")
+            if best := cell.metrics.get("threshold_best"):
+                panel.axvline(best, color=GREY, linewidth=1, linestyle=":", label="best on these latents")
+        spread = float(alive["delta_mse"].abs().quantile(0.5)) or 1e-9
+        below.set_yscale("symlog", linthresh=spread)
+        below.axhline(0, color=BLACK, linewidth=0.8)
+        below.set_xlabel("largest cosine with the small dictionary")
+        auc = f", AUC {cell.metrics['auc']:.3f}" if "auc" in cell.metrics else ""
+        above.set_title(f"{_name(cell)}{auc}", fontsize=9)
+    axes[0, 0].set_ylabel("latents")
+    axes[1, 0].set_ylabel("change of MSE by inserting")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def interpolations(cells: Sequence[Cell], title: str) -> Figure | None:
+    """Rows: error, L0, loss. The first third of the steps inserts, the second swaps, the last removes."""
+    if not cells:
+        return None
+    figure, axes = _columns(len(cells), len(PANELS), 6.6)
+    for column, cell in zip(axes.T, cells, strict=True):
+        table = pd.read_parquet(cell.folder / INTERPOLATION)
+        for panel, (metric, label) in zip(column, PANELS.items(), strict=True):
+            for way, (colour, words) in WAYS.items():
+                _way(panel, table[table["path"] == way], metric, colour, words)
+            if column is axes.T[0]:
+                panel.set_ylabel(label)
+        column[0].set_title(_name(cell), fontsize=9)
+        column[-1].set_xlabel("step: insert | swap | remove")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _way(axes: Axes, table: pd.DataFrame, metric: str, colour: str, label: str) -> None:
+    start = table["mse"].iloc[0] if metric == "mse" else 1.0
+    axes.plot(table["point"], table[metric] / start, color=colour, marker="o", markersize=3, linewidth=1.4, label=label)
+    if metric == "mse":
+        refit = table["mse_refit"] / start
+        axes.plot(table["point"], refit, color=colour, linestyle=":", linewidth=1.2, label="with the best decoder bias")
+    for phase in ("insert", "swap"):
+        last = table.loc[table["phase"] == phase, "point"].max()
+        axes.axvline(last, color="#cccccc", linewidth=0.8, zorder=0)
+
+
+def grown(cells: Sequence[Cell], title: str) -> Figure | None:
+    """Over the number of latents: error, and L0, of the family and of what is grown of it."""
+    if not cells:
+        return None
+    figure = Figure(figsize=(7.4, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    table = pd.concat([pd.read_parquet(cell.folder / FRANKENSTEIN) for cell in cells[:1]])
+    for axes, metric, label in zip(panels, ("mse", "l0"), ("MSE", "L0 (active latents)"), strict=True):
+        for kind, colour, words in (("family", BLACK, "trained"), ("grown", BLUE, "grown by novel latents")):
+            chosen = table[table["kind"] == kind]
+            axes.plot(chosen["n_latents"], chosen[metric], color=colour, marker="o", linewidth=1.5, label=words)
+            if metric == "mse" and kind == "grown":
+                axes.plot(
+                    chosen["n_latents"], chosen["mse_refit"], color=SKY, marker=".", label="the same, best decoder bias"
+                )
+        axes.set_ylabel(label)
+        log_axis(axes, table.loc[table["kind"] == "family", "n_latents"], "latents")
+    panels[0].legend()
+    figure.suptitle(title, fontsize=10)
+    return figure
