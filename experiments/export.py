@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hydra.utils import get_class
 from omegaconf import DictConfig
 
 from core.analysis.evaluate import evaluate_dictionaries
@@ -13,6 +14,7 @@ from core.interop import saelens
 from experiments.common import (
     held_out_activations,
     held_out_rows,
+    is_loaded,
     language_model,
     reference_losses,
     requests,
@@ -31,6 +33,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
     """L0, errors and loss of the dictionary, and of what was written (`_exported`); `log_sparsity` is measured on the
     same held-out text."""
     folder = target(cfg)
+    if not is_loaded(cfg.method):
+        saelens.check_writable(get_class(cfg.method["_target_"]), cfg.method.input_norm, cfg.export.centred_model)
     method = trained(cfg)
     lm, site, rows, e = language_model(cfg), cfg.stream.site, held_out_rows(cfg), cfg.evaluation
     saelens.write(method, folder, model=cfg.model.name, site=site, centred_model=cfg.export.centred_model)

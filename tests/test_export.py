@@ -27,6 +27,19 @@ def run(tmp_path_factory, monkeypatch, capsys):
     return one
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["method=lca"], "LCA has no encoder of one matrix"),
+        (["method=topk", "method.input_norm=token_center"], "export.centred_model=true"),
+        (["method=pretrained"], "method.repo is not set"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_it_is_trained(arguments, message, run, tmp_path):
+    assert message in run(tmp_path, "experiment=export", *arguments)
+    assert not (tmp_path / "logs").exists()
+
+
 def metrics(cell: Path) -> dict[str, float]:
     return json.loads((cell / "results.json").read_text())["metrics"]
 

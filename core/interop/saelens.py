@@ -37,7 +37,7 @@ from core.errors import UserError
 from core.interop.files import Weights, read_json, read_safetensors
 from core.interop.hooks import hook_of
 from core.methods.base import DictionaryMethod
-from core.methods.pretrained import Activation, Pretrained, at_inference
+from core.methods.pretrained import Activation, Pretrained, at_inference, require_one_matrix
 
 CFG, WEIGHTS, SPARSITY, SCALER = (
     "cfg.json",
@@ -121,6 +121,16 @@ def write_log_sparsity(log_sparsity: Tensor, folder: Path) -> None:
     _save({"sparsity": log_sparsity}, folder / SPARSITY)
 
 
+def check_writable(method: type[DictionaryMethod], input_norm: str, centred_model: bool) -> None:
+    """What `write` refuses, to be asked before hours of training. Raises UserError."""
+    require_one_matrix(method)
+    if input_norm == "token_center" and not centred_model:
+        raise UserError(
+            "method.input_norm=token_center: SAELens has no such normalisation. export.centred_model=true writes it "
+            "for a model with centred writing weights (TransformerLens' default for GPT-2), where it does nothing."
+        )
+
+
 def write(
     method: DictionaryMethod,
     folder: Path,
@@ -138,15 +148,11 @@ def write(
 
     `input_norm=token_std` becomes `layer_norm`, with the same codes; a reconstruction's deviation from the token's mean
     is smaller by the part 1e-5 / std.
-    Raises UserError for methods whose encoder is not one matrix, and for `token_center` without `centred_model`.
+    Raises UserError as `check_writable` does.
     """
+    kind = method.norm.kind
+    check_writable(type(method), kind, centred_model)
     found = at_inference(method)
-    kind = found.norm.kind
-    if kind == "token_center" and not centred_model:
-        raise UserError(
-            "method.input_norm=token_center: SAELens has no such normalisation. export.centred_model=true writes it "
-            "for a model with centred writing weights (TransformerLens' default for GPT-2), where it does nothing."
-        )
     W_enc, W_dec, c = found.W_enc.data, found.W_dec.data, found.norm.scale
     b_enc, b_dec = found.b_enc.data, found.b_dec.data
     if kind == "scalar":

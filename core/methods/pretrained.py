@@ -142,12 +142,22 @@ class Pretrained(DictionaryMethod):
         }
 
 
+def require_one_matrix(method: type[DictionaryMethod]) -> None:
+    """UserError unless codes are an activation function of one product, which is what `at_inference` can say."""
+    if not issubclass(method, Pretrained | ReluL1 | TopK | BatchTopK | JumpReLU):
+        raise UserError(
+            f"method: {method.__name__} has no encoder of one matrix and an activation function, which is all that "
+            "other libraries' formats can hold; ReLU, TopK, BatchTopK and JumpReLU dictionaries have."
+        )
+
+
 @torch.no_grad()
 def at_inference(method: DictionaryMethod) -> Pretrained:
     """The same codes and reconstructions as `method` gives in evaluation mode, on the CPU.
 
     Raises UserError for a method whose encoder is not one matrix (an MLP, LCA), or whose threshold is not measured.
     """
+    require_one_matrix(type(method))
     state = {name: tensor.detach().cpu() for name, tensor in method.state_dict().items()}
     options: dict[str, Any] = {"input_norm": method.norm.kind, "scale": state["norm.scale"], "subtract_b_dec": True}
     if isinstance(method, Pretrained):
@@ -166,11 +176,6 @@ def at_inference(method: DictionaryMethod) -> Pretrained:
     elif isinstance(method, JumpReLU):
         options |= {"activation": "jumprelu", "threshold": method.threshold.detach().cpu()}
         options["subtract_b_dec"] = method.subtract_b_dec
-    else:
-        raise UserError(
-            f"{type(method).__name__} has no encoder of one matrix and an activation function, which is all that these "
-            "formats can hold; ReLU, TopK, BatchTopK and JumpReLU dictionaries have."
-        )
     unbiased = isinstance(method, TopK | BatchTopK) and method.bias is None
     b_enc = torch.zeros_like(state["b_enc"]) if unbiased else state["b_enc"]
     return Pretrained.of(state["W_enc"], state["W_dec"], b_enc, state["b_dec"], **options)
