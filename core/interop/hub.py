@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -15,6 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     RevisionResolutionError,
 )
+from huggingface_hub.utils import disable_progress_bars
 
 from core.errors import UserError
 
@@ -48,6 +50,8 @@ def place(repo: str, path: str | None, revision: str | None, formats: Formats) -
 
 def _fetched(repo: str, inner: PurePosixPath, revision: str, formats: Formats) -> tuple[Path, str]:
     api = HfApi()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         api.model_info(repo, revision=revision, timeout=TIMEOUT_S)
         commit = api.resolve_revision(repo, revision=revision).resolved

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,12 @@ def in_peers() -> Callable[[str, dict[str, Any]], None]:
     """Runs a script in the environment that has the other libraries, with `told` as its first argument in JSON."""
 
     def run(script: str, told: dict[str, Any]) -> None:
-        if not PEERS.is_file():
-            pytest.skip(f"{PEERS} is missing: `make peers` makes the environment with the other libraries")
+        python = str(PEERS) if PEERS.is_file() else sys.executable
         quiet = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-        command = [str(PEERS), "-c", script, json.dumps(told, default=str)]
+        command = [python, "-c", script, json.dumps(told, default=str)]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **quiet})
         if "ModuleNotFoundError" in done.stderr:
-            pytest.skip(f"the environment of `make peers` lacks a library: {done.stderr.strip().splitlines()[-1]}")
+            pytest.skip(f"{python}: {done.stderr.strip().splitlines()[-1]} (`make peers` makes .venv-peers)")
         assert done.returncode == 0, done.stderr[-3000:]
 
     return run

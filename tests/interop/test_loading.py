@@ -124,7 +124,7 @@ def served(endpoint, tmp_path, dictionary):
     (root / "lab/text/README.md").write_text("nothing here")
     handler = type("Served", (Hub,), {"root": root, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     endpoint(f"http://127.0.0.1:{server.server_port}")
     yield handler
     server.shutdown()

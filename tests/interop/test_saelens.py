@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,6 +40,12 @@ THEIRS: dict[str, dict[str, Any]] = {  # what the library saves: its class, its 
     "gated": {"class": "GatedSAE"},
     "batchtopk for inference": {"class": "BatchTopKTrainingSAE", "k": 5, "inference": True},
     "batchtopk, folded": {"class": "BatchTopKTrainingSAE", "k": 5, "inference": True, "fold": 0.3},
+    "matryoshka checkpoint": {
+        "class": "MatryoshkaBatchTopKTrainingSAE",
+        "k": 5,
+        "matryoshka_widths": [20, 80],
+        "inference": False,
+    },
     "batchtopk checkpoint": {"class": "BatchTopKTrainingSAE", "k": 5, "inference": False},
     "topk for inference": {"class": "TopKTrainingSAE", "k": 5, "inference": True},
     "jumprelu for inference": {"class": "JumpReLUTrainingSAE", "inference": True},
@@ -232,6 +240,39 @@ def test_what_is_written_is_read_back_the_same(name, tmp_path, rows, dictionary)
     torch.testing.assert_close(again.reconstruct(rows), method.reconstruct(rows), rtol=1e-5, atol=1e-5)
     sparsity = saelens.read_log_sparsity(tmp_path)
     assert sparsity is not None and sparsity.tolist() == [-2.0] * 80
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), d=st.integers(1, 7), m=st.integers(1, 9), centred=st.booleans(), seed=st.integers(0, 999))
+def test_every_dictionary_survives_writing_and_reading(data, d, m, centred, seed, tmp_path_factory):
+    activation = data.draw(st.sampled_from(["relu", "topk", "jumprelu"]))
+    norm = data.draw(st.sampled_from(["none", "layer_norm", "token_norm", "scalar"] if d > 1 else ["none", "scalar"]))
+    g = torch.Generator().manual_seed(seed)
+    method = Pretrained.of(
+        torch.randn(m, d, generator=g),
+        torch.randn(m, d, generator=g),
+        torch.randn(m, generator=g),
+        torch.randn(d, generator=g),
+        activation=activation,
+        threshold=torch.rand(m, generator=g) if activation == "jumprelu" else None,
+        k=data.draw(st.integers(1, m)) if activation == "topk" else None,
+        subtract_b_dec=centred,
+        input_norm=norm,
+        scale=torch.tensor(2.0),  # a power of two: folding it is exact
+    )
+    folder = tmp_path_factory.mktemp("written")
+    saelens.write(method, folder)
+    again, x = saelens.read(folder), torch.randn(11, d, generator=g)
+    found, expected = again.encode(again.norm(x)[0]).dense(), method.encode(method.norm(x)[0]).dense()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again.reconstruct(x), method.reconstruct(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_other_precisions_are_read_as_fp32(dtype, tmp_path):
+    tensors = {"W_enc": torch.tensor([[1.0, 0, 1], [0, 1, 1]]), "b_dec": torch.tensor([1.0, 0])}
+    method = saelens.read(folder_of(tmp_path, OLD, **{name: tensor.to(dtype) for name, tensor in tensors.items()}))
+    assert method.W_enc.dtype == torch.float32 and codes(method) == [[2, 1, 3]]
 
 
 def test_methods_with_another_encoder_are_not_written(tmp_path, dictionary):
