@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
@@ -59,7 +60,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     Claims: leask/editing-1 to -5.
     """
     cfg = planted(cfg)
-    facts, lm, method = instantiate(cfg.facts), language_model(cfg), trained(cfg)
+    facts, lm, method = made(cfg.facts), language_model(cfg), trained(cfg)
     asked = ask(facts, lm.tokenizer)
     known, knowledge = what_it_knows(lm, asked, facts)
     found = entity_latents(method, lm, cfg.stream.site, asked, cfg.editing.min_coverage, cfg.editing.min_specificity)
@@ -86,12 +87,22 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
 def planted(cfg: DictConfig) -> DictConfig:
     """The configuration with a model that has read the facts' statements; as it is where they have none."""
-    if not instantiate(cfg.facts).statements:
+    if not made(cfg.facts).statements:
         return cfg
     changed = cfg.copy()
-    changed.model.source = str(fine_tuned(cfg, plain(cfg.model), instantiate(plain(cfg.data)), plain(cfg.planting)))
+    changed.model.source = str(fine_tuned(cfg, plain(cfg.model), made(cfg.data), plain(cfg.planting)))
     changed.model.name = f"{cfg.model.name} with planted facts"
     return changed
+
+
+def made(node: DictConfig) -> Any:
+    """What a node of the configuration describes. Raises the UserError of whatever makes it as it is."""
+    try:
+        return instantiate(plain(node))
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error.__cause__.__cause__
+        raise
 
 
 def meta_dictionary(cfg: DictConfig, method: DictionaryMethod) -> BatchTopK:
@@ -148,20 +159,20 @@ Trio = tuple[str, str, str]  # A, whose row is edited; B, whose attributes are w
 
 
 def trios(cfg: DictConfig, facts: Facts, with_latent: Sequence[str], known: set[str]) -> list[Trio]:
-    """The pairs of `editing.pairs`, or `editing.n_pairs` drawn at random of those that differ in all attributes, each
+    """(A, B, C): pairs of `editing.pairs`, or `editing.n_pairs` at random of those that differ in all attributes, each
     with a third entity that shares no attribute with either. Raises UserError if there is none."""
 
     def apart(*entities: str) -> bool:
         return not any(facts.shared(a, b) for a, b in permutations(entities, 2))
 
-    usable = [entity for entity in with_latent if entity in known]
     e = cfg.editing
+    usable = [entity for entity in with_latent if entity in known or not e.only_known]
     wanted = [tuple(pair) for pair in e.pairs] if e.pairs else list(permutations(usable, 2))
     found = []
     for a, b in wanted:
         for entity in (a, b):
             if entity not in usable:
-                lacking = "no latent of its own" if entity in known else "an attribute that the model gets wrong"
+                lacking = "an attribute that the model gets wrong" if entity in with_latent else "no latent of its own"
                 raise UserError(f"editing.pairs: {entity!r} has {lacking}.")
         thirds = [c for c in usable if c not in (a, b) and apart(a, b, c)]
         if thirds and apart(a, b):

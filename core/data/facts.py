@@ -92,7 +92,8 @@ def planted_facts(
 ) -> Facts:
     """Made-up facts: for every attribute the values are dealt to the entities at random, each equally often (to one).
 
-    Raises UserError if a prompt is the beginning of a statement: prompts are to be new to the model.
+    Raises UserError if a prompt is the beginning of a statement, since prompts are to be new to the model, and if two
+    entities have the same facts.
     """
     if len(set(entities)) < len(entities):
         raise UserError("facts.entities: a name stands there twice.")
@@ -105,6 +106,8 @@ def planted_facts(
                 raise UserError(f"facts.prompts.{attribute}: {prompt!r} stands in facts.statements: hold it out.")
     dealt = {name: _deal(list(choices), len(entities), derived_seed(seed, name)) for name, choices in values.items()}
     answers = {entity: {name: dealt[name][i] for name in values} for i, entity in enumerate(entities)}
+    if len({tuple(own.values()) for own in answers.values()}) < len(entities):
+        raise UserError(f"facts.seed={seed}: two entities have the same facts. Take another seed, or more values.")
     return Facts(answers=answers, prompts=prompts, statements=statements)
 
 

@@ -20,6 +20,7 @@ from core.models.pretrain import Pretraining, RowData
 from core.training import Checkpoints, TokenProgress, make_trainer
 
 KIND = "language_model"
+WITHOUT_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # too short to overfit
 
 
 class FineTuning(Pretraining):
@@ -61,19 +62,15 @@ def _train(
     cfg: DictConfig, lm: LanguageModel, source: TextSource, training: Mapping[str, Any], folder: Path
 ) -> Pretraining:
     if lm.family != "gpt2":
-        raise UserError(
-            f"model: {lm.name} is a {lm.family}; only a gpt2 can be trained on here, such as model=bundled."
-        )
+        raise UserError(f"model: {lm.name} is a {lm.family}; only a gpt2 is trained on here, such as model=bundled.")
     n_ctx, rows_per_step, seed = training["n_ctx"], training["rows_per_step"], training["seed"]
     n_steps = training["n_tokens"] // (n_ctx * rows_per_step)
     if n_steps < 1:
         raise UserError(f"planting.n_tokens={training['n_tokens']} is less than one step of {rows_per_step} x {n_ctx}.")
     stream = RowStream(source, lm.tokenizer, "train", seed, n_ctx)
     tokens = stream.next_rows((n_steps + 1) * rows_per_step).flatten().numpy()  # one more: order shifts the rows
-    o = training["optimiser"]
-    module = FineTuning(
-        lm.model.config.to_dict(), n_steps, o["lr"], o["lr"], 0.0, o["warmup_steps"], o["decay_fraction"], seed
-    )
+    o, config = training["optimiser"], {**lm.model.config.to_dict(), **WITHOUT_DROPOUT}
+    module = FineTuning(config, n_steps, o["lr"], o["lr"], 0.0, o["warmup_steps"], o["decay_fraction"], seed)
     module.lm.load_state_dict(lm.model.state_dict())
     data = RowData(tokens, n_ctx, rows_per_step, seed)
     checkpoints = Checkpoints(folder, cfg.trainer.checkpoint_every_seconds)

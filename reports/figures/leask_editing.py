@@ -1,0 +1,64 @@
+"""The figure of leask_editing: which edits change some attributes of an entity and leave the others."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from reports.collect import Cell
+from reports.figures.style import BLUE, GREY, ORANGE, SKY, VERMILION, mean_and_half, save, styled
+
+KINDS = {
+    "meta": ("meta-latents\nof the target", BLUE),
+    "third": ("meta-latents of\na third entity", SKY),
+    "random": ("random\ndirections", GREY),
+    "swap": ("latents\nswapped", ORANGE),
+    "swap_at_entity": ("latents swapped,\nat the name only", VERMILION),
+}
+PANELS = {
+    "reached_proper_fraction": "proper subsets of attributes reached",
+    "reached_all": "pairs where all attributes are reached",
+    "target_change_nats": "change of log-odds, targets (nats)",
+    "other_change_nats": "the same, other attributes (nats)",
+}
+
+
+def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
+    """One figure for each model, preset and way of splicing, as PNG and SVG; means over seeds with t intervals."""
+    groups: dict[tuple[str, ...], list[Cell]] = defaultdict(list)
+    keys = ("model.name", "stream.site", "editing.preset", "editing.splice", "meta.preset", "editing.pairs")
+    for cell in cells:
+        groups[tuple(str(cell.get(key)) for key in keys)].append(cell)
+    written = []
+    with styled():
+        for number, ((model, site, preset, splice, *_), group) in enumerate(sorted(groups.items())):
+            seeds = len({cell.seed for cell in group})
+            title = f"{model}, {site}, {preset}, {splice}, {group[0].scale} scale, {seeds} seed{'s' * (seeds > 1)}"
+            written += save(panels(group, title), folder / f"leask_editing_{group[0].scale}_{number}_{preset}")
+    return written
+
+
+def panels(cells: Sequence[Cell], title: str) -> Figure:
+    figure = Figure(figsize=(9.6, 6.0), layout="constrained")
+    for axes, (metric, label) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS.items(), strict=True):
+        _bars(axes, cells, metric)
+        axes.set_ylabel(label)
+        if not metric.endswith("_nats"):
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.set_ylim(0, 1)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _bars(axes: Axes, cells: Sequence[Cell], metric: str) -> None:
+    for place, (kind, (_, colour)) in enumerate(KINDS.items()):
+        mean, half = mean_and_half([cell.metrics[f"{metric}_{kind}"] for cell in cells])
+        axes.bar(place, mean, 0.7, yerr=half, color=colour, capsize=2.5, error_kw={"elinewidth": 0.9})
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.set_xticks(range(len(KINDS)), [name for name, _ in KINDS.values()], fontsize=7.5)
+    axes.grid(axis="x", visible=False)
