@@ -39,6 +39,7 @@ def read(folder: Path) -> DictionaryMethod:
 
 
 def site(folder: Path) -> str | None:
-    """Our name of the site that it was trained on; None outside the store."""
+    """Our name of the site that it was trained on; None where that is not told."""
     artifact = stored(folder) / "artifact.json"
-    return read_json(artifact)["spec"]["stream"]["site"] if artifact.is_file() else None
+    spec = read_json(artifact).get("spec", {}) if artifact.is_file() else {}
+    return spec.get("stream", {}).get("site")

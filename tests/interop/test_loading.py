@@ -237,6 +237,12 @@ def test_dictionaries_trained_here_load_as_what_they_are(tmp_path, dictionary, r
     for folder in ("store", "cell"):
         again = load(24, str(tmp_path / folder), site="resid_pre.0")
         assert isinstance(again, BatchTopK) and torch.equal(again.reconstruct(rows), method.reconstruct(rows))
+    artifact = tmp_path / "store/artifact.json"
+    artifact.write_text(json.dumps({"spec": {"stream": {"site": "resid_pre.4"}}}))
+    with pytest.raises(UserError, match=r"Set stream\.site=resid_pre\.4"):
+        load(24, str(tmp_path / "cell"), site="resid_pre.0")
+    artifact.write_text(json.dumps({"spec": {"rows": "of a decoder"}}))
+    load(24, str(tmp_path / "cell"), site="resid_pre.0")
     weights = tmp_path / "store/weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     with pytest.raises(UserError, match="holds no dictionary that is whole"):
