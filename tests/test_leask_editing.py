@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -29,30 +30,31 @@ def composed(*overrides: str) -> DictConfig:
         return compose("config", overrides=["experiment=leask_editing", *overrides])
 
 
-def grid(scale: str) -> list[DictConfig]:
-    return [composed(f"scale={scale}", *cell) for cell in cells_of(composed(f"scale={scale}").grid[scale], [])]
+def grid(scale: str, every: int = 1) -> list[DictConfig]:
+    cells = cells_of(composed(f"scale={scale}").grid[scale], [])
+    return [composed(f"scale={scale}", *cell) for cell in cells[::every]]
 
 
 def test_the_paper_grid_edits_the_papers_cities_in_the_published_dictionary():
-    cells = grid("paper")
-    for cfg in cells:
+    for cfg in grid("paper", every=5):
         OmegaConf.resolve(cfg)
         assert (cfg.model.name, cfg.stream.site, cfg.method.dict_size) == ("gpt2_small", "resid_pre.8", 49152)
         assert cfg.method._target_.startswith("core.interop") and cfg.method.path == "blocks.8.hook_resid_pre_49152"
         assert (cfg.meta.method.dict_size, cfg.meta.method.k) == (2304, 4)
         assert made(cfg.facts).entities == ["Tokyo", "Paris", "Cairo"] and not made(cfg.facts).statements
-    table = [cfg for cfg in cells if cfg.editing.pairs == [["Tokyo", "Paris"]]]
-    assert {(cfg.meta.preset, cfg.editing.preset, cfg.editing.splice) for cfg in table} == {
-        (meta, preset, splice)
-        for meta in ("iclr", "lw")
-        for preset in ("rebuild", "difference", "script_compat")
-        for splice in ("error_kept", "reconstruction")
-    }
+
+
+def test_the_paper_grid_has_every_preset_for_tokyo_and_paris():
+    cells = [dict(pair.split("=", 1) for pair in cell) for cell in cells_of(composed("scale=paper").grid.paper, [])]
+    keys = ("meta", "editing.preset", "editing.splice")
+    table = [tuple(cell[key] for key in keys) for cell in cells if cell.get("editing.pairs") == "[[Tokyo,Paris]]"]
+    presets, splices = ("rebuild", "difference", "script_compat"), ("error_kept", "reconstruction")
+    assert set(table) == set(product(("iclr", "lw"), presets, splices)) and len(table) == 12
 
 
 @pytest.mark.parametrize("scale", ["demo", "smoke"])
 def test_every_other_cell_plants_its_facts_in_the_bundled_model(scale: str):
-    for cfg in grid(scale):
+    for cfg in grid(scale, every=3):
         OmegaConf.resolve(cfg)
         assert cfg.model.name == "bundled" and made(cfg.facts).statements == made(cfg.data).facts.statements
 
