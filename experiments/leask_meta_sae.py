@@ -100,7 +100,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     check(cfg)
     family = {place: trained(cfg, member(cfg, place)) for place in needed(cfg)}
     check_family(family)
-    rows = base_rows(cfg, family[cfg.base]) if cfg.rows == "base" else family_rows(cfg, family)
+    rows = rows_of(cfg, cfg.base, family[cfg.base]) if cfg.rows == "base" else family_rows(cfg, family)
     null = null_rows(rows.directions, cfg.seed)
     real = MetaRequest.of(cfg.meta, rows.directions, cfg.trainer.precision, rows.frequency)
     meta = train_meta(real, cfg)
@@ -112,8 +112,9 @@ def run(cfg: DictConfig) -> dict[str, float]:
     if cfg.rows == "family":
         metrics |= splits(cfg, meta, rows, family)
     if cfg.detail and cfg.rows == "base":
-        others = {place: directions(method.W_dec, name(place, method)) for place, method in family.items()}
-        metrics |= similarity(cfg, meta, null_meta, rows, others) | pursuit(cfg, rows, others)
+        others = {place: rows_of(cfg, place, method).directions for place, method in family.items()}
+        sizes = {place: method.dict_size for place, method in family.items()}
+        metrics |= similarity(cfg, meta, null_meta, others, sizes) | pursuit(cfg, rows, others)
         metrics |= replacement(cfg, meta, rows, others)
         metrics |= geometry.graph_overlap(
             decompose(meta, rows.directions), rows.directions, others[cfg.small]
@@ -143,28 +144,26 @@ class Rows:
     first: Mapping[int, int]
 
 
-def base_rows(cfg: DictConfig, base: DictionaryMethod) -> Rows:
-    """The rows of the base dictionary, without those of latents that `meta.min_firing_rate` leaves out."""
+def rows_of(cfg: DictConfig, place: int, method: DictionaryMethod) -> Rows:
+    """The rows of a dictionary, without those of latents that `meta.min_firing_rate` leaves out."""
     looked_at = cfg.detail or cfg.meta.sampling == "frequency" or cfg.meta.min_firing_rate is not None
-    frequency = strongest(cfg, cfg.base, base).frequency if looked_at else None
-    latents = kept(cfg, base.dict_size, frequency)
-    W = directions(base.W_dec[latents.to(base.W_dec.device)], name(cfg.base, base))
-    return Rows(W, latents, None if frequency is None else frequency[latents], {cfg.base: 0})
+    frequency = strongest(cfg, place, method).frequency if looked_at else None
+    latents = kept(cfg, method.dict_size, frequency)
+    W = directions(method.W_dec[latents.to(method.W_dec.device)], f"family[{place}] ({method.dict_size} latents)")
+    return Rows(W, latents, None if frequency is None else frequency[latents], {place: 0})
 
 
 def family_rows(cfg: DictConfig, family: Mapping[int, DictionaryMethod]) -> Rows:
     """The rows of all dictionaries below one another, smallest first."""
-    looked_at = cfg.meta.sampling == "frequency" or cfg.meta.min_firing_rate is not None
-    parts: list[Rows] = []
-    first: dict[int, int] = {}
-    for place, method in family.items():
-        first[place] = sum(len(part.latents) for part in parts)
-        frequency = strongest(cfg, place, method).frequency if looked_at else None
-        latents = kept(cfg, method.dict_size, frequency)
-        W = directions(method.W_dec[latents.to(method.W_dec.device)], name(place, method))
-        parts.append(Rows(W, latents, None if frequency is None else frequency[latents], {}))
-    together = torch.cat([part.frequency for part in parts if part.frequency is not None]) if looked_at else None
-    return Rows(torch.cat([p.directions for p in parts]), torch.cat([p.latents for p in parts]), together, first)
+    parts = [rows_of(cfg, place, method) for place, method in family.items()]
+    starts = np.cumsum([0, *(len(part.latents) for part in parts[:-1])]).tolist()
+    frequencies = [part.frequency for part in parts if part.frequency is not None]
+    return Rows(
+        torch.cat([part.directions for part in parts]),
+        torch.cat([part.latents for part in parts]),
+        torch.cat(frequencies) if frequencies else None,
+        dict(zip(family, starts, strict=True)),
+    )
 
 
 def kept(cfg: DictConfig, m: int, frequency: Tensor | None) -> Tensor:
@@ -175,10 +174,6 @@ def kept(cfg: DictConfig, m: int, frequency: Tensor | None) -> Tensor:
     if not len(latents):
         raise UserError(f"meta.min_firing_rate={cfg.meta.min_firing_rate}: no latent fires more often; lower it.")
     return latents
-
-
-def name(place: int, method: DictionaryMethod) -> str:
-    return f"family[{place}] ({method.dict_size} latents)"
 
 
 def strongest(cfg: DictConfig, place: int, method: DictionaryMethod) -> top.Strongest:
@@ -212,28 +207,32 @@ def weighted(meta: BatchTopK, rows: Rows) -> dict[str, float]:
 
 
 def similarity(
-    cfg: DictConfig, meta: BatchTopK, null_meta: BatchTopK, rows: Rows, others: Mapping[int, Tensor]
+    cfg: DictConfig, meta: BatchTopK, null_meta: BatchTopK, others: Mapping[int, Tensor], sizes: Mapping[int, int]
 ) -> dict[str, float]:
-    """Largest cosines of meta-latents with latents of every size, and within each set; their histograms as a table."""
+    """Largest cosines of meta-latents with latents of every size, and within each set; their histograms as a table.
+
+    The more latents, the larger the largest of their cosines with anything: `_null` is that of the null's meta-latents.
+    """
     W, W_null = directions(meta.W_dec, "meta"), directions(null_meta.W_dec, "null")
-    to = {place: geometry.max_cosines(W, other)[0] for place, other in others.items()}
-    series = {f"meta-latents to {len(others[place])}": values for place, values in to.items()}
-    series["null to the small one"] = geometry.max_cosines(W_null, others[cfg.small])[0]
-    within = {"meta": W, "base": rows.directions, "small": others[cfg.small]}
+    real, null = (
+        {place: geometry.max_cosines(metas, other)[0] for place, other in others.items()} for metas in (W, W_null)
+    )
+    within = {"meta": W, "base": others[cfg.base], "small": others[cfg.small]}
+    series = {f"meta-latents to {sizes[place]}": values for place, values in real.items()}
+    series["null to the small one"] = null[cfg.small]
     series |= {f"within {key}": geometry.max_cosines(set_, set_, within=True)[0] for key, set_ in within.items()}
     tables = [pd.DataFrame({"series": key, "cosine": BINS[:-1], "count": histogram(v)}) for key, v in series.items()]
     pd.concat(tables).to_parquet(folder(cfg) / COSINES)
-    small, base = to[cfg.small], to[cfg.base]
-    shares = {
-        "similar_to_small": small, "similar_to_base": base, "similar_to_small_null": series["null to the small one"],
-    }  # fmt: skip
+    named = {
+        f"to_{key}{suffix}": cosines[place]
+        for key, place in (("small", cfg.small), ("base", cfg.base))
+        for suffix, cosines in (("", real), ("_null", null))
+    }
     return {
-        **{key: float((values > geometry.SIMILAR).double().mean()) for key, values in shares.items()},
-        "cosine_to_small": float(small.median()),
-        "cosine_to_base": float(base.median()),
-        "cosine_to_small_null": float(series["null to the small one"].median()),
+        **{f"similar_{key}": float((values > geometry.SIMILAR).double().mean()) for key, values in named.items()},
+        **{f"cosine_{key}": float(values.median()) for key, values in named.items()},
         **{f"cosine_within_{key}": float(series[f"within {key}"].median()) for key in within},
-        "p_small_above_base": geometry.p_larger(small, base),
+        "p_small_above_base": geometry.p_larger(real[cfg.small], real[cfg.base]),
     }
 
 
@@ -380,12 +379,12 @@ def entries(codes: SparseCodes, row: int) -> tuple[Tensor, Tensor]:
 
 
 def common_tokens(lists: Sequence[Sequence[str]], n: int) -> list[str]:
-    """The n tokens that occur in most of the lists; of equals the first seen."""
+    """The n tokens that occur in most of the lists, and in two at least; of equals the first seen."""
     seen: dict[str, int] = {}
     for words in lists:
         for word in words:
             seen[word] = seen.get(word, 0) + 1
-    return sorted(seen, key=lambda word: -seen[word])[:n]
+    return sorted((word for word in seen if seen[word] > 1), key=lambda word: -seen[word])[:n]
 
 
 # ---- where things lie

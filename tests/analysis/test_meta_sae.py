@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from core.analysis.directions import max_cosines
 from core.analysis.meta_sae import (
     MetaRequest,
     VarianceExplained,
+    counts,
     decompose,
     decompose_together,
     null_rows,
@@ -28,6 +30,7 @@ from core.errors import NonFiniteLoss, UserError
 from core.fleet import KIND
 from core.methods.batchtopk import BatchTopK
 from core.metrics.recovery import dictionary_mcc
+from core.seeding import generator
 
 METHOD: dict[str, Any] = {
     "_target_": "core.methods.batchtopk.BatchTopK", "d_model": 64, "dict_size": 40, "k": 4, "use_enc_bias": False,
@@ -84,6 +87,29 @@ def test_meta_latents_of_entities_are_the_planted_attributes(cfg: Any):
     sure = closeness[codes.cols] > 0.7
     right = planted.attributes_of[codes.rows[sure], attribute[codes.cols[sure]]]
     assert sure.double().mean() > 0.8 and right.mean() > 0.9
+
+
+@pytest.mark.slow
+def test_meta_latents_of_a_trained_dictionary_are_nearer_to_the_attributes_than_those_of_random_directions(cfg: Any):
+    planted = PlantedEntities(n_entities=200, n_attributes=20, seed=0)
+    options = {key: value for key, value in METHOD.items() if key != "_target_"}
+    changes = {"dict_size": 256, "lr": 3e-3, "seed": 1, "dead_after_tokens": 20480, "decay_fraction": 0.3}
+    base, stream = BatchTopK(**{**options, **changes}), planted.batches(512, 0, "train")
+    base.n_steps = 1000
+    optimizer = base.configure_optimizers()
+    for batch in islice(stream, 1000):
+        base.update(batch, optimizer)
+    base.finish(list(islice(stream, 20)))
+    base.eval()
+    fires = counts(base.encode(planted.rows(20_000, generator(0, "heldout")).x)) > 20
+    rows = directions(base.W_dec[fires], "base")
+    settings = {"lr": 3e-3, "k": 3, "decay_fraction": 0.5, "dict_size": 30}
+    real, null = (
+        train_meta(replace(wanted(r, 800, **settings), batch_size=128), cfg("store"))
+        for r in (rows, null_rows(rows, 0))
+    )
+    found, by_chance = recovered(real, planted), recovered(null, planted)
+    assert found[0] > by_chance[0] + 0.3 and found[1] > 0.35 and by_chance[1] == 0.0, (found, by_chance)
 
 
 # ---- training
