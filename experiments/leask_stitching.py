@@ -71,7 +71,7 @@ def members(cfg: DictConfig) -> list[dict[str, Any]]:
     if cfg.part not in ("pair", "frankenstein"):
         raise UserError(f"part={cfg.part!r} is neither pair nor frankenstein.")
     chosen = [("small", cfg.small), ("large", cfg.large)] if cfg.part == "pair" else []
-    chosen += [(f"family[{i}]", member) for i, member in enumerate(cfg.family if not chosen else ())]
+    chosen += [(f"family[{i}]", node) for i, node in enumerate(cfg.family[: cfg.family_size] if not chosen else ())]
     method, found = plain(cfg.method), []
     for name, settings in chosen:
         own = {key: value for key, value in plain(settings).items() if value is not None}
@@ -115,6 +115,8 @@ def run_pair(cfg: DictConfig, small: DictionaryMethod, large: DictionaryMethod) 
     check_pair(small, large)
     s, folder = cfg.stitch, Path(cfg.cell_folder)
     scores = score_latents(small, large, activations(cfg), s.n_blocks)
+    if scores.dead.all():
+        raise UserError("No latent of the large dictionary fires on the held-out text: is it made for this site?")
     near = nearest(small, large)
     low, high = scores.interval(cfg.seed, s.confidence, s.n_resamples)
     classes = scores.classes(cfg.seed, s.confidence, s.n_resamples)
@@ -167,8 +169,6 @@ def of_classes(scores: LatentScores, near: Nearest, classes: Tensor) -> dict[str
     """Shares of the classes, and how well the cosine foretells them. Shares are of the latents that are not dead."""
     alive = ~scores.dead
     n_alive = int(alive.sum())
-    if not n_alive:
-        raise UserError("No latent of the large dictionary fires on the held-out text: is it made for this site?")
     shares = {name: int((classes == i).sum()) / n_alive for i, name in enumerate(CLASSES) if i != DEAD}
     found = {
         "dead_fraction": 1 - n_alive / len(alive),
