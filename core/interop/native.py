@@ -34,7 +34,8 @@ def read(folder: Path) -> DictionaryMethod:
             raise
         said = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{stored(folder)} holds no dictionary that is whole ({type(error).__name__}: {said})"
+            f"{stored(folder)} holds no dictionary that can be read: it is damaged, or of an earlier version of "
+            f"this code ({type(error).__name__}: {said})."
         ) from error
 
 
