@@ -11,6 +11,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HFValidationError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -97,7 +98,9 @@ def _cached(api: HfApi, repo: str, inner: PurePosixPath, revision: str, formats:
 
 
 def _is_answer(error: BaseException) -> bool:
-    """Whether the hub has said that there is no such thing."""
+    """Whether the hub has said that there is no such thing, or that it must not be had."""
+    if isinstance(error, LocalEntryNotFoundError):  # the hub did not answer, and the file is not in the cache
+        return False
     return isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError | HFValidationError)
 
 
@@ -109,7 +112,7 @@ def _reason(error: BaseException, repo: str, inner: PurePosixPath, revision: str
         return f"method.revision: {repo} has no revision {revision!r} on the hub."
     if isinstance(error, RepositoryNotFoundError | HFValidationError):
         return f"method.repo: {repo} is neither a folder here nor a model repository on the hub that can be read."
-    if isinstance(error, EntryNotFoundError):
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return f"method.path: {repo} has no folder {inner} at revision {revision}."
     if isinstance(error, OfflineModeIsEnabled):
         why = "offline mode is on (HF_HUB_OFFLINE=1)"

@@ -40,6 +40,7 @@ class Hub(BaseHTTPRequestHandler):
 
     root: Path
     asked: list[str]
+    broken = ""
 
     def do_HEAD(self):
         self.serve()
@@ -60,6 +61,8 @@ class Hub(BaseHTTPRequestHandler):
             return self.refuse(403, "GatedRepo")
         if rest[0] == "revision":
             return self.answer(json.dumps({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": []}).encode())
+        if rest[0] == "resolve" and self.broken and path.endswith(self.broken):
+            return self.refuse(400, "Broken")  # others are tried again, for half a minute
         inside = folder / "/".join(rest[2:])
         if rest[0] == "tree":
             return self.tree(folder, inside)
@@ -165,6 +168,14 @@ def test_what_was_loaded_once_is_loaded_again_without_the_hub(served, endpoint, 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"offline mode is on"):
         load(24, "lab/gemma-scope-2b-pt-res", GEMMA)
+
+
+def test_a_download_that_breaks_off_is_no_dictionary_and_goes_on_the_next_time(served):
+    served.broken = saelens.WEIGHTS
+    with pytest.raises(UserError, match="could not be fetched, and is not whole in the local cache"):
+        load(24, "lab/saes", "blocks.8.hook_resid_pre_80")
+    served.broken = ""
+    assert load(24, "lab/saes", "blocks.8.hook_resid_pre_80").dict_size == 80
 
 
 @pytest.mark.parametrize(
