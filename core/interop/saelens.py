@@ -150,20 +150,8 @@ def write(
     is smaller by the part 1e-5 / std.
     Raises UserError as `check_writable` does.
     """
-    kind = method.norm.kind
-    check_writable(type(method), kind, centred_model)
+    check_writable(type(method), method.norm.kind, centred_model)
     found = at_inference(method)
-    W_enc, W_dec, c = found.W_enc.data, found.W_dec.data, found.norm.scale
-    b_enc, b_dec = found.b_enc.data, found.b_dec.data
-    if kind == "scalar":
-        W_enc, W_dec, b_dec = W_enc / c, W_dec * c, b_dec * c
-    elif kind == "token_center":
-        if found.subtract_b_dec:  # the mean of b_dec stays in what the encoder sees
-            b_enc = b_enc - W_enc.sum(1) * b_dec.mean()
-        W_enc = W_enc - W_enc.mean(1, keepdim=True)
-    state = {"W_enc": W_enc.T, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
-    if found.activation == "jumprelu":
-        state["threshold"] = found.threshold
     metadata = {
         "sae_lens_version": WRITTEN_AS,
         "sae_lens_training_version": None,
@@ -171,8 +159,9 @@ def write(
         "hook_name": hook_of(site) if site else found.source.get("hook"),
         "hook_head_index": None,
         "prepend_bos": True,
-        **({"model_from_pretrained_kwargs": {"center_writing_weights": True}} if kind == "token_center" else {}),
     }
+    if found.norm.kind == "token_center":
+        metadata["model_from_pretrained_kwargs"] = {"center_writing_weights": True}
     cfg = {
         "architecture": "standard" if found.activation == "relu" else found.activation,
         "d_in": found.d_model,
@@ -180,14 +169,29 @@ def write(
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": found.subtract_b_dec,
-        "normalize_activations": THEIR_NORMS[kind],
+        "normalize_activations": THEIR_NORMS[found.norm.kind],
         "reshape_activations": "none",
         "metadata": metadata,
-        **({"k": found.k, "rescale_acts_by_decoder_norm": False} if found.k is not None else {}),
     }
+    if found.k is not None:
+        cfg |= {"k": found.k, "rescale_acts_by_decoder_norm": False}
     folder.mkdir(parents=True, exist_ok=True)
-    _save(state, folder / WEIGHTS)
+    _save(_folded(found), folder / WEIGHTS)
     write_atomically(folder / CFG, json.dumps(cfg, indent=1))
+
+
+def _folded(found: Pretrained) -> dict[str, Tensor]:
+    """The tensors of the format, with what it has no setting for folded in."""
+    W_enc, W_dec, c = found.W_enc.data, found.W_dec.data, found.norm.scale
+    b_enc, b_dec = found.b_enc.data, found.b_dec.data
+    if found.norm.kind == "scalar":
+        W_enc, W_dec, b_dec = W_enc / c, W_dec * c, b_dec * c
+    elif found.norm.kind == "token_center":
+        if found.subtract_b_dec:  # the mean of b_dec stays in what the encoder sees
+            b_enc = b_enc - W_enc.sum(1) * b_dec.mean()
+        W_enc = W_enc - W_enc.mean(1, keepdim=True)
+    state = {"W_enc": W_enc.T, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
+    return state | ({"threshold": found.threshold} if found.activation == "jumprelu" else {})
 
 
 def _save(state: Mapping[str, Tensor], path: Path) -> None:
