@@ -351,6 +351,8 @@ def write_browsing(
     ]
     title = f"{len(found.counts):,} latents at {cfg.stream.site} of the model {cfg.model.name}"
     note = f"{len(metas)} meta-latents, {ve:.1%} of the variance of the decoder directions explained."
+    if len(rows.latents) < len(found.counts):
+        note += f" {len(rows.latents):,} latents fire often enough on the text looked at; the others are left out."
     write_page(folder(cfg) / PAGE, title, note, latents, metas, len(rows.latents))
     table = pd.DataFrame(
         {"meta_latent": range(len(metas)), "n_latents": active, "tokens": [", ".join(c) for c in common]}

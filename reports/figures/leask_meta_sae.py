@@ -105,7 +105,7 @@ def cosines(cells: Sequence[Cell], title: str) -> Figure | None:
     sizes = sorted((n for n in names if n.startswith("meta-latents to")), key=lambda n: int(n.split()[-1]))
     shades = [SKY, GREEN, ORANGE, VERMILION, PURPLE, BLUE, GREY, "#333333"]
     to = {name: (shades[i % len(shades)], f"latents of {name.split()[-1]}") for i, name in enumerate(sizes)}
-    _steps(left, counts, {**to, "null to the small one": (GREY, "null, to the smallest compared")})
+    _steps(left, counts, {**to, "null to the small one": (GREY, "of random directions, to the small one")})
     within = {
         "within meta": (BLUE, "meta-latents"),
         "within small": (SKY, "small dictionary"),
@@ -127,7 +127,8 @@ def _steps(axes: Axes, counts: pd.DataFrame, series: Mapping[str, tuple[str, str
         share = counts[name].to_numpy() / max(1, counts[name].sum())
         axes.stairs(share, np.append(edges, edges[-1] + width), color=colour, label=label, linewidth=1.5)
     axes.set_xlabel("largest cosine")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(fontsize=8)
 
 

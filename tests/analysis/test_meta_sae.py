@@ -163,6 +163,7 @@ def test_trained_together_each_comes_out_as_alone(cfg: Any):
         assert_equal(together, train_meta(request, cfg("alone")))
 
 
+@pytest.mark.slow
 def test_a_decoder_that_is_given_stays_and_the_encoder_learns_to_use_it(cfg: Any):
     other = random_directions(40, 16, seed=9)
     start = replaced_decoder(train_meta(wanted(ROWS, 200), cfg("store")), other)
@@ -172,6 +173,7 @@ def test_a_decoder_that_is_given_stays_and_the_encoder_learns_to_use_it(cfg: Any
     assert score(tuned, ROWS).batch.centred > score(start, ROWS).batch.centred + 0.05
 
 
+@pytest.mark.slow
 def test_frequent_rows_are_explained_better_when_they_are_drawn_more_often(cfg: Any):
     weights = torch.where(torch.arange(200) < 20, 1.0, 0.01)
     even = train_meta(wanted(ROWS, 400), cfg("store"))
