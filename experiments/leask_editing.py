@@ -63,12 +63,14 @@ def run(cfg: DictConfig) -> dict[str, float]:
     facts, lm, method = made(cfg.facts), language_model(cfg), trained(cfg)
     asked = ask(facts, lm.tokenizer)
     known, knowledge = what_it_knows(lm, asked, facts)
+    n_prompts = cfg.editing.prompts_per_attribute
     found = entity_latents(method, lm, cfg.stream.site, asked, cfg.editing.min_coverage, cfg.editing.min_specificity)
     meta = meta_dictionary(cfg, method)
     chosen = trios(cfg, facts, [entity for entity in facts.entities if found[entity]], known)
     compositions = composed_of(cfg, meta, method, {name: latent for name, latent in found.items() if latent})
     editor = Editor(method, lm, cfg.stream.site, cfg.editing.splice, cfg.editing.rows_per_forward)
-    study = Study(cfg, editor, facts, asked, found, compositions, Directions.of(meta))
+    few = {e: {a: questions[:n_prompts] for a, questions in own.items()} for e, own in asked.items()}
+    study = Study(cfg, editor, facts, few, found, compositions, Directions.of(meta))
     outcomes = [(trio, study.outcomes(trio)) for trio in chosen]
     save_tables(Path(cfg.cell_folder), facts, found, compositions, outcomes)
     rows = directions(method.W_dec, "method")

@@ -324,7 +324,7 @@ class Editor:
         found = []
         for part in change.split(self.rows_per_forward):
             x = (base + clean.scale * part).to(self.lm.dtype)  # [E, T, d]
-            logits = self.lm.logits_with(x, tokens.expand(len(x), -1), self.site)[:, -1]
+            logits = self.lm.logits_with(x, tokens.expand(len(x), -1), self.site, last=1)[:, -1]
             found.append(logits.float().log_softmax(-1)[:, candidates])
         return torch.cat(found)
 

@@ -144,20 +144,20 @@ class LanguageModel:
             handle.remove()
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor, edit: Edit | None = None) -> Tensor:
-        """`[R, T]` -> `[R, T, V]`, in the model's dtype."""
+    def logits(self, tokens: Tensor, edit: Edit | None = None, last: int = 0) -> Tensor:
+        """`[R, T]` -> `[R, T, V]`, in the model's dtype; of the last `last` positions only, where it is not 0."""
         with self.edited(edit) if edit else nullcontext():
-            return self.model(input_ids=self._checked(tokens), use_cache=False).logits
+            return self.model(input_ids=self._checked(tokens), use_cache=False, logits_to_keep=last).logits
 
     @torch.no_grad()
-    def logits_with(self, x: Tensor, tokens: Tensor, site: str) -> Tensor:
-        """Logits `[R, T, V]` with x `[R, T, width]` for the activations at a site. Where they are all that the rest of
-        the model sees (the residual stream), nothing before them is computed."""
+    def logits_with(self, x: Tensor, tokens: Tensor, site: str, last: int = 0) -> Tensor:
+        """`logits` with x `[R, T, width]` for the activations at a site. Where they are all that the rest of the model
+        sees (the residual stream), nothing before them is computed."""
         parsed, edit = parse_site(site, self.n_layers), Edit(site, lambda _: x)
         if not parsed.on_residual_stream:
-            return self.logits(tokens, edit)
+            return self.logits(tokens, edit, last)
         with blocks_skipped(self.model, self.family, parsed):
-            return self.logits(tokens, edit)
+            return self.logits(tokens, edit, last)
 
     @torch.no_grad()
     def token_losses(self, tokens: Tensor, edit: Edit | None = None) -> Tensor:

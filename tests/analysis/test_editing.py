@@ -67,7 +67,7 @@ class LinearWorld:
     def capture(self, tokens: Tensor, site: str) -> Tensor:
         return self.embedding[tokens]
 
-    def logits_with(self, x: Tensor, tokens: Tensor, site: str) -> Tensor:
+    def logits_with(self, x: Tensor, tokens: Tensor, site: str, last: int = 0) -> Tensor:
         return x.cumsum(1) @ self.readout
 
 
