@@ -39,6 +39,7 @@ from core.analysis.stitching import (
     components,
     error_of,
     nearest,
+    parents,
     predict_novel,
     score_latents,
 )
@@ -132,8 +133,9 @@ def run_pair(cfg: DictConfig, small: DictionaryMethod, large: DictionaryMethod) 
     save_curves(folder / INSERTION, {"order": paths["order"]}, curves, {"order": near})
     from_data = lowest(paths["order"], curves["order"], near.cosine.cpu())
     graphs["data"] = components(small, large, from_data)
-    paths["data"] = interpolation(near, graphs["data"], s.steps_per_phase)
-    curves |= walk(small, large, activations(cfg), {"data": paths["data"]})
+    graphs["parents"] = parents(near, small.dict_size, from_data)
+    later = {key: interpolation(near, graphs[key], s.steps_per_phase) for key in ("data", "parents")}
+    paths, curves = paths | later, curves | walk(small, large, activations(cfg), later)
     losses = {key: downstream(cfg, small, large, paths[key]) for key in graphs}
     save_curves(folder / INTERPOLATION, {key: paths[key] for key in graphs}, curves, losses=losses)
 

@@ -288,6 +288,16 @@ def components(small: DictionaryMethod, large: DictionaryMethod, threshold: floa
     return Components(label[:n], label[n:], both)
 
 
+def parents(near: Nearest, n_small: int, threshold: float) -> Components:
+    """The same with an edge to the most similar latent alone: one latent of the small dictionary and its children. At a
+    low threshold this graph keeps its components small, where the other one grows together into a single one."""
+    cosine, partner = near.cosine.cpu(), near.partner.cpu()
+    alone = cosine < threshold
+    large = partner.where(~alone, n_small + alone.cumsum(0) - 1)
+    paired = torch.zeros(n_small + int(alone.sum()), dtype=torch.bool).index_fill(0, partner[~alone], True)
+    return Components(torch.arange(n_small), large, paired)
+
+
 # ---- how well the cosine foretells the change
 
 

@@ -18,12 +18,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reports.collect import Cell
-from reports.figures.style import BLACK, BLUE, GREY, ORANGE, SKY, VERMILION, log_axis, save, styled
+from reports.figures.style import BLACK, BLUE, GREEN, GREY, ORANGE, SKY, VERMILION, log_axis, save, styled
 
 LATENTS, INTERPOLATION, FRANKENSTEIN = "latents.parquet", "interpolation.parquet", "frankenstein.parquet"
 PAPER_THRESHOLD = 0.7
 PANELS = {"mse": "MSE over that of the small", "l0": "L0 (active latents)", "ce": "loss (nats per token)"}
-WAYS = {"paper": (BLUE, "similar from cosine 0.7 on"), "data": (VERMILION, "similar from the best cosine on")}
+WAYS = {
+    "paper": (BLUE, "similar from cosine 0.7 on"),
+    "data": (VERMILION, "from the best cosine on"),
+    "parents": (GREEN, "the same, only with the most similar one"),
+}
 MAX_COLUMNS = 7
 
 
@@ -102,13 +106,14 @@ def interpolations(cells: Sequence[Cell], title: str) -> Figure | None:
     if not cells:
         return None
     figure, axes = _columns(len(cells), len(PANELS), 6.6)
+    for panel, label in zip(axes[:, 0], PANELS.values(), strict=True):
+        panel.set_ylabel(label)
     for column, cell in zip(axes.T, cells, strict=True):
         table = pd.read_parquet(cell.folder / INTERPOLATION)
-        for panel, (metric, label) in zip(column, PANELS.items(), strict=True):
+        for panel, metric in zip(column, PANELS, strict=True):
             for way, (colour, words) in WAYS.items():
-                _way(panel, table[table["path"] == way], metric, colour, words)
-            if column is axes.T[0]:
-                panel.set_ylabel(label)
+                if (table["path"] == way).any():
+                    _way(panel, table[table["path"] == way], metric, colour, words)
         column[0].set_title(_name(cell), fontsize=9)
         column[-1].set_xlabel("step: insert | swap | remove")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
@@ -121,7 +126,7 @@ def _way(axes: Axes, table: pd.DataFrame, metric: str, colour: str, label: str) 
     axes.plot(table["point"], table[metric] / start, color=colour, marker="o", markersize=3, linewidth=1.4, label=label)
     if metric == "mse":
         refit = table["mse_refit"] / start
-        axes.plot(table["point"], refit, color=colour, linestyle=":", linewidth=1.2, label="with the best decoder bias")
+        axes.plot(table["point"], refit, color=colour, linestyle=":", linewidth=1.2, label="its best decoder bias")
     for phase in ("insert", "swap"):
         last = table.loc[table["phase"] == phase, "point"].max()
         axes.axvline(last, color="#cccccc", linewidth=0.8, zorder=0)

@@ -22,6 +22,7 @@ from core.analysis.stitching import (
     components,
     error_of,
     nearest,
+    parents,
     predict_novel,
     score_latents,
 )
@@ -191,6 +192,9 @@ def test_nearest_latents_and_components_by_hand():
     assert graph.paired.sum() == 2 and sorted(graph.sizes.tolist()) == [1, 1, 1, 2, 3]
     joined = components(small, large, 0.6)  # the second latent now joins both
     assert joined.large[0] == joined.large[2] and joined.paired.sum() == 1
+    apart = parents(near, 3, 0.6)  # with its most similar one alone
+    assert apart.large[:3].tolist() == [0, 0, 1] and apart.paired.tolist() == [True, True, False, False, False]
+    assert sorted(apart.sizes.tolist()) == [1, 1, 1, 2, 3]
 
 
 def test_a_decoder_row_of_norm_zero_is_refused():
@@ -232,10 +236,13 @@ def test_no_other_threshold_is_better_on_these_latents(latents: list[tuple[float
 # ---- paths
 
 
+@pytest.mark.parametrize("all_edges", [True, False])
 @pytest.mark.parametrize("pair", PAIRS)
-def test_an_interpolation_begins_and_ends_with_the_two_dictionaries(pair: str):
+def test_an_interpolation_begins_and_ends_with_the_two_dictionaries(pair: str, all_edges: bool):
     small, large = PAIRS[pair]()
-    path = interpolation(nearest(small, large), components(small, large, 0.6), 5)
+    near = nearest(small, large)
+    graph = components(small, large, 0.6) if all_edges else parents(near, small.dict_size, 0.4)
+    path = interpolation(near, graph, 5)
     curve = walk(small, large, batches(), {"way": path})["way"]
     for point, method in ((0, small), (-1, large)):
         alone = error_of(method, batches())
