@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from core.analysis.stitch_path import insertion_in_order, walk
 from core.analysis.stitching import NOVEL, check_pair, nearest, score_latents
 from core.errors import UserError
 from core.methods.base import DictionaryMethod
@@ -17,15 +18,18 @@ def frankenstein(
     family: Sequence[DictionaryMethod],
     batches: Callable[[], Iterable[Tensor]],
     seed: int,
-    below: float = 1.0,
+    below: float | None = None,
     n_blocks: int = 64,
+    n_steps: int = 20,
 ) -> list[Stitched]:
     """The smallest dictionary of a family, then with the novel latents of each larger one, from small to large.
 
-    A latent is novel if, inserted alone into what there is so far, it lowers the error (its whole bootstrap interval),
-    and no decoder row there has a cosine of `below` or more with its own. `batches` gives batches `[B, d]` of raw
-    activations anew each time. The smallest one's decoder bias stays. Raises UserError for a family of one, or one
-    whose dictionaries do not fit together.
+    A latent is novel if, inserted alone into what there is so far, it lowers the error (its whole bootstrap interval).
+    Novel latents overlap, so that all of them together can raise it: those whose largest cosine with the decoder rows
+    there is `below` are taken; None takes them up to the cosine at which the error is lowest, tried in `n_steps` steps
+    of equal number, and none where no step lowers it. `batches` gives batches `[B, d]` of raw activations anew each
+    time. The smallest one's decoder bias stays. Raises UserError for a family of one, or one whose dictionaries do not
+    fit together.
     """
     if len(family) < 2:
         raise UserError(f"family: {len(family)} dictionary is no family; name two or more of different sizes.")
@@ -37,6 +41,13 @@ def frankenstein(
     grown = [Stitched.of(parts, b_dec)]
     for larger in ordered[1:]:
         novel = score_latents(grown[-1], larger, batches(), n_blocks).classes(seed) == NOVEL
-        parts.append((larger, novel & (nearest(grown[-1], larger).cosine < below)))
+        cosine = nearest(grown[-1], larger).cosine
+        if below is None:
+            path = insertion_in_order(cosine.cpu(), novel.cpu(), grown[-1].dict_size, n_steps)
+            best = int(walk(grown[-1], larger, batches(), {"": path})[""].mse.argmin())
+            taken = path.comes <= best
+        else:
+            taken = (novel & (cosine < below)).cpu()
+        parts.append((larger, taken))
         grown.append(Stitched.of(parts, b_dec))
     return grown
