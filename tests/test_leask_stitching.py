@@ -19,7 +19,7 @@ from core.cells import cell_name
 from core.errors import UserError
 from core.methods.base import DictionaryMethod
 from core.models.language_model import load_language_model
-from experiments import leask_stitching
+from experiments import bench_stitching, leask_stitching
 from experiments.common import held_out_rows, trained
 from experiments.leask_stitching import activations, dictionaries, members, of_family, run
 from hydra_plugins.blocks_sweeper.sweeper import cells_of
@@ -209,3 +209,14 @@ def test_a_dictionary_of_another_site_that_never_fires_is_said_so(tiny, tmp_path
     Path(cfg.cell_folder).mkdir(exist_ok=True, parents=True)
     with pytest.raises(UserError, match="No latent of the large dictionary fires"):
         leask_stitching.run_pair(cfg, small, large)
+
+
+# ---- the benchmark
+
+
+def test_the_benchmarks_dictionaries_fire_as_often_as_they_say():
+    cfg = OmegaConf.create({"seed": 0, "d_model": 64, "n_rows": 2000})
+    cpu = torch.device("cpu")
+    method = bench_stitching.dictionary(cfg, 512, 20.0, cpu)
+    codes = method.encode(bench_stitching.rows(cfg, cpu))
+    assert float(codes.l0()) == pytest.approx(20.0, rel=0.03)
