@@ -73,9 +73,10 @@ def run(cfg: DictConfig) -> dict[str, float]:
     study = Study(cfg, editor, facts, few, found, compositions, Directions.of(meta))
     outcomes = [(trio, study.outcomes(trio)) for trio in chosen]
     save_tables(Path(cfg.cell_folder), facts, found, compositions, outcomes)
-    rows = directions(method.W_dec, "method")
+    rows = learned_rows(method)
     return {
         **knowledge,
+        "n_rows": len(rows),
         "n_pairs": len(chosen),
         "n_entities": len(facts.entities),
         "n_entities_with_latent": len(compositions),
@@ -108,18 +109,23 @@ def made(node: DictConfig) -> Any:
 
 
 def meta_dictionary(cfg: DictConfig, method: DictionaryMethod) -> BatchTopK:
-    """Trained on the directions of all decoder rows."""
+    """Trained on the directions of all decoder rows but those of dead latents, which are where chance put them."""
     m = cfg.meta
     if m.min_firing_rate is not None or m.sampling == "frequency":
         raise UserError(
             "leask_editing takes all decoder rows alike: meta.min_firing_rate=null and meta.sampling=shuffled."
         )
-    rows = directions(method.W_dec, "method")
+    rows = learned_rows(method)
     request = MetaRequest(
         rows, plain(m.method), m.n_steps, m.batch_size, m.sampling, m.seed, m.calibration_batches,
         m.batches_per_chunk, cfg.trainer.precision,
     )  # fmt: skip
     return train_meta(request, cfg)
+
+
+def learned_rows(method: DictionaryMethod) -> Tensor:
+    """Unit directions of the latents that are alive, `[N, d]`."""
+    return directions(method.W_dec[~method.dead], "method")
 
 
 def composed_of(
