@@ -55,7 +55,8 @@ def test_every_method_builds_from_its_yaml(method: str):
 def test_every_text_source_builds_without_a_network(data: str):
     from hydra.utils import instantiate
 
-    cfg = composed("experiment=leask_batchtopk", f"data={data}")
+    more = ["+facts=planted"] if data == "facts" else []
+    cfg = composed("experiment=leask_batchtopk", f"data={data}", *more)
     assert instantiate(cfg.data).spec
 
 
