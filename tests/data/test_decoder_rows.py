@@ -1,6 +1,6 @@
 """Decoder rows as training data: which rows, in which order, and what is refused."""
 
-from itertools import islice
+from itertools import chain, islice
 
 import pytest
 import torch
