@@ -1,8 +1,9 @@
 """FLOPs at which a method passes the SAE: O'Neill et al. 2025, the crossings of fig. 2b, 3b, 4c and 4d.
 
 What is passed is a level of the SAE's mean curve over seeds, at equal settings: its final value where codes are known
-(their curves rise to a plateau), else its best. A run's curve is read linearly between its points. A run that never
-passes the level has no crossing, and one that lies above it from its first point has none either.
+(their curves rise to a plateau), else its best. Curves are read linearly between their points. One that never passes
+the level has no crossing, and one that lies above it from its first point has none either. Published crossings are
+those of mean curves; those of the runs, which tell of the spread, leave out the runs that never pass.
 """
 
 from __future__ import annotations
@@ -31,15 +32,25 @@ def with_crossings(cells: Iterable[Cell]) -> list[Cell]:
 
     crossing_flops_<mode>, dict_crossing_flops_<mode>  training and one inference; latents, dictionary
     plateau_crossing_flops[_corrected]                 training alone, where the codes are known
+    mean_<any of these>                                of the mean curve over seeds, the same for all of them
     """
     cells = list(cells)
     curves = {id(cell): curve for cell in cells if (curve := _readable(cell)) is not None}
     levels = sae_levels([cell for cell in cells if id(cell) in curves and cell.method == BASELINE])
+    stacks: dict[Group, list[pd.DataFrame]] = defaultdict(list)
+    for cell in cells:
+        if id(cell) in curves:
+            stacks[_stack_of(cell)].append(curves[id(cell)])
+    means = {
+        stack: pd.concat(of).groupby("step", as_index=False).mean(numeric_only=True) for stack, of in stacks.items()
+    }
     found = []
     for cell in cells:
         level = levels.get(group_of(cell), {})
         if id(cell) in curves and level and cell.method != BASELINE:
-            cell = replace(cell, metrics={**_crossings(cell, curves[id(cell)], level), **cell.metrics})
+            of_mean = _crossings(cell, means[_stack_of(cell)], level)
+            own = _crossings(cell, curves[id(cell)], level) | {f"mean_{name}": at for name, at in of_mean.items()}
+            cell = replace(cell, metrics={**own, **cell.metrics})
         found.append(cell)
     return found
 
@@ -62,6 +73,11 @@ def sae_levels(cells: Sequence[Cell]) -> dict[Group, dict[str, float]]:
 def group_of(cell: Cell) -> Group:
     """What a method and the SAE must have in common to be compared."""
     return (cell.experiment, cell.scale, *(cell.get(key) for key in (*SETTINGS, "coder.l1")))
+
+
+def _stack_of(cell: Cell) -> Group:
+    """What runs that differ in their seed alone have in common."""
+    return (cell.folder, cell.method, cell.get("coder.k"), *group_of(cell))
 
 
 def crossing(flops: Sequence[float], values: Sequence[float], level: float) -> float | None:

@@ -121,7 +121,7 @@ def chance(axes: Axes, cells: Iterable[Cell], metric: str) -> None:
 
 
 def crossing_at(axes: Axes, cells: Sequence[Cell], name: str, method: str, height: float) -> None:
-    """A vertical line at the mean of the runs' crossings, with its value at a height between 0 and 1."""
+    """A vertical line at the crossing `name` (the mean where cells have several), labelled at a height from 0 to 1."""
     found = [cell.metrics[name] for cell in cells if cell.method == method and name in cell.metrics]
     if not found:
         return

@@ -54,7 +54,9 @@ def curves(cells: Sequence[Cell]) -> Figure | None:
         axes.set_xlabel(label if x == "step" else f"training {label}")
         if paper:
             references(axes, published("oneill/codes-1"), methods)
-    for axes, name in zip(panels[1:], ("plateau_crossing_flops", "plateau_crossing_flops_corrected"), strict=True):
+    for axes, name in zip(
+        panels[1:], ("mean_plateau_crossing_flops", "mean_plateau_crossing_flops_corrected"), strict=True
+    ):
         sae_level(axes, shared, "latent_mcc")
         for place, method in enumerate(m for m in methods if m != BASELINE):
             crossing_at(axes, shared, name, method, 0.03 + 0.15 * place)

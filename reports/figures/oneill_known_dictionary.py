@@ -77,7 +77,7 @@ def curves(cells: Sequence[Cell], table: pd.DataFrame, l1: float) -> Figure | No
         chance(axes, cells, "latent_mcc")
         if mode is not None:
             sae_level(axes, cells, "latent_mcc")
-            crossing_at(axes, cells, f"crossing_flops_{mode}", "ITO", 0.2)
+            crossing_at(axes, cells, f"mean_crossing_flops_{mode}", "ITO", 0.2)
         if paper and l1 in CLAIM_OF_L1:
             references(axes, published(CLAIM_OF_L1[l1]), methods)
     same_range(panels[1:])

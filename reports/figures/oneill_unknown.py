@@ -75,7 +75,7 @@ def curves(cells: Sequence[Cell], table: pd.DataFrame, profile: str) -> Figure |
             chance(axes, cells, metric)
             if mode is not None:
                 sae_level(axes, cells, metric)
-                crossing_at(axes, cells, f"{NAMES[metric]}_{mode}", "SC", 0.02)
+                crossing_at(axes, cells, f"mean_{NAMES[metric]}_{mode}", "SC", 0.02)
             if authors:
                 references(axes, published(CLAIMS[metric]), methods)
             if metric == "dict_mcc":

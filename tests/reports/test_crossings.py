@@ -44,9 +44,14 @@ def ramp(start, per_step):
     return [start + per_step * step for step in STEPS]
 
 
-def crossings_of(outputs, method):
+def crossings_of(outputs, method, start=""):
+    """Seed -> its crossings whose names begin so, or all but those of the mean."""
     return {
-        cell.seed: {name: value for name, value in cell.metrics.items() if "crossing" in name}
+        cell.seed: {
+            name: value
+            for name, value in cell.metrics.items()
+            if "crossing" in name and name.startswith("mean_") == (start == "mean_")
+        }
         for cell in with_crossings(read_cells(outputs))
         if cell.method == method
     }
@@ -67,6 +72,10 @@ def test_a_run_passes_the_best_of_the_saes_mean_curve(tmp_path):
         }
     )
     assert found[1] == {}
+    of_mean = crossings_of(tmp_path, "SC", "mean_")  # 0.3 + 0.00055 t passes 0.6 at t = 300 / 0.55
+    assert of_mean[0] == of_mean[1] and len(of_mean[0]) == 4
+    assert of_mean[1]["mean_crossing_flops_paper"] == pytest.approx(300e6 / 0.55 + 5e7)
+    assert of_mean[1]["mean_dict_crossing_flops_corrected"] == pytest.approx(150e6 / 0.55 + 5e7)
     assert crossings_of(tmp_path, "SAE") == {0: {}, 1: {}}
 
 
