@@ -73,14 +73,19 @@ def _loaded(method: dict[str, Any]) -> tuple[DictionaryMethod, dict[str, Any]]:
     """The dictionary of a node that is loaded, and what is to be kept of it: class, options and source."""
     if method["repo"] in (None, "???"):
         raise UserError("method.repo is not set: a name on the Hugging Face hub, or a folder with a dictionary.")
+    found = made({key: value for key, value in method.items() if key not in TRAINING_ONLY})
+    kind = f"{type(found).__module__}.{type(found).__qualname__}"
+    return found, {"class": kind, "hyperparameters": found.hyperparameters(), "loaded": method}
+
+
+def made(node: Any) -> Any:
+    """What a node of the configuration describes. The UserError of whatever makes it is raised as it is."""
     try:
-        found = instantiate({key: value for key, value in method.items() if key not in TRAINING_ONLY})
+        return instantiate(plain(node))
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from error.__cause__.__cause__
         raise
-    kind = f"{type(found).__module__}.{type(found).__qualname__}"
-    return found, {"class": kind, "hyperparameters": found.hyperparameters(), "loaded": method}
 
 
 def plain(node: Any) -> Any:
@@ -117,7 +122,7 @@ def held_out_rows(cfg: DictConfig) -> Tensor:
     """`evaluation.n_rows` rows `[R, n_ctx]` of held-out text, the same for every cell and seed."""
     lm, s = language_model(cfg), cfg.stream
     rows = RowStream(
-        instantiate(cfg.data), lm.tokenizer, "heldout", cfg.evaluation.seed, s.n_ctx, s.packing, s.max_document_tokens
+        made(cfg.data), lm.tokenizer, "heldout", cfg.evaluation.seed, s.n_ctx, s.packing, s.max_document_tokens
     )
     return rows.next_rows(cfg.evaluation.n_rows).to(lm.device)
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -40,7 +38,7 @@ from core.metrics.statistics import bootstrap_interval
 from core.models.finetune import fine_tuned
 from core.models.language_model import LanguageModel
 from core.seeding import generator
-from experiments.common import language_model, plain, requests, trained
+from experiments.common import language_model, made, plain, requests, trained
 
 Asked = Mapping[str, Mapping[str, Sequence[Question]]]
 CONTROLS = ("random", "third")  # what the meta-latents' edits are compared with, of as many edits
@@ -96,16 +94,6 @@ def planted(cfg: DictConfig) -> DictConfig:
     changed.model.source = str(fine_tuned(cfg, plain(cfg.model), made(cfg.data), plain(cfg.planting)))
     changed.model.name = f"{cfg.model.name} with planted facts"
     return changed
-
-
-def made(node: DictConfig) -> Any:
-    """What a node of the configuration describes. Raises the UserError of whatever makes it as it is."""
-    try:
-        return instantiate(plain(node))
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from error.__cause__.__cause__
-        raise
 
 
 def meta_dictionary(cfg: DictConfig, method: DictionaryMethod) -> BatchTopK:

@@ -15,7 +15,8 @@ import run as runner
 from core.cells import cell_name
 from core.data.facts import Facts
 from core.errors import UserError
-from experiments.leask_editing import made, meta_dictionary, summary, trios
+from experiments.common import made
+from experiments.leask_editing import meta_dictionary, summary, trios
 from hydra_plugins.blocks_sweeper.sweeper import cells_of
 from reports.claims import PAPERS, load_paper
 from reports.collect import read_cells
