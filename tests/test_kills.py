@@ -35,7 +35,7 @@ from core.interrupts import Interrupted, handled_by, stop_at_once
 from core.methods.base import DictionaryMethod
 
 CONF = Path(__file__).parents[1] / "conf"
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if path.stem != "pretrained")  # never trained
 SUBJECTS = {**{name: [name] for name in METHODS}, "pair": ["batchtopk", "relu_l1"], "fleet": METHODS}
 TRAINING = ["method.dict_size=64", "method.dead_after_tokens=256", "method.warmup_steps=8", "method.decay_fraction=0.5"]
 STREAM = [
