@@ -9,7 +9,7 @@ Shapes: B rows in the batch, d = d_model, m = dict_size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,13 +23,13 @@ from core.methods.batchtopk import BatchTopK
 from core.methods.checks import require, require_k, require_one_of
 from core.methods.jumprelu import JumpReLU
 from core.methods.relu_l1 import ReluL1
-from core.methods.sparsity import mse
 from core.methods.topk import TopK
+from core.methods.untrained import Untrained
 
 Activation = Literal["relu", "topk", "jumprelu"]
 
 
-class Pretrained(DictionaryMethod):
+class Pretrained(Untrained):
     """A dictionary that is only used: z = W_enc (x [- b_dec]) + b_enc, f = activation(z), x_hat = W_dec f + b_dec.
 
     activation      `relu`; `topk`: the k largest entries > 0 of a row; `jumprelu`: z where z > threshold_i, which is at
@@ -60,15 +60,7 @@ class Pretrained(DictionaryMethod):
         super().__init__(
             d_model=d_model,
             dict_size=dict_size,
-            lr=1.0,
-            betas=(0.9, 0.999),
             input_norm=input_norm,
-            seed=0,
-            decoder_norm="none",
-            dead_after_tokens=1,
-            grad_clip=1.0,
-            warmup_steps=0,
-            decay_fraction=0.0,
         )
         self.activation: Activation = activation
         self.k = None if k is None else int(k)
@@ -123,12 +115,6 @@ class Pretrained(DictionaryMethod):
             return sparse.encode_topk(x, self.W_enc, self.b_enc, self.k, centre=centre, path="auto")
         pre = sparse.pre_activations_above(x, self.W_enc, self.b_enc, self.threshold, centre)
         return DenseCodes(pre.values.where(pre.values > self.threshold, 0)) if isinstance(pre, DenseCodes) else pre
-
-    def losses(self, x: Tensor, codes: Codes) -> dict[str, Tensor]:
-        return {"reconstruction": mse(x, self.decode(codes))}
-
-    def configure_optimizers(self) -> NoReturn:
-        raise UserError("method: a dictionary that was loaded is not trained further.")
 
     def hyperparameters(self) -> dict[str, Any]:
         return {

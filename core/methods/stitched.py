@@ -12,11 +12,12 @@ from core.errors import UserError
 from core.kernels.codes import Codes, DenseCodes, SparseCodes, entries
 from core.methods.base import DictionaryMethod
 from core.methods.saved import method_class
+from core.methods.untrained import Untrained
 
 Described = Mapping[str, Any]  # `class` and `hyperparameters` of a dictionary
 
 
-class Stitched(DictionaryMethod):
+class Stitched(Untrained):
     """x_hat = b_dec + sum over parts p of f^p_S(x) W_dec^p[S] (Leask et al. 2025): of each part the latents S are kept.
 
     Every part encodes with all its latents under its own rule of inference; then those that are not kept are dropped.
@@ -33,15 +34,7 @@ class Stitched(DictionaryMethod):
         super().__init__(
             d_model=first.d_model,
             dict_size=sum(n_kept),
-            lr=1.0,
-            betas=(0.9, 0.999),
             input_norm=first.norm.kind,
-            seed=0,
-            decoder_norm="none",
-            dead_after_tokens=1,
-            grad_clip=1.0,
-            warmup_steps=0,
-            decay_fraction=0.0,
         )
         self.parts = nn.ModuleList(built)
         self.norm.load_state_dict(first.norm.state_dict())
@@ -88,9 +81,6 @@ class Stitched(DictionaryMethod):
         place, order = torch.cat(places).sort()
         rows = place.div(self.dict_size, rounding_mode="floor")
         return SparseCodes(rows, place - rows * self.dict_size, torch.cat(values)[order], (x.shape[0], self.dict_size))
-
-    def losses(self, x: Tensor, codes: Codes) -> dict[str, Tensor]:
-        raise RuntimeError("A stitched dictionary is not trained: it has no loss.")
 
     def hyperparameters(self) -> dict[str, Any]:
         return {

@@ -334,8 +334,8 @@ def test_a_stitched_dictionary_is_not_trained_and_not_empty():
     with pytest.raises(UserError, match="without latents"):
         Stitched.of([(small, torch.zeros(20, dtype=torch.bool))], small.b_dec)
     stitched = Stitched.of([(small, torch.ones(20, dtype=torch.bool))], small.b_dec)
-    with pytest.raises(RuntimeError, match="not trained"):
-        stitched.losses(rows(2), stitched.encode(rows(2)))
+    with pytest.raises(UserError, match="not trained"):
+        stitched.configure_optimizers()
 
 
 # ---- bad input

@@ -1,3 +1,4 @@
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from core.errors import UserError
+from core.interrupts import Interrupted
 from core.models import finetune
 from core.models.finetune import KIND, fine_tuned
 from core.models.identity import model_identity
@@ -49,7 +51,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_weights(
     whole = fine_tuned(bare_cfg(tmp_path, "whole"), tiny_model, source, TRAINING)
     cfg = bare_cfg(tmp_path, "stopped", checkpoint_every_seconds=1e-9)
     monkeypatch.setattr(finetune, "make_trainer", stopping_after(2, finetune.make_trainer))
-    with pytest.raises(BaseException):  # noqa: B017  (Lightning turns the interrupt into an exit)
+    with pytest.raises(Interrupted):
         fine_tuned(cfg, tiny_model, source, TRAINING)
     monkeypatch.undo()
     assert list((tmp_path / "stopped" / "finetuning").rglob("*.ckpt"))
@@ -62,7 +64,7 @@ def stopping_after(n: int, make: Callable[..., pl.Trainer]) -> Callable[..., pl.
     class Stop(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
             if trainer.fit_loop.epoch_loop.batch_progress.current.ready == n:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGTERM)
 
     def patched(cfg: DictConfig, folder: Path, name: str, n_batches: int, callbacks: list[pl.Callback]) -> pl.Trainer:
         return make(cfg, folder, name, n_batches, [*callbacks, Stop()])
