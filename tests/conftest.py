@@ -114,6 +114,24 @@ def bare_cfg() -> Callable[..., DictConfig]:
     return cfg
 
 
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Sets where the Hugging Face hub is believed to be (see `tests/fake_hub.py`); nothing is in the cache."""
+    import transformers
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for proxy in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(proxy, raising=False)
+
+    def believe(url: str) -> None:
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # it keeps the address that it was made with
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+    return believe
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _interrupts() -> Iterator[None]:
     """SIGINT as in a terminal. Started in the background by a shell, the suite would ignore it, with all that it

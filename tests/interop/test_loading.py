@@ -2,10 +2,7 @@
 
 import json
 import re
-import socket
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from urllib.parse import unquote
 
 import numpy as np
@@ -22,8 +19,8 @@ from core.methods.base import DictionaryMethod
 from core.methods.batchtopk import BatchTopK
 from core.methods.pretrained import Pretrained
 from core.methods.saved import save_dictionary
+from tests.fake_hub import COMMIT, FakeHub, closed_port, serving
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 GEMMA = "layer_3/width_16k/average_l0_22"
 
 
@@ -35,18 +32,12 @@ def put_gemma(folder: Path) -> None:
     np.savez(folder / "params.npz", threshold=np.full(80, 1.0, np.float32), **arrays)
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(FakeHub):
     """Answers as the hub does about the repositories below `root`; `lab/gated` is gated. Keeps what it was asked."""
 
     root: Path
     asked: list[str]
     broken = ""
-
-    def do_HEAD(self):
-        self.serve()
-
-    def do_GET(self):
-        self.serve()
 
     def serve(self):
         path = unquote(self.path.split("?")[0])
@@ -78,42 +69,9 @@ class Hub(BaseHTTPRequestHandler):
         ]
         return self.answer(json.dumps(entries).encode())
 
-    def answer(self, body):
-        self.send_response(200)
-        self.send_header("ETag", f'"{hash(body)}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def refuse(self, status, code):
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
-
 
 @pytest.fixture
-def endpoint(monkeypatch, tmp_path):
-    """Sets where the hub is believed to be; nothing is in the cache."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub, "TIMEOUT_S", 2.0)
-    for proxy in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(proxy, raising=False)
-
-    def believe(url):
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-
-    return believe
-
-
-@pytest.fixture
-def served(endpoint, tmp_path, dictionary):
+def served(endpoint, tmp_path, dictionary, monkeypatch):
     """A hub with a gemma-scope of two dictionaries, a SAELens repository, a gated one and one without a dictionary."""
     root = tmp_path / "served"
     for name in (GEMMA, GEMMA.replace("22", "41")):
@@ -126,18 +84,10 @@ def served(endpoint, tmp_path, dictionary):
     (root / "lab/text").mkdir()
     (root / "lab/text/README.md").write_text("nothing here")
     handler = type("Served", (Hub,), {"root": root, "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    endpoint(f"http://127.0.0.1:{server.server_port}")
-    yield handler
-    server.shutdown()
-    server.server_close()
-
-
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    monkeypatch.setattr(hub, "TIMEOUT_S", 2.0)
+    with serving(handler) as url:
+        endpoint(url)
+        yield handler
 
 
 def test_a_dictionary_of_the_hub_is_loaded_from_its_files_alone(served, rows):

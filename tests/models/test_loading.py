@@ -3,13 +3,10 @@
 import json
 import socket
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import torch
-import transformers
 from huggingface_hub import constants
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, models
@@ -20,9 +17,9 @@ from core.models import loading
 from core.models.language_model import load_language_model
 from core.models.loading import SHIPPED, Settings
 from core.models.sites import FAMILIES
+from tests.fake_hub import COMMIT, FakeHub, closed_port, serving
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def settings(source, **changed):
@@ -30,16 +27,10 @@ def settings(source, **changed):
     return OmegaConf.create(plain | {"attn_implementation": "sdpa", "device": "cpu"} | changed)
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(FakeHub):
     """Answers as the hub does about lab/tiny, lab/pickled (no safetensors), lab/gated; nothing else exists."""
 
     folder: Path
-
-    def do_HEAD(self):
-        self.serve()
-
-    def do_GET(self):
-        self.serve()
 
     def serve(self):
         _, owner, name, *rest = self.path.removeprefix("/api/models").split("?")[0].split("/")
@@ -58,39 +49,6 @@ class Hub(BaseHTTPRequestHandler):
             return self.refuse(404, "EntryNotFound")
         return self.answer(file.read_bytes())
 
-    def answer(self, body):
-        self.send_response(200)
-        self.send_header("ETag", f'"{hash(body)}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def refuse(self, status, code):
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def endpoint(monkeypatch, tmp_path):
-    """Sets where the hub is believed to be; nothing is in the cache."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    for proxy in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(proxy, raising=False)
-
-    def believe(url):
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # it keeps the address that it was made with
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-
-    return believe
-
 
 @pytest.fixture
 def hub(endpoint, tmp_path):
@@ -99,18 +57,10 @@ def hub(endpoint, tmp_path):
     GPT2LMHeadModel(config).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(5)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0").save_pretrained(folder)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Served", (Hub,), {"folder": folder}))
-    Thread(target=server.serve_forever, daemon=True).start()
-    endpoint(f"http://127.0.0.1:{server.server_port}")
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def closed_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    handler = type("Served", (Hub,), {"folder": folder})
+    with serving(handler) as url:
+        endpoint(url)
+        yield handler
 
 
 def test_a_model_loads_by_name_and_says_which_commit_it_is(hub):
@@ -128,7 +78,7 @@ def test_a_model_that_was_loaded_once_loads_again_without_the_hub(hub, endpoint)
 
 
 def test_a_download_that_was_cut_off_is_not_taken_for_a_model_without_weights(hub, endpoint):
-    hub.RequestHandlerClass.folder.joinpath("model.safetensors").unlink()
+    hub.folder.joinpath("model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no weights as safetensors"):
         load_language_model(settings("lab/tiny"))
     endpoint(f"http://127.0.0.1:{closed_port()}")
