@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -168,7 +169,11 @@ def linear_gradients(X: Tensor, dZ: Tensor, W: Tensor, b: Tensor | None) -> None
 
 
 def keep_largest_(S: Tensor, k: Tensor) -> Tensor:
-    """Zero all but the k largest of each sample, in place: S `[R, n, N]`, k `[R]`. Of equals all are kept."""
-    largest = S.topk(int(k.max()), dim=-1).values  # [R, n, max k]
-    smallest = largest.gather(-1, (k - 1).view(-1, 1, 1).expand(-1, S.shape[1], 1))  # [R, n, 1]
+    """Zero all but the k largest of each sample, in place: S `[R, n, N]`, `k` `[R]`. Of equals all are kept."""
+    N = S.shape[-1]
+    if S.device.type == "cpu":  # sorting whole rows of N is 3 to 6 times as fast there as `topk`
+        ordered = torch.from_numpy(np.sort(S.numpy(), axis=-1))
+    else:
+        ordered = S.sort(dim=-1).values
+    smallest = ordered.gather(-1, (N - k).view(-1, 1, 1).expand(-1, S.shape[1], 1))  # [R, n, 1]
     return S.masked_fill_(smallest > S, 0)

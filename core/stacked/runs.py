@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,6 +139,18 @@ def train(cfg: DictConfig, coder: Coder, objective: Objective, evaluate: Evaluat
     progress = TokenProgress(cfg.name, cfg.steps, data.every, cfg.logging.quiet_seconds, unit="steps")
     logs = Path(cfg.output_dir) / "logs" / cfg.name
     trainer = make_trainer(cfg, logs, Path(cfg.cell_folder).name, data.n_chunks, [progress, checkpoints])
-    checkpoints.fit(trainer, runs, data)
+    with flushed_denormals():
+        checkpoints.fit(trainer, runs, data)
     remove_folder(folder.parent)
     return Trained(runs.curves, checkpoints.earlier_seconds)
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Without denormal numbers on the CPU: the moments of codes that a mask leaves out decay to them, and a step with
+    such moments takes 1.4 times as long."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)

@@ -157,6 +157,18 @@ def test_the_largest_k_are_kept_run_by_run():
     assert kept.tolist() == [[[3.0, 0.0, 0.0]], [[3.0, 0.0, 2.0]]]
 
 
+@pytest.mark.parametrize("equal", [False, True])
+def test_what_is_kept_of_a_run_is_what_topk_keeps_and_equals_of_the_smallest(equal):
+    k = torch.tensor([1, 4, 7, 12])
+    S = torch.rand(4, 50, 12, generator=torch.Generator().manual_seed(0))
+    if equal:
+        S = (5 * S).floor()
+    kept = keep_largest_(S.clone(), k)
+    for run, n in enumerate(k.tolist()):
+        smallest = S[run].topk(n, dim=-1).values[:, -1:]
+        assert torch.equal(kept[run], S[run] * (S[run] >= smallest))
+
+
 def test_layers_start_in_the_range_of_torchs_linear_and_differ_between_seeds():
     coder = LinearCoder([0, 1, 0], 16, 400)
     W = coder.W_enc.detach()
