@@ -171,9 +171,7 @@ def linear_gradients(X: Tensor, dZ: Tensor, W: Tensor, b: Tensor | None) -> None
 def keep_largest_(S: Tensor, k: Tensor) -> Tensor:
     """Zero all but the k largest of each sample, in place: S `[R, n, N]`, `k` `[R]`. Of equals all are kept."""
     N = S.shape[-1]
-    if S.device.type == "cpu":  # sorting whole rows of N is 3 to 6 times as fast there as `topk`
-        ordered = torch.from_numpy(np.sort(S.numpy(), axis=-1))
-    else:
-        ordered = S.sort(dim=-1).values
+    on_cpu = S.device.type == "cpu"  # where NumPy sorts short rows 3 to 6 times as fast as torch finds their top k
+    ordered = torch.from_numpy(np.sort(S.numpy(), axis=-1)) if on_cpu else S.sort(dim=-1).values
     smallest = ordered.gather(-1, (N - k).view(-1, 1, 1).expand(-1, S.shape[1], 1))  # [R, n, 1]
     return S.masked_fill_(smallest > S, 0)
