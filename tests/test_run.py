@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import run as runner
+from core.interop import saelens
+from core.methods.pretrained import Pretrained
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ["experiment=leask_batchtopk", "scale=smoke", "logging=none", "stream.n_tokens=1024"]
@@ -110,6 +113,24 @@ def test_a_wrong_setting_ends_with_one_message_that_names_it(cli, capsys, argume
     for word in words_of_the_message:
         assert word in err
     assert read(folder) == {}
+
+
+def test_a_dictionary_made_elsewhere_is_scored_once_whatever_the_grid_is(cli, tmp_path):
+    W = torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"activation": "topk", "k": 4, "subtract_b_dec": True}
+    saelens.write(Pretrained.of(W, W, torch.zeros(48), torch.zeros(32), **options), tmp_path / "sae")
+    code, folder = cli(*SMOKE, "method=pretrained", f"method.repo={tmp_path / 'sae'}")
+    [result] = read(folder).values()
+    assert code == 0 and result["metrics"]["l0_mean"] == 4
+    assert result["config"]["method"]["_target_"] == "core.interop.loading.load"
+
+
+def test_a_setting_of_the_grid_that_another_method_lacks_is_said_with_the_way_out(cli, capsys):
+    code, folder = cli(*SMOKE, "method=lca")
+    assert code == 1 and read(folder) == {}
+    assert "method.k is set by the experiment's grid, but there is no such setting with method=lca. hydra.mode=RUN" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_full_disk_ends_with_its_message_and_no_result_and_what_was_trained_stays(cli, capsys, monkeypatch):

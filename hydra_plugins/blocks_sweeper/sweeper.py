@@ -10,10 +10,15 @@ a sparsity coefficient instead of k. Each such part is a block:
 A setting given on the command line narrows the grid. If blocks have it as an axis, the other blocks fall out, and of
 those only the given values stay; values that are nowhere in the grid go to every block that has the axis (`seed=7`). A
 setting that is no axis of any block holds in all cells (`method.lr=0.001`).
+
+Assignments named in `hydra.sweeper.alone` fit into no grid that does not name them (`method=pretrained`: a dictionary
+that is read has no size or sparsity to vary). Given on the command line, they leave the grid out: the experiment's own
+settings run, once for every combination of what is given.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -22,6 +27,7 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from core.errors import UserError
@@ -30,31 +36,53 @@ Axis = list[str]  # one axis: ["key=value1", "key=value2"]
 
 
 class BlocksSweeper(BasicSweeper):
-    """The basic sweeper over a union of products. Raises UserError when the grid is empty."""
+    """The basic sweeper over a union of products. Raises UserError when the grid is empty or does not fit."""
 
-    def __init__(self, blocks: ListConfig | list[DictConfig], max_batch_size: int | None = None) -> None:
+    def __init__(
+        self, blocks: ListConfig | list[DictConfig], alone: Sequence[str] = (), max_batch_size: int | None = None
+    ) -> None:
         super().__init__(max_batch_size=max_batch_size, params={})
-        self.blocks = blocks or [OmegaConf.create({})]
+        self.blocks, self.alone = blocks or [OmegaConf.create({})], tuple(alone)
 
     def sweep(self, arguments: list[str]) -> Any:
         assert self.config is not None and self.hydra_context is not None and self.launcher is not None
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
-        cells = cells_of(self.blocks, arguments, self.hydra_context.config_loader)
-        results = self.launcher.launch(cells, initial_job_idx=0)
+        cells = cells_of(self.blocks, arguments, self.hydra_context.config_loader, self.alone)
+        try:
+            results = self.launcher.launch(cells, initial_job_idx=0)
+        except ConfigCompositionException as error:
+            raise self._explained(error, arguments) from error
         for result in results:
             _ = result.return_value  # raises what the cell raised
         return [results]
 
+    def _explained(self, error: ConfigCompositionException, arguments: Sequence[str]) -> Exception:
+        """The error itself, unless it is about a setting that the grid has, and the command line has not."""
+        found = re.search(r"'([\w./@]+)'", str(error))
+        key = found[1] if found else ""
+        if key in _axes(arguments, None) or not any(key in block for block in self.blocks):
+            return error
+        chosen = [word for word in arguments if word.startswith(f"{key.split('.')[0]}=")] or arguments
+        return UserError(
+            f"{key} is set by the experiment's grid, but there is no such setting with {' '.join(chosen)}. "
+            "hydra.mode=RUN leaves the grid out: the experiment's own settings run, with yours."
+        )
+
 
 def cells_of(
-    blocks: Iterable[Mapping[str, Any]], arguments: Sequence[str], config_loader: ConfigLoader | None = None
+    blocks: Iterable[Mapping[str, Any]],
+    arguments: Sequence[str],
+    config_loader: ConfigLoader | None = None,
+    alone: Sequence[str] = (),
 ) -> list[list[str]]:
     """The overrides of every cell, without repetitions, block after block. Raises UserError if there is none."""
     given = _axes(arguments, config_loader)
     parsed = [_axes([f"{key}={value}" for key, value in block.items()], config_loader) for block in blocks]
-    cells = {cell: None for block in narrowed(parsed, given) for cell in product(*block.values())}
+    within, without = split_alone(parsed, given, alone)
+    chosen = [*(narrowed(parsed, within) if within is not None else []), *([without] if without is not None else [])]
+    cells = {cell: None for block in chosen for cell in product(*block.values())}
     if not cells:
         raise UserError(f"The grid has no cell with {' '.join(arguments)}: see `grid` in the experiment's YAML.")
     return [list(cell) for cell in cells]
@@ -67,6 +95,18 @@ def _axes(overrides: Sequence[str], config_loader: ConfigLoader | None) -> dict[
         [cells] = BasicSweeper.split_arguments([override], None)
         axes[override.get_key_element()] = [assignment for [assignment] in cells]
     return axes
+
+
+def split_alone(
+    blocks: Sequence[Mapping[str, Axis]], given: Mapping[str, Axis], alone: Sequence[str]
+) -> tuple[dict[str, Axis] | None, dict[str, Axis] | None]:
+    """What is given for the grid, and what leaves it out (see the head of this file); None where there is no such."""
+    apart = {value for value in alone if not any(value in axis for block in blocks for axis in block.values())}
+    if not any(value in apart for axis in given.values() for value in axis):
+        return dict(given), None
+    without = {key: [v for v in values if v in apart] or values for key, values in given.items()}
+    within = {key: [v for v in values if v not in apart] for key, values in given.items()}
+    return (within if all(within.values()) else None), without
 
 
 def narrowed(blocks: list[dict[str, Axis]], given: dict[str, Axis]) -> list[dict[str, Axis]]:

@@ -1,4 +1,4 @@
-from hydra_plugins.blocks_sweeper.sweeper import narrowed
+from hydra_plugins.blocks_sweeper.sweeper import cells_of, narrowed
 
 GRID = [
     {"method": ["method=topk", "method=batchtopk"], "k": ["k=8", "k=16"]},
@@ -29,3 +29,25 @@ def test_a_setting_that_is_no_axis_is_added_to_every_block():
 def test_blocks_without_the_narrowed_axis_fall_out():
     assert narrowed(GRID, {"k": ["k=16"]}) == [{"method": ["method=topk", "method=batchtopk"], "k": ["k=16"]}]
     assert narrowed(GRID, {"method": ["method=jumprelu"], "k": ["k=16"]}) == []
+
+
+BLOCKS = [{"method": "topk,batchtopk", "method.k": "8,16"}, {"method": "jumprelu", "seed": "0,1"}]
+
+
+def cells(*arguments: str) -> set[str]:
+    return {" ".join(sorted(cell)) for cell in cells_of(BLOCKS, arguments, alone=["method=read"])}
+
+
+def test_what_fits_into_no_grid_runs_once_for_every_combination_given():
+    assert cells("method=read") == {"method=read"}
+    assert cells("method=read", "path=a,b", "seed=3") == {"method=read path=a seed=3", "method=read path=b seed=3"}
+
+
+def test_what_fits_into_no_grid_stands_beside_the_cells_of_the_grid():
+    assert cells("method=read,jumprelu") == {"method=read", "method=jumprelu seed=0", "method=jumprelu seed=1"}
+
+
+def test_a_grid_that_names_it_keeps_it():
+    blocks = [*BLOCKS, {"method": "read", "path": "a,b"}, {"method": "read", "path": "c"}]
+    found = cells_of(blocks, ["method=read", "path=b"], alone=["method=read"])
+    assert found == [["method=read", "path=b"]]
