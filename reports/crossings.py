@@ -3,7 +3,8 @@
 What is passed is a level of the SAE's mean curve over seeds, at equal settings: its final value where codes are known
 (their curves rise to a plateau), else its best. Curves are read linearly between their points. One that never passes
 the level has no crossing, and one that lies above it from its first point has none either. Published crossings are
-those of mean curves; those of the runs, which tell of the spread, leave out the runs that never pass.
+those of mean curves; those of the runs, which tell of the spread, leave out the runs that never pass. Two more tell why
+a crossing may lie elsewhere than the published one: of the runs that found every code, and over the published level.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from reports.curves import SETTINGS, curve_of, total_flops
 BASELINE = "SAE"
 MODES = ("paper", "corrected")
 NAMES = {"latent_mcc": "crossing_flops", "dict_mcc": "dict_crossing_flops"}
+PUBLISHED = {"oneill_unknown": {"latent_mcc": 0.566}}  # the best of the SAE's mean curve in the authors' file of 40,000 steps
 FEWEST_POINTS = 10  # of a curve that can be read between its points
 
 Group = tuple[Any, ...]
@@ -32,7 +34,9 @@ def with_crossings(cells: Iterable[Cell]) -> list[Cell]:
 
     crossing_flops_<mode>, dict_crossing_flops_<mode>  training and one inference; latents, dictionary
     plateau_crossing_flops[_corrected]                 training alone, where the codes are known
+    whole_plateau_crossing_flops[_corrected]           the same of a run that has lost no code at its end
     mean_<any of these>                                of the mean curve over seeds, the same for all of them
+    mean_crossing_flops_<mode>_at_published            of the mean curve over the level in `PUBLISHED`
     """
     cells = list(cells)
     curves = {id(cell): curve for cell in cells if (curve := _readable(cell)) is not None}
@@ -49,7 +53,12 @@ def with_crossings(cells: Iterable[Cell]) -> list[Cell]:
         level = levels.get(group_of(cell), {})
         if id(cell) in curves and level and cell.method != BASELINE:
             of_mean = _crossings(cell, means[_stack_of(cell)], level)
-            own = _crossings(cell, curves[id(cell)], level) | {f"mean_{name}": at for name, at in of_mean.items()}
+            published = _crossings(cell, means[_stack_of(cell)], PUBLISHED.get(cell.experiment, {}))
+            of_mean |= {f"{name}_at_published": at for name, at in published.items()}
+            own = _crossings(cell, curves[id(cell)], level)
+            if "lost" in curves[id(cell)] and not curves[id(cell)]["lost"].iloc[-1]:
+                own |= {f"whole_{name}": at for name, at in own.items() if name.startswith("plateau")}
+            own |= {f"mean_{name}": at for name, at in of_mean.items()}
             cell = replace(cell, metrics={**own, **cell.metrics})
         found.append(cell)
     return found

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reports import crossings
 from reports.collect import read_cells
 from reports.crossings import crossing, with_crossings
 from reports.curves import read_curves
@@ -73,7 +74,7 @@ def test_a_run_passes_the_best_of_the_saes_mean_curve(tmp_path):
     )
     assert found[1] == {}
     of_mean = crossings_of(tmp_path, "SC", "mean_")  # 0.3 + 0.00055 t passes 0.6 at t = 300 / 0.55
-    assert of_mean[0] == of_mean[1] and len(of_mean[0]) == 4
+    assert of_mean[0] == of_mean[1] and len(of_mean[0]) == 6
     assert of_mean[1]["mean_crossing_flops_paper"] == pytest.approx(300e6 / 0.55 + 5e7)
     assert of_mean[1]["mean_dict_crossing_flops_corrected"] == pytest.approx(150e6 / 0.55 + 5e7)
     assert crossings_of(tmp_path, "SAE") == {0: {}, 1: {}}
@@ -86,6 +87,27 @@ def test_where_codes_are_known_the_plateau_is_passed_and_training_alone_counts(t
     found = crossings_of(tmp_path, "MLP32")[0]
     assert found["plateau_crossing_flops"] == pytest.approx(150e6)
     assert found["plateau_crossing_flops_corrected"] == pytest.approx(75e6)
+
+
+def test_a_run_that_lost_a_code_has_no_crossing_of_its_own_among_the_whole_ones(tmp_path):
+    write_curves(tmp_path, "SAE", {0: [0.5] * 11}, task="known_codes")
+    write_curves(tmp_path, "MLP32", {0: ramp(0.35, 0.001), 1: ramp(0.25, 0.001)}, task="known_codes")
+    file = next(tmp_path.rglob("coder=MLP32*/curves.parquet"))
+    curves = pd.read_parquet(file)
+    curves["lost"] = (curves["seed"] == 1) / 16
+    curves.to_parquet(file)
+    found = crossings_of(tmp_path, "MLP32")
+    assert found[0]["whole_plateau_crossing_flops"] == pytest.approx(150e6)
+    assert found[1]["plateau_crossing_flops"] == pytest.approx(250e6) and "whole_plateau_crossing_flops" not in found[1]
+
+
+def test_the_published_level_is_passed_where_the_mean_curve_passes_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(crossings.PUBLISHED, "oneill_unknown", {"latent_mcc": 0.4})
+    write_curves(tmp_path, "SAE", {0: [0.5] * 11})
+    write_curves(tmp_path, "SC", {0: ramp(0.3, 0.001)})
+    of_mean = crossings_of(tmp_path, "SC", "mean_")[0]
+    assert of_mean["mean_crossing_flops_paper_at_published"] == pytest.approx(100e6 + 5e7)
+    assert of_mean["mean_crossing_flops_paper"] == pytest.approx(200e6 + 5e7)
 
 
 def test_methods_on_other_data_are_not_compared(tmp_path):
