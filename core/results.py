@@ -1,7 +1,7 @@
 """results.json and failed.json: one folder per cell, readable by a person, never half-written.
 
-A cell is finished when its folder holds a results.json made from the same configuration. Settings that cannot change a
-number (`IGNORED_KEYS`) are left out of that comparison.
+A cell is finished when its folder holds a results.json made from the same configuration, and from files that are as
+they were (`core.inputs`). Settings that cannot change a number (`IGNORED_KEYS`) are left out of that comparison.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from core import inputs
 from core.artifacts import write_atomically
 from core.cells import CHANGES_NO_NUMBER
 from core.interrupts import raise_if_interrupted
@@ -44,9 +45,21 @@ def comparable(cfg: DictConfig) -> dict[str, Any]:
 
 
 def is_finished(folder: Path, cfg: DictConfig) -> bool:
-    """Whether the folder holds results of exactly this configuration."""
+    """Whether the folder holds results of exactly this configuration, of files that have not changed since; which have
+    is said."""
     stored = read(folder / RESULTS)
-    return stored is not None and stored.get("config") == comparable(cfg)
+    if stored is None or stored.get("config") != comparable(cfg):
+        return False
+    other = inputs.changed(stored.get("inputs", {}))
+    if other:
+        _say(f"not what it was when {folder} was finished: {', '.join(other)}")
+    return not other
+
+
+@cache
+def _say(message: str) -> None:
+    """Once in a process, however often it is asked."""
+    print(message, file=sys.stderr)
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -70,8 +83,11 @@ def run_cell(cfg: DictConfig, folder: Path, run: Callable[[DictConfig], Metrics]
     """Run one cell and record how it ended: results.json, or failed.json and the exception again."""
     started = time.time()
     try:
-        metrics = _checked(run(cfg))
+        with inputs.noting() as noted:
+            metrics = _checked(run(cfg))
         record = {**_provenance(cfg, started), "metrics": metrics, "config": comparable(cfg)}
+        if noted:
+            record["inputs"] = noted
         write_atomically(folder / RESULTS, json.dumps(record, indent=1))
         (folder / FAILED).unlink(missing_ok=True)
     except Exception as error:

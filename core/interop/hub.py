@@ -65,7 +65,7 @@ def _fetched(repo: str, inner: PurePosixPath, revision: str, formats: Formats) -
     except UserError:
         raise
     except Exception as error:  # the errors of the hub, of its HTTP client and of the system have no base in common
-        found = _cached(api, repo, inner, revision, formats)
+        found = _cached(repo, inner, revision, formats)
         if found is None or _is_answer(error):
             raise UserError(_reason(error, repo, inner, revision)) from error
         return found
@@ -84,11 +84,18 @@ def _wanted(names: Collection[str], formats: Formats) -> list[str]:
     return list(dict.fromkeys(files))
 
 
-def _cached(api: HfApi, repo: str, inner: PurePosixPath, revision: str, formats: Formats) -> tuple[Path, str] | None:
-    """The same from the local cache, or None."""
+def cached_commit(repo: str, revision: str) -> str | None:
+    """What a revision stood for when it was last fetched to this machine; None if it never was. Asks no network."""
     try:
-        commit = api.resolve_revision(repo, revision=revision, local_files_only=True).resolved
+        return HfApi().resolve_revision(repo, revision=revision, local_files_only=True).resolved
     except (RevisionResolutionError, HFValidationError):
+        return None
+
+
+def _cached(repo: str, inner: PurePosixPath, revision: str, formats: Formats) -> tuple[Path, str] | None:
+    """The same from the local cache, or None."""
+    commit = cached_commit(repo, revision)
+    if commit is None:
         return None
     known = dict.fromkeys(name for files in formats.values() for group in files for name in group)
     found = {name: try_to_load_from_cache(repo, str(inner / name), revision=commit) for name in known}

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from core.data.batch import Normalisation
 from core.errors import UserError
+from core.inputs import note_commit, note_file
 from core.interop import crosscoder, dictionary_learning, gemma_scope, native, saelens, sparsify
 from core.interop.hooks import check_site, hook_of
 from core.interop.hub import place
@@ -57,6 +58,7 @@ def load(
     formats = {name: (files, OPTIONAL.get(name, ())) for name, files in NEEDED.items() if format in ("auto", name)}
     folder, commit = place(repo, path, revision, formats)
     kind = _format(folder, format)
+    _note(folder, kind, repo, revision, commit)
     method = _read(folder, kind, repo, path, norm_scaling_factor)
     if isinstance(method, Pretrained):
         method.source |= {"repo": repo, "path": path, "revision": commit}
@@ -84,6 +86,19 @@ def _read(
     if format == "dictionary_learning":
         return dictionary_learning.read(folder)
     return sparsify.read(folder) if format == "sparsify" else native.read(folder)
+
+
+def _note(folder: Path, kind: str, repo: str, revision: str | None, commit: str | None) -> None:
+    """Results of this dictionary are those of the commit, or of these files."""
+    if commit is not None:
+        note_commit(repo, revision or "main", commit)
+        return
+    files = [folder / name for name in (*NEEDED[kind], *OPTIONAL.get(kind, ()))]
+    if kind == "native":
+        files = [folder / native.POINTER, *(native.stored(folder) / name for name in NEEDED[kind])]
+    for file in files:
+        if file.is_file():
+            note_file(file)
 
 
 def _with_norm(method: DictionaryMethod, input_norm: Normalisation, folder: Path) -> Pretrained:

@@ -1,0 +1,97 @@
+"""Results are stale once a file that the cell read, or a branch of the hub, is another one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from core import inputs, results
+from core.interop import hub, saelens
+from core.interop.loading import load
+from core.methods.pretrained import Pretrained
+from tests.fake_hub import COMMIT
+
+CFG = OmegaConf.create({"name": "test", "scale": "smoke", "seed": 0})
+
+
+def put_sae(folder: Path, value: float = 1.0) -> Path:
+    W = torch.full((6, 4), value)
+    options: dict[str, Any] = {"activation": "relu", "subtract_b_dec": True}
+    saelens.write(Pretrained.of(W, W, torch.zeros(6), torch.zeros(4), **options), folder)
+    return folder
+
+
+def run(repo: str, cell: Path) -> dict[str, Any]:
+    """The record of a cell that loads a dictionary."""
+
+    def of_the_cell(cfg: DictConfig) -> dict[str, float]:
+        return {"sum": float(load(4, repo).W_dec.sum())}
+
+    results.run_cell(CFG, cell, of_the_cell)
+    return json.loads((cell / results.RESULTS).read_text())
+
+
+def test_a_cell_whose_dictionary_has_changed_is_not_finished_and_says_so_once(tmp_path, capsys):
+    sae, cell = put_sae(tmp_path / "sae"), tmp_path / "cell"
+    record = run(str(sae), cell)
+    assert {Path(name).name for name in record["inputs"]} == {saelens.CFG, saelens.WEIGHTS}
+    assert results.is_finished(cell, CFG)
+    put_sae(sae)  # the same content at another time
+    assert results.is_finished(cell, CFG) and capsys.readouterr().err == ""
+    put_sae(sae, 2.0)
+    assert not results.is_finished(cell, CFG) and not results.is_finished(cell, CFG)
+    assert capsys.readouterr().err.count(str(sae / saelens.WEIGHTS)) == 1
+    assert run(str(sae), cell)["metrics"]["sum"] == 2 * record["metrics"]["sum"]
+    assert results.is_finished(cell, CFG)
+
+
+def test_results_of_a_dictionary_that_is_gone_stay(tmp_path):
+    sae, cell = put_sae(tmp_path / "sae"), tmp_path / "cell"
+    run(str(sae), cell)
+    sae.rename(tmp_path / "elsewhere")
+    assert results.is_finished(cell, CFG)
+
+
+def test_a_branch_of_the_hub_is_known_by_its_commit_as_it_was_fetched_last(tmp_path, monkeypatch):
+    """Without asking the hub: the branch moves when something is fetched from it again."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    refs = tmp_path / "cache/models--lab--sae/refs"
+    refs.mkdir(parents=True)
+    (tmp_path / "cache/models--lab--sae/snapshots" / COMMIT).mkdir(parents=True)
+    (refs / "main").write_text(COMMIT)
+    with inputs.noting() as noted:
+        inputs.note_commit("lab/sae", "main", COMMIT)
+        inputs.note_commit("lab/sae", COMMIT, COMMIT)  # cannot move
+        inputs.note_commit("lab/never_fetched", "main", COMMIT)
+    assert noted == {"hub:lab/sae@main": COMMIT, "hub:lab/never_fetched@main": COMMIT}
+    assert hub.cached_commit("lab/sae", "main") == COMMIT and inputs.changed(noted) == []
+    (refs / "main").write_text(COMMIT[::-1])
+    assert inputs.changed(noted) == ["hub:lab/sae@main"]
+
+
+def test_a_cell_of_a_dictionary_trained_here_depends_on_its_weights_and_on_the_pointer_to_them(tmp_path):
+    from core.methods.saved import save_dictionary
+
+    method = Pretrained.of(
+        torch.ones(6, 4), torch.ones(6, 4), torch.zeros(6), torch.zeros(4), activation="relu", subtract_b_dec=True
+    )
+    save_dictionary(method, {}, tmp_path / "store")
+    (tmp_path / "of").mkdir()
+    (tmp_path / "of/dictionary.json").write_text(json.dumps({"folder": str(tmp_path / "store")}))
+    record = run(str(tmp_path / "of"), tmp_path / "cell")
+    assert {Path(name).name for name in record["inputs"]} == {
+        "dictionary.json", "manifest.json", "weights.safetensors"
+    }  # fmt: skip
+
+
+def test_what_is_read_outside_of_a_cell_is_noted_nowhere(tmp_path):
+    with inputs.noting() as noted:
+        pass
+    load(4, str(put_sae(tmp_path / "sae")))
+    assert noted == {}
+    results.run_cell(CFG, tmp_path / "cell", lambda cfg: {"a": 1.0})
+    assert "inputs" not in json.loads((tmp_path / "cell" / results.RESULTS).read_text())
