@@ -23,7 +23,8 @@ from reports.curves import SETTINGS, curve_of, total_flops
 BASELINE = "SAE"
 MODES = ("paper", "corrected")
 NAMES = {"latent_mcc": "crossing_flops", "dict_mcc": "dict_crossing_flops"}
-PUBLISHED = {"oneill_unknown": {"latent_mcc": 0.566}}  # the best of the SAE's mean curve in the authors' file of 40,000 steps
+# the best of the SAE's mean curve in the authors' file of 40,000 steps
+PUBLISHED = {"oneill_unknown": {"latent_mcc": 0.566}}
 FEWEST_POINTS = 10  # of a curve that can be read between its points
 
 Group = tuple[Any, ...]
