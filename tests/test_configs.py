@@ -90,3 +90,14 @@ def test_every_cell_of_a_grid_composes_and_has_a_folder_of_its_own(scale: str):
     for cell in cells[:: max(1, len(cells) // 6)]:
         OmegaConf.resolve(composed("experiment=leask_batchtopk", f"scale={scale}", *cell))
     assert len({cell_name(",".join(sorted(cell))) for cell in cells}) == len(cells)
+
+
+def test_the_published_pairs_can_be_scored_on_the_authors_text():
+    from hydra_plugins.blocks_sweeper.sweeper import cells_of
+
+    cfg = composed("experiment=leask_stitching", "scale=paper")
+    given = ["data=pile_10k", "stream.packing=per_document"]
+    cells = cells_of(cfg.grid.paper, given)
+    assert len(cells) == len(cells_of(cfg.grid.paper, [])) == 9 and all(set(given) < set(cell) for cell in cells)
+    found = composed("experiment=leask_stitching", "scale=paper", *cells[0])
+    assert found.data.path == "NeelNanda/pile-10k" and len(found.data.revision) == 40
