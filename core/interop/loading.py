@@ -11,18 +11,20 @@ from typing import Any, Literal, get_args
 from core.data.batch import Normalisation
 from core.errors import UserError
 from core.inputs import note_commit, note_file
-from core.interop import crosscoder, dictionary_learning, gemma_scope, native, saelens, sparsify
+from core.interop import crosscoder, dictionary_learning, gemma_scope, meta_saes, native, saelens, sparsify
 from core.interop.hooks import check_site, hook_of
 from core.interop.hub import place
 from core.methods.base import DictionaryMethod
+from core.methods.batchtopk import BatchTopK
 from core.methods.pretrained import Pretrained, at_inference
 
-Format = Literal["auto", "saelens", "gemma_scope", "dictionary_learning", "sparsify", "native"]
+Format = Literal["auto", "saelens", "gemma_scope", "dictionary_learning", "sparsify", "meta_saes", "native"]
 NEEDED: dict[str, tuple[str, ...]] = {  # by format: files without which it is not that format, the telling one first
     "saelens": (saelens.WEIGHTS, saelens.CFG),
     "sparsify": (sparsify.WEIGHTS, sparsify.CFG),
     "gemma_scope": (gemma_scope.PARAMS,),
     "dictionary_learning": (dictionary_learning.WEIGHTS, dictionary_learning.CONFIG),
+    "meta_saes": (meta_saes.WEIGHTS, meta_saes.CONFIG),
     "native": (native.MANIFEST, native.WEIGHTS),
 }
 OPTIONAL = {"saelens": (saelens.SCALER, saelens.SPARSITY)}
@@ -38,6 +40,7 @@ def load(
     dict_size: int | None = None,
     input_norm: Normalisation | None = None,
     norm_scaling_factor: float | None = None,
+    threshold: float | None = None,
 ) -> DictionaryMethod:
     """A dictionary at inference, on the CPU.
 
@@ -50,6 +53,7 @@ def load(
     input_norm           in the place of what the files say, where they say that there is none: `token_center` for
                          dictionaries of a model with centred writing weights whose cfg.json is older than that setting
     norm_scaling_factor  see `core.interop.saelens.read`
+    threshold            see `core.interop.meta_saes.read`
 
     Raises UserError if it cannot be had, or is not what is asked for.
     """
@@ -59,10 +63,12 @@ def load(
     folder, commit = place(repo, path, revision, formats)
     kind = _format(folder, format)
     _note(folder, kind, repo, revision, commit)
-    method = _read(folder, kind, repo, path, norm_scaling_factor)
+    method = _read(folder, kind, repo, path, norm_scaling_factor, threshold)
     if isinstance(method, Pretrained):
         method.source |= {"repo": repo, "path": path, "revision": commit}
         check_site(method.source.get("hook"), site)
+    elif kind == "meta_saes":
+        check_site(meta_saes.hook(folder), site)
     elif trained_on := native.site(folder):
         check_site(hook_of(trained_on), site)
     for name, stated, actual, remedy in (
@@ -75,17 +81,32 @@ def load(
 
 
 def _read(
-    folder: Path, format: str, repo: str, path: str | None, norm_scaling_factor: float | None
+    folder: Path, format: str, repo: str, path: str | None, norm_scaling_factor: float | None, threshold: float | None
 ) -> DictionaryMethod:
-    if norm_scaling_factor is not None and format != "saelens":
-        raise UserError(f"method.norm_scaling_factor: nothing in the format {format} asks for it.")
+    for name, value, asking in (
+        ("norm_scaling_factor", norm_scaling_factor, "saelens"),
+        ("threshold", threshold, "meta_saes"),
+    ):
+        if value is not None and format != asking:
+            raise UserError(f"method.{name}: nothing in the format {format} asks for it.")
     if format == "saelens":
         return saelens.read(folder, norm_scaling_factor)
     if format == "gemma_scope":
         return gemma_scope.read(folder / gemma_scope.PARAMS, repo, path or "")
     if format == "dictionary_learning":
         return dictionary_learning.read(folder)
+    if format == "meta_saes":
+        return _thresholded(meta_saes.read(folder, threshold), folder)
     return sparsify.read(folder) if format == "sparsify" else native.read(folder)
+
+
+def _thresholded(method: BatchTopK, folder: Path) -> BatchTopK:
+    if method.threshold.isnan():
+        raise UserError(
+            f"method.threshold: {folder} holds a BatchTopK dictionary without the threshold that inference needs. Set "
+            "one (its authors read the released meta-SAE of 2304 latents at 0.153)."
+        )
+    return method
 
 
 def _note(folder: Path, kind: str, repo: str, revision: str | None, commit: str | None) -> None:

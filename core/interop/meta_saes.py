@@ -1,0 +1,95 @@
+"""Meta-SAEs as Leask et al. released them: `Config.json` and `SAE.pt`. BatchTopK dictionaries of decoder rows.
+
+Facts (the files of `pleask/gpt2-small_blocks.8.hook_resid_pre_2304_topk_4_0.001_2000` on the hub; the authors' package
+meta_saes): SAE.pt is a state dict of W_enc `[d, m]`, W_dec `[m, d]`, b_enc `[m]` and b_dec `[d]`. Codes are the N k
+largest entries of ReLU((x - b_dec) W_enc) over all N rows, or those above a threshold that the caller gives; b_enc has
+no part in them. Config.json has act_size d, dict_size m, top_k k, the site of the dictionary whose rows they are
+(hook_point), and how it was trained. Its `sae_type` is `topk`, the package's default, for what its scripts load as
+BatchTopK; its `threshold` is null. For the released one (2304 meta-latents of 49152 rows) they read at 0.153.
+input_unit_norm, false there, is per-token standardisation that is undone without the 1e-5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.errors import UserError
+from core.interop.files import read_json, read_pt
+from core.methods.batchtopk import BatchTopK
+
+CONFIG, WEIGHTS = "Config.json", "SAE.pt"
+TYPES = ("topk", "batchtopk")
+
+
+def read(folder: Path, threshold: float | None = None) -> BatchTopK:
+    """The dictionary of a folder, with the settings of its training. `threshold` is that of inference, where
+    Config.json has none; with neither it is not measured yet, which `finish` on batches of rows does.
+
+    Raises UserError for settings that are not known, and for files that are not whole or hold more than tensors.
+    """
+    path = folder / CONFIG
+    cfg = read_json(path)
+    if cfg.get("sae_type") not in TYPES or cfg.get("architecture", "standard") != "standard":
+        told = f"sae_type={cfg.get('sae_type')!r}, architecture={cfg.get('architecture')!r}"
+        raise UserError(f"{path}: {told} is not known here; sae_type {' and '.join(TYPES)} are.")
+    d, m, k = (_whole(cfg, key, path) for key in ("act_size", "dict_size", "top_k"))
+    if k > m:
+        raise UserError(f"{path}: top_k is {k}, but there are only {m} latents.")
+    weights = read_pt(folder / WEIGHTS)
+    state = {
+        "W_enc": weights.take("W_enc", d, m).T,
+        "W_dec": weights.take("W_dec", m, d),
+        "b_enc": weights.take("b_enc", m),
+        "b_dec": weights.take("b_dec", d),
+    }
+    weights.done()
+    method = BatchTopK(**_options(cfg, d, m, k, path))
+    threshold = cfg.get("threshold") if threshold is None else threshold
+    state["threshold"] = torch.tensor(torch.nan if threshold is None else float(threshold))
+    method.load_state_dict(method.state_dict() | state)
+    return method.eval()
+
+
+def hook(folder: Path) -> str | None:
+    """TransformerLens' name of the site of the dictionary whose rows these are; None where it is not told."""
+    found = read_json(folder / CONFIG).get("hook_point")
+    return found if isinstance(found, str) else None
+
+
+def _options(cfg: Mapping[str, Any], d: int, m: int, k: int, path: Path) -> dict[str, Any]:
+    """The arguments of `BatchTopK`; of those that only training needs, the package's defaults where there are none."""
+    try:
+        return {
+            "d_model": d,
+            "dict_size": m,
+            "k": k,
+            "use_enc_bias": False,
+            "threshold_rule": "posthoc_mean",
+            "threshold_ema_rate": 0.01,
+            "aux": "r2_compat",
+            "aux_coefficient": float(cfg.get("aux_penalty", 1 / 32)),
+            "k_aux": int(cfg.get("top_k_aux", 512)),
+            "lr": float(cfg.get("lr", 3e-4)),
+            "betas": (float(cfg.get("beta1", 0.9)), float(cfg.get("beta2", 0.99))),
+            "input_norm": "layer_norm" if cfg.get("input_unit_norm") else "none",
+            "seed": int(cfg.get("seed", 49)),
+            "decoder_norm": "before_step",
+            "dead_after_tokens": int(cfg.get("n_batches_to_dead", 5)) * int(cfg.get("batch_size", 4096)),
+            "grad_clip": float(cfg.get("max_grad_norm", 1e5)),
+            "warmup_steps": 0,
+            "decay_fraction": 0.0,
+            "path": "auto",
+        }
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: a setting is no number where one is needed: {error}.") from error
+
+
+def _whole(cfg: Mapping[str, Any], key: str, path: Path) -> int:
+    value = cfg.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{path}: {key} is {value!r}, not a whole number above 0.")
+    return value
