@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+import run as runner
 from core.data.text import CountedDocuments, Document, Split, split_of
 from core.fleet import Request
+from reports.collect import Cell, read_cells
 
 
 class WordSource:
@@ -87,6 +90,29 @@ SMALL_STREAM = {
     "batch_size": 64, "buffer_tokens": 512, "buffer_dtype": "float32", "rows_per_forward": 8, "batches_per_chunk": 4,
     "calibration_batches": 3,
 }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def on_tiny_model(tiny_model: dict[str, Any], words_data: dict[str, Any]) -> list[str]:
+    """What the command line says for the tiny model, a site of it, and the random words."""
+    model = [f"model.{key}={'null' if value is None else value}" for key, value in tiny_model.items()]
+    return ["data=local", f"data.path={words_data['path']}", "model=local", *model, "stream.site=resid_pre.1"]
+
+
+@pytest.fixture(scope="session")
+def smoke_cells(tmp_path_factory: pytest.TempPathFactory, on_tiny_model: list[str]) -> Callable[..., list[Cell]]:
+    """Runs the smoke grid of an experiment on the tiny model, with further overrides, and reads its cells."""
+
+    def cells(experiment: str, *overrides: str) -> list[Cell]:
+        folder = tmp_path_factory.mktemp(experiment)
+        places = [f"output_dir={folder}", f"artifacts_dir={folder / 'artifacts'}"]
+        fixed = ["run.py", f"experiment={experiment}", "scale=smoke", "logging=none", "stream.n_ctx=32"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [*fixed, *on_tiny_model, *places, *overrides])
+            assert runner.main() == 0
+        return read_cells(folder)
+
+    return cells
 
 
 @pytest.fixture(scope="session")

@@ -39,9 +39,9 @@ METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if path.
 SUBJECTS = {**{name: [name] for name in METHODS}, "pair": ["batchtopk", "relu_l1"], "fleet": METHODS}
 TRAINING = ["method.dict_size=64", "method.dead_after_tokens=256", "method.warmup_steps=8", "method.decay_fraction=0.5"]
 STREAM = [
-    "stream.site=resid_pre.1", "stream.n_tokens=2048", "stream.n_ctx=16", "stream.batch_size=64",
-    "stream.buffer_tokens=512", "stream.rows_per_forward=8", "stream.batches_per_chunk=2",
-    "stream.calibration_batches=3", "trainer.checkpoint_every_seconds=1e-9", "trainer.accelerator=cpu",
+    "stream.n_tokens=2048", "stream.n_ctx=16", "stream.batch_size=64", "stream.buffer_tokens=512",
+    "stream.rows_per_forward=8", "stream.batches_per_chunk=2", "stream.calibration_batches=3",
+    "trainer.checkpoint_every_seconds=1e-9", "trainer.accelerator=cpu",
 ]  # fmt: skip
 
 ERROR = 3
@@ -155,13 +155,9 @@ CRASHES: dict[str, Callable[[], None]] = {
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory, tiny_model: dict[str, Any], words: Any) -> list[str]:
+def shared(on_tiny_model: list[str]) -> list[str]:
     """What the command line says in every run: the tiny model, a local text, a short stream."""
-    text = tmp_path_factory.mktemp("text") / "words.jsonl"
-    text.write_text("\n".join(json.dumps({"text": t}) for t in words.texts))
-    model = [f"model.{key}={'null' if value is None else value}" for key, value in tiny_model.items()]
-    data = ["data=local", f"data.path={text}", "model=local", *model]
-    return ["experiment=leask_batchtopk", "scale=smoke", "logging=none", *data, *STREAM]
+    return ["experiment=leask_batchtopk", "scale=smoke", "logging=none", *on_tiny_model, *STREAM]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """leask_meta_sae: what its grid asks for, what a cell leaves behind, what is refused, and the figures."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-import run as runner
 from core.analysis.meta_sae import decompose, score
 from core.cells import cell_name
 from core.data.decoder_rows import directions
@@ -33,7 +31,7 @@ from experiments.leask_meta_sae import (
 )
 from hydra_plugins.blocks_sweeper.sweeper import cells_of
 from reports.claims import PAPERS, judge, load_paper
-from reports.collect import Cell, read_cells
+from reports.collect import Cell
 from reports.figures import draw
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -124,21 +122,8 @@ def test_common_tokens_are_those_of_most_lists():
 
 
 @pytest.fixture(scope="module")
-def cells(tmp_path_factory: pytest.TempPathFactory, tiny_model: dict[str, Any], words: Any) -> list[Cell]:
-    """The smoke grid, run on a tiny model."""
-    folder = tmp_path_factory.mktemp("leask_meta_sae")
-    (folder / "words.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in words.texts))
-    model = [f"model.{key}={'null' if value is None else value}" for key, value in tiny_model.items()]
-    data = ["data=local", f"data.path={folder / 'words.jsonl'}", "model=local", *model]
-    argv, sys.argv = sys.argv, [
-        "run.py", "experiment=leask_meta_sae", "scale=smoke", "logging=none", *data, "stream.site=resid_pre.1",
-        "stream.n_ctx=32", f"output_dir={folder}", f"artifacts_dir={folder / 'artifacts'}",
-    ]  # fmt: skip
-    try:
-        assert runner.main() == 0
-    finally:
-        sys.argv = argv
-    return read_cells(folder)
+def cells(smoke_cells: Any) -> list[Cell]:
+    return smoke_cells("leask_meta_sae")
 
 
 def dictionary(cell: Cell, name: str) -> DictionaryMethod:

@@ -1,7 +1,6 @@
 """oneill_llm: what its grid asks for, and what a cell measures beyond the evaluation."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,13 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-import run as runner
 from core.cells import cell_name
 from core.errors import UserError
 from core.methods.decoder import unit_rows_
 from core.methods.saved import load_dictionary
 from experiments.oneill_llm import atom_norms, train_step_flops
 from hydra_plugins.blocks_sweeper.sweeper import cells_of
-from reports.collect import Cell, read_cells
+from reports.collect import Cell
 from reports.figures import draw
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -117,21 +115,8 @@ def test_atom_norms_by_hand():
 
 
 @pytest.fixture(scope="module")
-def cells(tmp_path_factory: pytest.TempPathFactory, tiny_model: dict[str, Any], words: Any) -> list[Cell]:
-    """The smoke grid, run on a tiny model."""
-    folder = tmp_path_factory.mktemp("oneill_llm")
-    (folder / "words.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in words.texts))
-    model = [f"model.{key}={'null' if value is None else value}" for key, value in tiny_model.items()]
-    data = ["data=local", f"data.path={folder / 'words.jsonl'}", "model=local", *model]
-    argv, sys.argv = sys.argv, [
-        "run.py", "experiment=oneill_llm", "scale=smoke", "logging=none", *data, "stream.site=resid_pre.1",
-        "stream.n_ctx=32", f"output_dir={folder}", f"artifacts_dir={folder / 'artifacts'}",
-    ]  # fmt: skip
-    try:
-        assert runner.main() == 0
-    finally:
-        sys.argv = argv
-    return read_cells(folder)
+def cells(smoke_cells: Any) -> list[Cell]:
+    return smoke_cells("oneill_llm")
 
 
 @pytest.mark.slow

@@ -18,19 +18,13 @@ SMOKE = ["experiment=leask_batchtopk", "scale=smoke", "logging=none", "stream.n_
 
 
 @pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: dict[str, Any], words: Any):
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_tiny_model: list[str]):
     """Run the command line in this process on the tiny model and a local text; returns (exit code, outputs folder)."""
-    text = tmp_path / "words.jsonl"
-    text.write_text("\n".join(json.dumps({"text": t}) for t in words.texts))
     outputs = tmp_path / "outputs"
     fixed = [
         f"output_dir={outputs}",
         f"artifacts_dir={tmp_path / 'artifacts'}",
-        "data=local",
-        f"data.path={text}",
-        "model=local",
-        *[f"model.{key}={'null' if value is None else value}" for key, value in tiny_model.items()],
-        "stream.site=resid_pre.1",
+        *on_tiny_model,
         "stream.n_ctx=32",
         "evaluation.compat_tokens=512",
     ]

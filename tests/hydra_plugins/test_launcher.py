@@ -19,16 +19,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def fixed(tmp_path: Path, tiny_model: dict[str, Any], words: Any) -> list[str]:
+def fixed(on_tiny_model: list[str]) -> list[str]:
     """A smoke sweep of three cells on the tiny model."""
-    text = tmp_path / "words.jsonl"
-    text.write_text("\n".join(json.dumps({"text": t}) for t in words.texts))
-    return [
-        "experiment=leask_batchtopk", "scale=smoke", "logging=none", "stream.n_tokens=1024", "data=local",
-        f"data.path={text}", "model=local", "stream.site=resid_pre.1", "stream.n_ctx=32",
-        "evaluation.compat_tokens=512",
-        *[f"model.{key}={'null' if value is None else value}" for key, value in tiny_model.items()],
-    ]  # fmt: skip
+    short = ["stream.n_tokens=1024", "stream.n_ctx=32", "evaluation.compat_tokens=512"]
+    return ["experiment=leask_batchtopk", "scale=smoke", "logging=none", *on_tiny_model, *short]
 
 
 def places(folder: Path) -> list[str]:
