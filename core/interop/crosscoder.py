@@ -12,15 +12,19 @@ Shapes here: W_enc and W_dec `[m, 2, d]`, a latent in each row, as `core.kernels
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
 from core.errors import UserError
+from core.inputs import note_commit, note_file
+from core.interop import hub
 from core.interop.files import Weights, read_pt, read_safetensors
 
-FILES = ("model.safetensors", "model.pt", "ae.pt", "cc_weights.pt")
+FILES = ("model.safetensors", "model.pt", "ae.pt", "cc_weights.pt")  # the first that is there
+FORMATS: hub.Formats = {name: ((name,), ()) for name in FILES}
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class CrosscoderWeights:
     k                      active latents per row that a BatchTopK crosscoder was trained with
     code_normalization_id  the authors' number for how v is made; None where the file has none (the paper's way)
     layout                 `minder` or `kissane`
+    source                 the repository or folder, the folder within it and the commit, where `load` found it
     """
 
     W_enc: Tensor  # [m, 2, d]
@@ -41,11 +46,39 @@ class CrosscoderWeights:
     k: int | None
     code_normalization_id: int | None
     layout: str
+    source: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def decoder_norms(self) -> Tensor:
         """`[m, 2]`: |d_j^base| and |d_j^chat|."""
         return self.W_dec.norm(dim=2)
+
+
+def load(
+    repo: str, path: str | None = None, revision: str | None = None, d_model: int | None = None
+) -> CrosscoderWeights:
+    """The crosscoder of a name on the hub or of a folder here, and of the folder within it (or its file).
+
+    revision  commit, tag or branch on the hub, `main` if None; of no effect on a folder here
+    d_model   checked, if given
+
+    Of a repository only the checkpoint is fetched. Raises UserError if it cannot be had, or is not what is asked for.
+    """
+    name = PurePosixPath(path or "").name
+    formats = {name: FORMATS[name]} if name in FILES else FORMATS
+    folder, commit = hub.place(repo, path, revision, formats, node="crosscoder", only_first=True)
+    file = _file(folder / name if name in FILES else folder)
+    if commit is None:
+        note_file(file)
+    else:
+        note_commit(repo, revision or "main", commit)
+    found = read(file)
+    if d_model not in (None, found.W_dec.shape[2]):
+        raise UserError(
+            f"model.d_model is {d_model}, but the crosscoder in {file} has {found.W_dec.shape[2]}. Choose the models "
+            "that it was made for."
+        )
+    return replace(found, source={"repo": repo, "path": path, "revision": commit})
 
 
 def read(place: Path) -> CrosscoderWeights:
@@ -54,14 +87,20 @@ def read(place: Path) -> CrosscoderWeights:
     Raises UserError for shapes that are no crosscoder's, for a threshold that was never measured, and for files that
     are not whole or hold more than tensors.
     """
-    file = place if place.is_file() else next((place / name for name in FILES if (place / name).is_file()), None)
-    if file is None:
-        raise UserError(f"{place} holds no crosscoder: none of {', '.join(FILES)} is there.")
+    file = _file(place)
     weights = read_safetensors(file) if file.suffix == ".safetensors" else read_pt(file)
     weights = weights.renamed(lambda name: name.removeprefix("_orig_mod."))
     found = _kissane(weights) if "W_enc" in weights else _minder(weights)
     weights.done()
     return found
+
+
+def _file(place: Path) -> Path:
+    """The checkpoint of a folder, or the file itself."""
+    file = place if place.is_file() else next((place / name for name in FILES if (place / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{place} holds no crosscoder: none of {', '.join(FILES)} is there.")
+    return file
 
 
 def _minder(weights: Weights) -> CrosscoderWeights:

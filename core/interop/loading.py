@@ -155,7 +155,7 @@ def _format(folder: Path, stated: Format) -> str:
         raise UserError(f"method.format: {folder} has the files of {' and '.join(here)}; say which one is meant.")
     if stated == "auto" and any((folder / file).is_file() for file in crosscoder.FILES):
         raise UserError(
-            f"{folder} seems to hold a crosscoder, which belongs to two models: core.interop.crosscoder.read reads it."
+            f"{folder} seems to hold a crosscoder, which belongs to two models: core.interop.crosscoder.load reads it."
         )
     wanted = NEEDED if stated == "auto" else {stated: NEEDED[stated]}
     needs = "; ".join(f"{name}: {' and '.join(files)}" for name, files in wanted.items())
