@@ -6,7 +6,7 @@ What depends on the language model and the text alone is made once in a process,
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,11 +62,20 @@ def trained(cfg: DictConfig, method: Any = None) -> DictionaryMethod:
     else:
         wanted = request(cfg, node)
         found, key = load_or_train(wanted, cfg), wanted.key
-        stored = Store(cfg.artifacts_dir).path(KIND, wanted.spec)
-        told = {"folder": str(stored), **json.loads((stored / "manifest.json").read_text())}
-    name = "dictionary" if method is None else f"dictionary_{key}"
-    write_atomically(Path(cfg.cell_folder) / f"{name}.json", json.dumps(told, indent=1))
+        told = stored(cfg, wanted.spec)
+    write_told(cfg, "dictionary" if method is None else f"dictionary_{key}", told)
     return found.to(language_model(cfg).device)
+
+
+def stored(cfg: DictConfig, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the store keeps a trained dictionary, and how it was made."""
+    folder = Store(cfg.artifacts_dir).path(KIND, spec)
+    return {"folder": str(folder), **json.loads((folder / "manifest.json").read_text())}
+
+
+def write_told(cfg: DictConfig, name: str, told: Mapping[str, Any]) -> None:
+    """`<name>.json` in the cell's folder: what is to be kept of a dictionary."""
+    write_atomically(Path(cfg.cell_folder) / f"{name}.json", json.dumps(told, indent=1))
 
 
 def _loaded(method: dict[str, Any]) -> tuple[DictionaryMethod, dict[str, Any]]:

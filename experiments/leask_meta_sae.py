@@ -5,9 +5,7 @@ Shapes: N rows, d = d_model, M meta-latents; "small" and "base" are two dictiona
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +16,26 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from core.analysis import directions as geometry
-from core.analysis import top_activations as top
-from core.analysis.meta_page import Latent, MetaLatent, write_page
 from core.analysis.meta_sae import (
     MetaRequest,
     VarianceExplained,
-    counts,
     decompose,
     null_rows,
     replaced_decoder,
     score,
     train_meta,
 )
-from core.artifacts import Store
-from core.bench import Entry, save_table
 from core.data.decoder_rows import directions, random_directions
 from core.errors import UserError
-from core.fleet import KIND, Request
-from core.kernels.codes import SparseCodes
+from core.fleet import Request
 from core.methods.base import DictionaryMethod
 from core.methods.batchtopk import BatchTopK
-from experiments.common import (
-    held_out_activations,
-    held_out_rows,
-    language_model,
-    once_per,
-    plain,
-    requests,
-    trained,
-)
+from experiments.common import plain, requests, stored, trained, write_told
+from experiments.leask_meta_rows import Rows, family_rows, rows_of, strongest
+from experiments.leask_meta_words import in_words
 
-META, COSINES, META_LATENTS, PAGE = "meta_dictionary.json", "cosines.parquet", "meta_latents.parquet", "browse.html"
+COSINES = "cosines.parquet"
 BINS = np.linspace(-0.2, 1.0, 61)  # of the histograms of cosines
-SHOWN = 12  # meta-latents in the report's table
 
 
 def dictionaries(cfg: DictConfig) -> list[Request]:
@@ -120,7 +105,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
             decompose(meta, rows.directions), rows.directions, others[cfg.small]
         ).metrics()
         metrics |= in_words(cfg, meta, rows, strongest(cfg, cfg.base, family[cfg.base]), found["ve"])
-    write_where(cfg, real)
+    write_told(cfg, "meta_dictionary", stored(cfg, real.spec))
     return metrics
 
 
@@ -128,73 +113,6 @@ def excess(found: Mapping[str, float]) -> dict[str, float]:
     """Variance explained beyond what a meta-dictionary explains of random directions."""
     names = [name for name in found if name.startswith("ve") and not name.endswith("_null")]
     return {f"{name}_excess": found[name] - found[f"{name}_null"] for name in names}
-
-
-# ---- the rows
-
-
-@dataclass(frozen=True)
-class Rows:
-    """directions `[N, d]`, unit; `latents` `[N]`: whose they are, in their dictionary; `frequency` `[N]`: the share of
-    the held-out tokens on which each fires, where it was measured; `first`: where each dictionary's rows begin."""
-
-    directions: Tensor
-    latents: Tensor
-    frequency: Tensor | None
-    first: Mapping[int, int]
-
-
-def rows_of(cfg: DictConfig, place: int, method: DictionaryMethod) -> Rows:
-    """The rows of a dictionary, without those of latents that `meta.min_firing_rate` leaves out."""
-    looked_at = cfg.detail or cfg.meta.sampling == "frequency" or cfg.meta.min_firing_rate is not None
-    frequency = strongest(cfg, place, method).frequency if looked_at else None
-    latents = kept(cfg, method.dict_size, frequency)
-    W = directions(method.W_dec[latents.to(method.W_dec.device)], f"family[{place}] ({method.dict_size} latents)")
-    return Rows(W, latents, None if frequency is None else frequency[latents], {place: 0})
-
-
-def family_rows(cfg: DictConfig, family: Mapping[int, DictionaryMethod]) -> Rows:
-    """The rows of all dictionaries below one another, smallest first."""
-    parts = [rows_of(cfg, place, method) for place, method in family.items()]
-    starts = np.cumsum([0, *(len(part.latents) for part in parts[:-1])]).tolist()
-    frequencies = [part.frequency for part in parts if part.frequency is not None]
-    return Rows(
-        torch.cat([part.directions for part in parts]),
-        torch.cat([part.latents for part in parts]),
-        torch.cat(frequencies) if frequencies else None,
-        dict(zip(family, starts, strict=True)),
-    )
-
-
-def kept(cfg: DictConfig, m: int, frequency: Tensor | None) -> Tensor:
-    """The latents whose rows are taken, int64. Raises UserError if none is left."""
-    if cfg.meta.min_firing_rate is None or frequency is None:
-        return torch.arange(m)
-    latents = (frequency > cfg.meta.min_firing_rate).nonzero().flatten()
-    if not len(latents):
-        raise UserError(f"meta.min_firing_rate={cfg.meta.min_firing_rate}: no latent fires more often; lower it.")
-    return latents
-
-
-def strongest(cfg: DictConfig, place: int, method: DictionaryMethod) -> top.Strongest:
-    """The strongest activations of a dictionary's latents on the held-out rows."""
-    return _strongest_of(cfg)(place, method)
-
-
-@once_per("method", "family", "model", "data", "stream", "evaluation", "examples")
-def _strongest_of(cfg: DictConfig) -> Any:
-    found: dict[int, top.Strongest] = {}
-
-    def of(place: int, method: DictionaryMethod) -> top.Strongest:
-        if place not in found:
-            lm, rows, e = language_model(cfg), held_out_rows(cfg), cfg.evaluation
-            captured = held_out_activations(cfg)
-            found[place] = top.strongest_activations(
-                method, lm, cfg.stream.site, rows, e.rows_per_batch, cfg.examples.n_strongest, captured
-            )
-        return found[place]
-
-    return of
 
 
 # ---- what is measured beside the variance explained
@@ -222,7 +140,7 @@ def similarity(
     series["null to the small one"] = null[cfg.small]
     series |= {f"within {key}": geometry.max_cosines(set_, set_, within=True)[0] for key, set_ in within.items()}
     tables = [pd.DataFrame({"series": key, "cosine": BINS[:-1], "count": histogram(v)}) for key, v in series.items()]
-    pd.concat(tables).to_parquet(folder(cfg) / COSINES)
+    pd.concat(tables).to_parquet(Path(cfg.cell_folder) / COSINES)
     named = {
         f"to_{key}{suffix}": cosines[place]
         for key, place in (("small", cfg.small), ("base", cfg.base))
@@ -290,116 +208,3 @@ def splits(cfg: DictConfig, meta: BatchTopK, rows: Rows, family: Mapping[int, Di
         "meta_latents_largest": list(means.values())[-1],
         **geometry.inheritance(codes, pairs, (large.start, large.stop), cfg.seed).metrics(),
     }
-
-
-# ---- in words
-
-
-def in_words(cfg: DictConfig, meta: BatchTopK, rows: Rows, found: top.Strongest, ve: float) -> dict[str, float]:
-    """Whether the latents with the largest weight on a meta-latent share top tokens, more than latents drawn at random
-    and as much as neighbours; writes the tables and the page."""
-    e = cfg.examples
-    words = top.top_tokens(found, held_out_rows(cfg), language_model(cfg).tokenizer, e.n_tokens)
-    tokens = [words[latent] for latent in rows.latents.tolist()]
-    fires = np.array([bool(words) for words in tokens])
-    codes = decompose(meta, rows.directions)
-    sets = [s for s in top.top_rows(codes, e.set_size, fires) if len(s) == e.set_size]
-    random = top.random_sets(np.flatnonzero(fires).tolist(), e.set_size, e.n_random_sets, cfg.seed)
-    near = neighbours(rows.directions, np.flatnonzero(fires), e.set_size, max(1, len(sets)), cfg.seed)
-    overlap = {key: top.token_overlap(s, tokens) for key, s in (("meta", sets), ("random", random), ("near", near))}
-    write_browsing(cfg, codes, rows, tokens, found, ve)
-    mean = {key: float(values.mean()) if len(values) else 0.0 for key, values in overlap.items()}
-    p = geometry.p_larger(*(torch.from_numpy(overlap[key]) for key in ("meta", "random"))) if sets else 1.0
-    return {
-        "token_overlap": mean["meta"],
-        "token_overlap_random": mean["random"],
-        "token_overlap_neighbours": mean["near"],
-        "p_token_overlap": p,
-        "n_compared_meta_latents": float(len(sets)),
-    }
-
-
-def neighbours(W: Tensor, among: np.ndarray, size: int, n: int, seed: int) -> list[list[int]]:
-    """n latents drawn at random, each with the size - 1 nearest to it."""
-    chosen = [s[0] for s in top.random_sets(among.tolist(), 1, n, seed)]
-    nearest = (W[chosen] @ W[among].T).topk(min(size, len(among)), dim=1).indices.cpu().numpy()
-    return [among[row].tolist() for row in nearest]
-
-
-def write_browsing(
-    cfg: DictConfig, codes: SparseCodes, rows: Rows, tokens: Sequence[Sequence[str]], found: top.Strongest, ve: float
-) -> None:
-    """The page, the table of meta-latents, and the rows of the report."""
-    e, lm, text = cfg.examples, language_model(cfg), held_out_rows(cfg)
-    ids, fired = rows.latents.numpy(), found.counts[rows.latents.numpy()]
-    members, active = top.top_rows(codes, codes.shape[0]), counts(codes).cpu().numpy()
-    shown = np.sort(np.argsort(-fired, kind="stable")[: e.max_latents])
-    latents = [
-        Latent(
-            id=int(ids[i]),
-            tokens=tokens[i],
-            rate=float(fired[i] / max(1, found.n_tokens)),
-            contexts=top.contexts(found.places[ids[i]][: e.n_shown], text, lm.tokenizer, e.before, e.after),
-            metas=list(zip(*(part.tolist() for part in entries(codes, i)), strict=True)),
-        )
-        for i in shown.tolist()
-    ]
-    common = [common_tokens([tokens[i] for i in members[j][: 2 * e.set_size]], e.n_tokens) for j in range(len(members))]
-    metas = [
-        MetaLatent(j, common[j], int(active[j]), [int(ids[i]) for i in members[j][: 2 * SHOWN]])
-        for j in range(len(members))
-    ]
-    title = f"{len(found.counts):,} latents at {cfg.stream.site} of the model {cfg.model.name}"
-    note = f"{len(metas)} meta-latents, {ve:.1%} of the variance of the decoder directions explained."
-    if len(rows.latents) < len(found.counts):
-        note += f" {len(rows.latents):,} latents fire often enough on the text looked at; the others are left out."
-    write_page(folder(cfg) / PAGE, title, note, latents, metas, len(rows.latents))
-    table = pd.DataFrame(
-        {"meta_latent": range(len(metas)), "n_latents": active, "tokens": [", ".join(c) for c in common]}
-    )
-    table["top_latents"] = [[int(ids[i]) for i in members[j][: e.set_size]] for j in range(len(metas))]
-    table.to_parquet(folder(cfg) / META_LATENTS)
-    frequent = np.argsort(-active, kind="stable")[:SHOWN]
-    entries_of_table: list[dict[str, Entry]] = [
-        {
-            "meta-latent": int(j),
-            "latents": int(active[j]),
-            "common tokens": ", ".join(common[j]),
-            "largest weights": "; ".join(f"{ids[i]} ({', '.join(tokens[i][:3])})" for i in members[j][:4]),
-        }
-        for j in frequent
-    ]
-    note = f"The {len(frequent)} most frequent meta-latents; all of them, and all latents: {PAGE} in the cell's folder."
-    save_table(folder(cfg), entries_of_table, [note])
-
-
-def entries(codes: SparseCodes, row: int) -> tuple[Tensor, Tensor]:
-    """Meta-latents of one row, and their weights, largest first."""
-    here = slice(int(codes.support.offsets[row]), int(codes.support.offsets[row + 1]))
-    order = codes.values[here].argsort(descending=True)
-    return codes.cols[here][order], codes.values[here][order]
-
-
-def common_tokens(lists: Sequence[Sequence[str]], n: int) -> list[str]:
-    """The n tokens that occur in most of the lists, and in two at least; of equals the first seen."""
-    seen: dict[str, int] = {}
-    for words in lists:
-        for word in words:
-            seen[word] = seen.get(word, 0) + 1
-    return sorted((word for word in seen if seen[word] > 1), key=lambda word: -seen[word])[:n]
-
-
-# ---- where things lie
-
-
-def folder(cfg: DictConfig) -> Path:
-    found = Path(cfg.cell_folder)
-    found.mkdir(parents=True, exist_ok=True)
-    return found
-
-
-def write_where(cfg: DictConfig, request: MetaRequest) -> None:
-    """`meta_dictionary.json`: the folder of the meta-dictionary, and how it was trained."""
-    stored = Store(cfg.artifacts_dir).path(KIND, request.spec)
-    told = {"folder": str(stored), **json.loads((stored / "manifest.json").read_text())}
-    (folder(cfg) / META).write_text(json.dumps(told, indent=1))

@@ -20,15 +20,8 @@ from core.errors import UserError
 from core.methods.base import DictionaryMethod
 from core.methods.batchtopk import BatchTopK
 from core.methods.saved import load_dictionary
-from experiments.leask_meta_sae import (
-    check_family,
-    common_tokens,
-    dictionaries,
-    entries,
-    excess,
-    member,
-    needed,
-)
+from experiments.leask_meta_sae import check_family, dictionaries, excess, member, needed
+from experiments.leask_meta_words import common_tokens, entries
 from hydra_plugins.blocks_sweeper.sweeper import cells_of
 from reports.claims import PAPERS, judge, load_paper
 from reports.collect import Cell
