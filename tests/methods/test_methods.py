@@ -116,6 +116,15 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_gives_others(cls:
 
 
 @METHODS
+def test_dictionaries_of_two_sizes_with_one_seed_share_no_row(cls: type[DictionaryMethod]):
+    """Shared rows would look like latents that both sizes have found."""
+    small, again, large, other = (build(cls, dict_size=m, seed=s) for m, s in ((32, 0), (32, 0), (64, 0), (64, 1)))
+    assert torch.equal(small.W_enc, again.W_enc) and torch.equal(small.W_dec, again.W_dec)
+    cosines, by_chance = ((small.W_dec @ method.W_dec.T).abs().max() for method in (large, other))
+    assert cosines < 0.7 and abs(cosines - by_chance) < 0.2  # of 2,048 pairs in 64 dimensions: about .45
+
+
+@METHODS
 def test_a_method_rebuilt_from_its_hyperparameters_and_state_gives_identical_codes(cls: type[DictionaryMethod]):
     method = build(cls)
     train(method, 20)

@@ -240,6 +240,13 @@ def test_the_mlp_has_the_papers_shapes_and_torchs_initialisation():
     assert not method.b_hid.any() and not method.b_enc.any()
 
 
+def test_mlps_of_two_sizes_with_one_seed_share_no_row():
+    small, large, again = (build(MLPEncoder, dict_size=m) for m in (32, 64, 32))
+    assert torch.equal(small.W_hid, again.W_hid) and torch.equal(small.W_enc, again.W_enc)
+    hidden = normalize(small.W_hid, dim=1) @ normalize(large.W_hid, dim=1).T
+    assert hidden.abs().max() < 0.7 and (small.W_dec @ large.W_dec.T).abs().max() < 0.7
+
+
 @pytest.mark.parametrize(
     ("cls", "changes", "named"),
     [
