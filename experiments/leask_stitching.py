@@ -37,7 +37,7 @@ from core.analysis.stitching import (
     Nearest,
     check_pair,
     components,
-    error_of,
+    error_and_bias,
     nearest,
     parents,
     predict_novel,
@@ -46,6 +46,7 @@ from core.analysis.stitching import (
 from core.errors import UserError
 from core.fleet import Request
 from core.methods.base import DictionaryMethod
+from core.methods.stitched import Stitched
 from experiments.common import (
     held_out_activations,
     held_out_rows,
@@ -137,11 +138,13 @@ def run_pair(cfg: DictConfig, small: DictionaryMethod, large: DictionaryMethod) 
     later = {key: interpolation(near, graphs[key], s.steps_per_phase) for key in ("data", "parents")}
     paths, curves = paths | later, curves | walk(small, large, activations(cfg), later)
     losses = {key: downstream(cfg, small, large, paths[key]) for key in graphs}
-    save_curves(folder / INTERPOLATION, {key: paths[key] for key in graphs}, curves, losses=losses)
+    refit = {key: downstream(cfg, small, large, paths[key], curves[key].shift) for key in graphs}
+    save_curves(folder / INTERPOLATION, {key: paths[key] for key in graphs}, curves, losses=losses, refit=refit)
 
     clean = reference_losses(cfg).clean
     found = {**scores.metrics(), **of_classes(scores, near, classes)}
     found |= {"ce_clean": clean, "ce_small": float(losses["paper"][0]), "ce_large": float(losses["paper"][-1])}
+    found |= {"ce_small_refit": float(refit["paper"][0]), "ce_large_refit": float(refit["paper"][-1])}
     start = float(curves["paper"].mse[0])
     for key, curve in curves.items():
         if key.startswith("insert_"):
@@ -219,11 +222,14 @@ def of_path(scores: LatentScores, path: StitchPath, curve: Curve, graph: Compone
     }
 
 
-def downstream(cfg: DictConfig, small: DictionaryMethod, large: DictionaryMethod, path: StitchPath) -> Tensor:
-    """The language model's loss along a path, on the first `evaluation.n_downstream_rows` held-out rows."""
-    e, captured = cfg.evaluation, held_out_activations(cfg)
+def downstream(
+    cfg: DictConfig, small: DictionaryMethod, large: DictionaryMethod, path: StitchPath, shift: Tensor | None = None
+) -> Tensor:
+    """The language model's loss along a path, on the first `evaluation.n_downstream_rows` held-out rows; with each
+    point's decoder bias shifted, if told."""
+    e, captured, lm = cfg.evaluation, held_out_activations(cfg), language_model(cfg)
     rows = held_out_rows(cfg)[: e.n_downstream_rows]
-    return losses_along(small, large, path, language_model(cfg), cfg.stream.site, rows, e.rows_per_batch, captured)
+    return losses_along(small, large, path, lm, cfg.stream.site, rows, e.rows_per_batch, captured, shift)
 
 
 def save_latents(path: Path, scores: LatentScores, near: Nearest, classes: Tensor, low: Tensor, high: Tensor) -> None:
@@ -247,8 +253,10 @@ def save_curves(
     curves: Mapping[str, Curve],
     nears: Mapping[str, Nearest] | None = None,
     losses: Mapping[str, Tensor] | None = None,
+    refit: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """One row for each point of each path; with `nears` the largest cosine inserted so far."""
+    """One row for each point of each path; with `nears` the largest cosine inserted so far; with `losses` and `refit`
+    the language model's loss, as it is and with each point's best decoder bias."""
     tables = []
     for key, way in paths.items():
         curve = curves[key]
@@ -261,8 +269,9 @@ def save_curves(
             "mse_refit": curve.mse_refit,
             "l0": curve.l0,
         }
-        if losses is not None:
-            columns["ce"] = losses[key]
+        for name, found in (("ce", losses), ("ce_refit", refit)):
+            if found is not None:
+                columns[name] = found[key]
         if nears is not None:
             cosine = nears[key].cosine.cpu().double()
             largest = torch.full((way.n_steps + 2,), -torch.inf, dtype=torch.float64)
@@ -279,14 +288,18 @@ def run_frankenstein(cfg: DictConfig, family: list[DictionaryMethod]) -> dict[st
     s, batches = cfg.stitch, partial(activations, cfg)
     grown = frankenstein(family, batches, cfg.seed, s.frankenstein_below, s.n_blocks)
     ordered = sorted(family, key=lambda method: method.dict_size)
-    rows = [(kind, method, error_of(method, batches())) for kind, group in (("family", ordered), ("grown", grown[1:]))
-            for method in group]  # fmt: skip
-    table = pd.DataFrame(
-        {"kind": kind, "n_latents": method.dict_size, **error._asdict(), "ce": spliced_loss(cfg, method)}
-        for kind, method, error in rows
-    )
+    rows = [row_of(cfg, "family", method) for method in ordered] + [row_of(cfg, "grown", m) for m in grown[1:]]
+    table = pd.DataFrame(rows)
     table.to_parquet(Path(cfg.cell_folder) / FRANKENSTEIN)
     return of_family(table)
+
+
+def row_of(cfg: DictConfig, kind: str, method: DictionaryMethod) -> dict[str, Any]:
+    """Error, L0 and loss of one dictionary, as it is and with its best decoder bias (`_refit`); the encoder stays."""
+    error, b_dec = error_and_bias(method, activations(cfg))
+    refit = Stitched.of([(method, torch.ones(method.dict_size, dtype=torch.bool))], b_dec)
+    losses = {"ce": spliced_loss(cfg, method), "ce_refit": spliced_loss(cfg, refit)}
+    return {"kind": kind, "n_latents": method.dict_size, **error._asdict(), **losses}
 
 
 def of_family(table: pd.DataFrame) -> dict[str, float]:
@@ -294,16 +307,18 @@ def of_family(table: pd.DataFrame) -> dict[str, float]:
     error and L0 to those of a dictionary of the same size, read between two of the family in logarithms."""
     family, grown = (table[table["kind"] == kind] for kind in ("family", "grown"))
     last = grown.iloc[-1]
-    found = {f"grown_{name}": float(last[name]) for name in ("n_latents", "mse", "mse_refit", "l0", "ce")}
-    found |= {f"largest_{name}": float(family.iloc[-1][name]) for name in ("n_latents", "mse", "mse_refit", "l0", "ce")}
+    names = ("n_latents", "mse", "mse_refit", "l0", "ce", "ce_refit")
+    found = {f"grown_{name}": float(last[name]) for name in names}
+    found |= {f"largest_{name}": float(family.iloc[-1][name]) for name in names}
     within = grown[grown["n_latents"] <= family["n_latents"].max()]
     found["n_grown_within_family"] = float(len(within))
     if len(within):
         for name in ("mse", "mse_refit", "l0"):
             same = np.interp(np.log(within["n_latents"]), np.log(family["n_latents"]), np.log(family[name]))
             found[f"grown_{name}_over_same_size"] = float(np.exp(np.log(within[name]) - same).mean())
-        same = np.interp(np.log(within["n_latents"]), np.log(family["n_latents"]), family["ce"])
-        found["grown_ce_minus_same_size"] = float((within["ce"] - same).mean())
+        for name in ("ce", "ce_refit"):
+            same = np.interp(np.log(within["n_latents"]), np.log(family["n_latents"]), family[name])
+            found[f"grown_{name}_minus_same_size"] = float((within[name] - same).mean())
     return found
 
 

@@ -11,13 +11,15 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor
 
 from core.analysis.evaluate import evaluate_dictionary
-from core.analysis.stitch_path import interpolation, losses_along
-from core.analysis.stitching import components, nearest
+from core.analysis.stitch_path import interpolation, losses_along, walk
+from core.analysis.stitching import components, error_and_bias, nearest
 from core.cells import cell_name
 from core.errors import UserError
 from core.methods.base import DictionaryMethod
+from core.methods.pretrained import Pretrained
 from core.models.language_model import load_language_model
 from experiments import bench_stitching, leask_stitching
 from experiments.common import held_out_rows, trained
@@ -55,7 +57,7 @@ def test_the_demo_trains_two_families_on_one_stream_and_every_neighbouring_pair_
     sizes = sorted((r.method["_target_"].rpartition(".")[2], r.method["dict_size"]) for r in wanted.values())
     assert sizes == [(name, 192 * 2**i) for name, n in (("BatchTopK", 4), ("ReluL1", 3)) for i in range(n)]
     assert len({json.dumps(r.stream_spec, sort_keys=True) for r in wanted.values()}) == 1
-    assert len({(r.method["_target_"], r.method["seed"]) for r in wanted.values()}) == 7, "equal seeds share rows"
+    assert len({(r.method["_target_"], r.method["seed"]) for r in wanted.values()}) == 7, "a seed for each member"
     assert [cfg.part for cfg in chosen].count("frankenstein") == 2
     pairs = [(cfg.small.dict_size, cfg.large.dict_size) for cfg in chosen if cfg.part == "pair"]
     assert sorted(pairs) == sorted([(192, 384), (384, 768)] * 2 + [(768, 1536)])
@@ -139,6 +141,7 @@ def test_a_pair_leaves_its_numbers_its_latents_and_its_curves(tiny, tmp_path: Pa
     assert ends["n_latents"].tolist() == [12, 24]
     np.testing.assert_allclose(ends["mse"], [metrics["mse_small"], metrics["mse_large"]], rtol=1e-6)
     np.testing.assert_allclose(ends["ce"], [metrics["ce_small"], metrics["ce_large"]])
+    np.testing.assert_allclose(ends["ce_refit"], [metrics["ce_small_refit"], metrics["ce_large_refit"]])
     inserted = pd.read_parquet(folder / "insertion.parquet")
     assert inserted["cosine"].is_monotonic_increasing and inserted["mse"].iloc[0] == pytest.approx(ends["mse"].iloc[0])
     assert inserted["n_latents"].iloc[-1] == 12 + len(alive)
@@ -158,6 +161,43 @@ def test_losses_at_the_ends_are_those_of_the_two_dictionaries(tiny, tmp_path: Pa
         assert float(losses[point]) == pytest.approx(alone, abs=1e-5)
     captured = lm.capture(held_out_rows(cfg), cfg.stream.site)
     torch.testing.assert_close(losses_along(small, large, path, lm, cfg.stream.site, rows, 4, captured), losses)
+
+
+def exact_but_for(offset: Tensor) -> Pretrained:
+    """x_hat = x + offset, by two latents for each coordinate."""
+    W = torch.cat([torch.eye(32), -torch.eye(32)])
+    return Pretrained.of(W, W, torch.zeros(64), offset, activation="relu", subtract_b_dec=False)
+
+
+def test_a_refitted_bias_undoes_a_constant_error_and_its_loss_is_the_clean_one(tiny, tmp_path: Path):
+    """On the way from a dictionary that is off by one vector to one that is off by another."""
+    cfg = tiny(tmp_path, "method=batchtopk", "method.k=4")
+    lm, rows = load_language_model(cfg.model), held_out_rows(cfg)[:6]
+    x = lm.capture(rows, cfg.stream.site).flatten(0, 1)
+    g = torch.Generator().manual_seed(0)
+    offsets = torch.randn(2, 32, generator=g) * x.std()
+    small, large = map(exact_but_for, offsets)
+    path = interpolation(nearest(small, large), components(small, large, 0.7), 2)
+    curve = walk(small, large, x.split(16), {"way": path})["way"]
+    torch.testing.assert_close(curve.shift[[0, -1]].float(), -offsets, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(curve.mse[[0, -1]].float(), offsets.square().mean(1), rtol=1e-4, atol=1e-5)
+    arguments = small, large, path, lm, cfg.stream.site, rows, 4
+    losses, refit = losses_along(*arguments), losses_along(*arguments, shift=curve.shift)
+    clean = float(lm.token_losses(rows).double().mean())
+    assert all(abs(float(refit[point]) - clean) < 1e-5 < abs(float(losses[point]) - clean) for point in (0, -1))
+    for method, offset in ((small, offsets[0]), (large, offsets[1])):
+        error, b_dec = error_and_bias(method, x.split(16))
+        assert error.mse == pytest.approx(float(offset.square().mean()), rel=1e-4) and error.mse_refit < 1e-9
+        torch.testing.assert_close(b_dec.detach(), torch.zeros(32), rtol=0, atol=1e-5)
+
+
+def test_a_family_is_compared_with_and_without_the_best_bias(tiny, tmp_path: Path):
+    cfg = tiny(tmp_path, "method=batchtopk", "method.k=4")
+    offset = 0.3 * torch.tensor([1.0, -1.0]).repeat(16)
+    row = leask_stitching.row_of(cfg, "family", exact_but_for(offset))
+    clean = leask_stitching.reference_losses(cfg).clean
+    assert row["mse"] == pytest.approx(0.09, rel=1e-4) and row["mse_refit"] < 1e-9 and row["l0"] == 32
+    assert row["ce_refit"] == pytest.approx(clean, abs=1e-5) and abs(row["ce"] - clean) > 1e-5
 
 
 @pytest.mark.slow
@@ -187,7 +227,7 @@ def test_beginnings_of_text_and_first_positions_are_not_scored(tiny, tmp_path: P
 
 def table_of(rows: list[tuple[str, int, float]]) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["kind", "n_latents", "mse"])
-    return table.assign(mse_refit=table["mse"], l0=table["mse"] * 10, ce=table["mse"] * 100)
+    return table.assign(mse_refit=table["mse"], l0=table["mse"] * 10, ce=table["mse"] * 100, ce_refit=table["mse"] * 50)
 
 
 def test_a_grown_dictionary_is_compared_at_its_size_by_hand():
@@ -196,6 +236,7 @@ def test_a_grown_dictionary_is_compared_at_its_size_by_hand():
     found = of_family(table_of([*family, ("grown", 200, 1.0)]))
     assert found["grown_mse_over_same_size"] == pytest.approx(0.5)
     assert found["grown_ce_minus_same_size"] == pytest.approx(100 - 250)
+    assert found["grown_ce_refit_minus_same_size"] == pytest.approx(50 - 125)
     assert found["n_grown_within_family"] == 1 and found["largest_n_latents"] == 400
     beyond = of_family(table_of([*family, ("grown", 500, 1.0)]))
     assert "grown_mse_over_same_size" not in beyond and beyond["n_grown_within_family"] == 0

@@ -111,11 +111,13 @@ class Curve:
     mse        mean squared error per coordinate
     mse_refit  the same, were the decoder bias the best one for the point: the mean of x - f W over the rows
     l0         mean number of active latents in a row
+    shift      `[S + 1, d]`: that bias less the point's own, in normalised space
     """
 
     mse: Tensor
     mse_refit: Tensor
     l0: Tensor
+    shift: Tensor
 
 
 def lowest(path: Path, curve: Curve, values: Tensor) -> float:
@@ -157,6 +159,7 @@ def walk(
             errors[key].cpu() / (n * d),
             ((errors[key] / n - (residuals[key] / n).square().sum(1)) / d).cpu(),
             path._summed(fired[1].cpu(), fired[0].cpu()).double() / n,
+            residuals[key].cpu() / n,
         )
         for key, path in paths.items()
     }
@@ -172,18 +175,24 @@ def losses_along(
     rows: Tensor,
     rows_per_batch: int,
     captured: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """The language model's loss, fp64 nats per token `[S + 1]`, with each point's reconstruction at all positions of
-    `rows` `[R, T]`. `captured` `[R, T, d]` are the activations of the rows, where they are there already."""
+    `rows` `[R, T]`. `captured` `[R, T, d]` are the activations of the rows, where they are there already. `shift`
+    `[S + 1, d]` is added to the decoder bias of each point: with a `Curve`'s, it is the refitted one."""
     check_pair(small, large)
+    shift = None if shift is None else shift.to(lm.device, torch.float32)
     size = max(1, min(rows_per_batch, _rows_at_a_time({"": path}, small.d_model) // rows.shape[1]))
     total = torch.zeros(path.n_steps + 1, dtype=torch.float64, device=lm.device)
     for first in range(0, len(rows), size):
         tokens = rows[first : first + size].to(lm.device)
         activations = lm.capture(tokens, site) if captured is None else captured[first : first + len(tokens)]
-        x, shift = small.norm(activations.flatten(0, 1))
-        for point, x_hat in enumerate(_along(path, small, large, small.encode(x), large.encode(x)).unbind(1)):
-            raw = small.norm.undo(x_hat, shift).view(activations.shape).to(activations.dtype)
+        x, of_tokens = small.norm(activations.flatten(0, 1))
+        x_hats = _along(path, small, large, small.encode(x), large.encode(x))
+        if shift is not None:
+            x_hats = x_hats + shift
+        for point, x_hat in enumerate(x_hats.unbind(1)):
+            raw = small.norm.undo(x_hat, of_tokens).view(activations.shape).to(activations.dtype)
             logits = lm.logits_with(raw, tokens, site)[:, :-1].flatten(0, 1).float()
             total[point] += F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum").double()
     return total.cpu() / rows[:, 1:].numel()

@@ -202,9 +202,14 @@ class Error(NamedTuple):
     l0: float
 
 
-@torch.no_grad()
 def error_of(method: DictionaryMethod, batches: Iterable[Tensor]) -> Error:
     """Score a dictionary on batches `[B, d]` of raw activations. The refitted bias is the mean of x - f W over them."""
+    return error_and_bias(method, batches)[0]
+
+
+@torch.no_grad()
+def error_and_bias(method: DictionaryMethod, batches: Iterable[Tensor]) -> tuple[Error, Tensor]:
+    """The same, and the refitted bias `[d]`, of normalised space."""
     total = torch.zeros(method.d_model, dtype=torch.float64, device=method.W_dec.device)
     error, active, n = total.new_zeros(()), total.new_zeros(()), 0
     for x in batches:
@@ -214,7 +219,8 @@ def error_of(method: DictionaryMethod, batches: Iterable[Tensor]) -> Error:
         total, error = total + r.sum(0), error + r.square().sum()
         active, n = active + codes.l0() * len(x), n + len(x)
     refit = error / n - (total / n).square().sum()
-    return Error(float(error) / n / method.d_model, float(refit) / method.d_model, float(active) / n)
+    found = Error(float(error) / n / method.d_model, float(refit) / method.d_model, float(active) / n)
+    return found, method.b_dec + (total / n).float()
 
 
 # ---- what decoder rows say

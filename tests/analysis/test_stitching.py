@@ -416,7 +416,7 @@ def test_the_threshold_lies_where_the_error_is_lowest():
     path = insertion_in_order(values, torch.tensor([True, True, True, True, False]), n_small=3, n_steps=4)
 
     def at(*mse: float) -> float:
-        return lowest(path, Curve(torch.tensor(mse), torch.tensor(mse), torch.tensor(mse)), values)
+        return lowest(path, Curve(*[torch.tensor(mse)] * 3, shift=torch.zeros(5, 1)), values)
 
     assert at(5, 4, 3, 6, 7) == pytest.approx(0.4)  # after 0.1 and 0.3, before 0.5
     assert at(1, 4, 3, 6, 7) == pytest.approx(0.1) and at(5, 4, 3, 2, 1) > 0.9
