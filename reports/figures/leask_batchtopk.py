@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from reports.collect import HISTOGRAM, Cell
+from reports.figures.groups import by_model
 from reports.figures.style import BLUE, GREEN, ORANGE, VERMILION, log_axis, mean_and_half, save, styled
 from reports.matching import refined
 
@@ -43,16 +44,11 @@ METHODS = {
 
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """Two figures for each model and site, as PNG and SVG. A figure for which there is no cell is left out."""
-    groups: dict[tuple[str, str], list[Cell]] = defaultdict(list)
-    for cell in cells:
-        groups[str(cell.get("model.name")), str(cell.get("stream.site"))].append(cell)
     written = []
     with styled():
-        for (model, site), group in sorted(groups.items()):
-            title = f"{model}, {site}, {group[0].scale} scale"
-            name = f"leask_batchtopk_{group[0].scale}_{model}_{site}"
-            written += save(curves(group, title), folder / f"{name}_curves")
-            written += save(histogram(group, title), folder / f"{name}_l0_histogram")
+        for title, name, group in by_model(cells):
+            written += save(curves(group, title), folder / f"leask_batchtopk_{name}_curves")
+            written += save(histogram(group, title), folder / f"leask_batchtopk_{name}_l0_histogram")
     return written
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from reports.collect import Cell
+from reports.figures.groups import by_model
 from reports.figures.style import BLUE, GREY, ORANGE, SKY, VERMILION, mean_and_half, save, styled
 
 KINDS = {
@@ -29,17 +30,18 @@ PANELS = {
 
 
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
-    """One figure for each model, preset and way of splicing, as PNG and SVG; means over seeds with t intervals."""
-    groups: dict[tuple[str, ...], list[Cell]] = defaultdict(list)
-    keys = ("model.name", "stream.site", "editing.preset", "editing.splice", "meta.preset", "editing.pairs")
-    for cell in cells:
-        groups[tuple(str(cell.get(key)) for key in keys)].append(cell)
+    """One figure for each model, preset, way of splicing and set of pairs, as PNG and SVG; means over seeds with t
+    intervals."""
     written = []
     with styled():
-        for number, ((model, site, preset, splice, *_), group) in enumerate(sorted(groups.items())):
-            seeds = len({cell.seed for cell in group})
-            title = f"{model}, {site}, {preset}, {splice}, {group[0].scale} scale, {seeds} seed{'s' * (seeds > 1)}"
-            written += save(panels(group, title), folder / f"leask_editing_{group[0].scale}_{number}_{preset}")
+        for title, name, group in by_model(cells, "editing.preset", "editing.splice", "meta.preset"):
+            of_pairs: dict[str, list[Cell]] = defaultdict(list)
+            for cell in group:
+                of_pairs[str(cell.get("editing.pairs"))].append(cell)
+            for number, (_, part) in enumerate(sorted(of_pairs.items())):
+                seeds = len({cell.seed for cell in part})
+                figure = panels(part, f"{title}, {seeds} seed{'s' * (seeds > 1)}")
+                written += save(figure, folder / f"leask_editing_{name}_{number}")
     return written
 
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from reports.collect import Cell
+from reports.figures.groups import by_model
 from reports.figures.style import (
     BLUE,
     GREEN,
@@ -45,18 +46,12 @@ SCATTERED = 0.5  # a replaced decoder can explain less than nothing: the axis en
 
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """Up to three figures for each model and site, as PNG and SVG. One for which there is no cell is left out."""
-    groups: dict[tuple[str, str], list[Cell]] = defaultdict(list)
-    for cell in cells:
-        if cell.get("rows") == "base" and cell.get("meta.sampling") != "frequency":
-            groups[str(cell.get("model.name")), str(cell.get("stream.site"))].append(cell)
+    chosen = [cell for cell in cells if cell.get("rows") == "base" and cell.get("meta.sampling") != "frequency"]
     written = []
     with styled():
-        for (model, site), group in sorted(groups.items()):
-            title = f"{model}, {site}, {group[0].scale} scale"
-            name = f"leask_meta_sae_{group[0].scale}_{model}_{site}"
-            written += save(variance(group, title), folder / f"{name}_variance")
-            written += save(cosines(group, title), folder / f"{name}_cosines")
-            written += save(decoders(group, title), folder / f"{name}_decoders")
+        for title, name, group in by_model(chosen):
+            for kind in (variance, cosines, decoders):
+                written += save(kind(group, title), folder / f"leask_meta_sae_{name}_{kind.__name__}")
     return written
 
 

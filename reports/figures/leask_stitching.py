@@ -7,7 +7,6 @@ grown          error and L0 of the dictionary grown by novel latents, beside tho
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reports.collect import Cell
+from reports.figures.groups import by_model
 from reports.figures.style import BLACK, BLUE, GREEN, GREY, ORANGE, SKY, VERMILION, log_axis, save, styled
 
 LATENTS, INTERPOLATION, FRANKENSTEIN = "latents.parquet", "interpolation.parquet", "frankenstein.parquet"
@@ -33,22 +33,18 @@ MAX_COLUMNS = 7
 
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """Three figures for each model, site and method, as PNG and SVG; those without a cell are left out."""
-    groups: dict[tuple[str, str, str], list[Cell]] = defaultdict(list)
-    for cell in cells:
-        groups[str(cell.get("model.name")), str(cell.get("stream.site")), str(cell.method)].append(cell)
     written: list[Path] = []
     with styled():
-        for (model, site, method), group in sorted(groups.items()):
-            title = f"{model}, {site}, {method}, {group[0].scale} scale, held-out text"
-            name = f"leask_stitching_{group[0].scale}_{model}_{site}_{method}"
+        for model, name, group in by_model(cells, "method"):
+            title = f"{model}, held-out text"
             pairs = sorted((c for c in group if c.get("part") == "pair"), key=_place)[:MAX_COLUMNS]
-            written += save(
-                latents([c for c in pairs if (c.folder / LATENTS).is_file()], title), folder / f"{name}_latents"
-            )
-            walks = [c for c in pairs if (c.folder / INTERPOLATION).is_file()]
-            written += save(interpolations(walks, title), folder / f"{name}_interpolation")
-            families = [c for c in group if (c.folder / FRANKENSTEIN).is_file()]
-            written += save(grown(families, title), folder / f"{name}_grown")
+            shown = {
+                "latents": latents([c for c in pairs if (c.folder / LATENTS).is_file()], title),
+                "interpolation": interpolations([c for c in pairs if (c.folder / INTERPOLATION).is_file()], title),
+                "grown": grown([c for c in group if (c.folder / FRANKENSTEIN).is_file()], title),
+            }
+            for kind, figure in shown.items():
+                written += save(figure, folder / f"leask_stitching_{name}_{kind}")
     return written
 
 

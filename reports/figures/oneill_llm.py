@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from core.metrics.statistics import t_interval
 from reports.collect import Cell
+from reports.figures.groups import by_model
 from reports.figures.style import save, styled
 
 PANELS = {"fvu": "normalised error (fvu)", "alive_fraction": "alive latents (fraction of all)"}
@@ -43,14 +44,11 @@ SERIES = {
 
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """One figure for each model and site, as PNG and SVG."""
-    groups: dict[tuple[str, str], list[Cell]] = defaultdict(list)
-    for cell in cells:
-        groups[str(cell.get("model.name")), str(cell.get("stream.site"))].append(cell)
     written: list[Path] = []
     with styled():
-        for (model, site), group in sorted(groups.items()):
-            title = f"{model}, {site}, {group[0].scale} scale, held-out text, {_seeds(group)}"
-            written += save(curves(group, title), folder / f"oneill_llm_{group[0].scale}_{model}_{site}")
+        for title, name, group in by_model(cells):
+            figure = curves(group, f"{title}, held-out text, {_seeds(group)}")
+            written += save(figure, folder / f"oneill_llm_{name}")
     return written
 
 
