@@ -20,6 +20,8 @@ HISTOGRAM = "l0_histogram.parquet"
 RUNS = "runs.parquet"
 KEPT = Path(__file__).parent / "results"
 OF_THE_CELL = ("seconds", "peak_extra_gb")  # metrics that every run has from its cell
+PRETRAINED = "Pretrained"  # what dictionaries of `method=pretrained` are called, whatever they are
+READERS = "core.interop."  # what the names of the functions that read them begin with
 METRIC = "metrics."  # what the names of metrics begin with, among a cell's keys and the columns of runs.parquet
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -42,10 +44,13 @@ class Cell:
 
     @property
     def method(self) -> str | None:
-        """`coder.name` where there is one, else the name of the method's class: `BatchTopK`."""
+        """`coder.name` where there is one, else the name of the method's class: `BatchTopK`; of a dictionary that was
+        read, whatever it is, `Pretrained`."""
         if name := self.settings.get("coder.name"):
             return str(name)
         target = self.settings.get("method._target_")
+        if str(target).startswith(READERS):
+            return PRETRAINED
         return str(target).rpartition(".")[2] if target else None
 
     def has(self, key: str) -> bool:
