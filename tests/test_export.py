@@ -13,16 +13,38 @@ SETTINGS = ["scale=smoke", "logging=none", "stream.n_tokens=1024"]
 
 
 @pytest.fixture
-def run(tmp_path_factory, monkeypatch, capsys):
-    """Runs one cell and gives its folder, or what was said when it failed."""
+def cell(tmp_path_factory, monkeypatch, capsys):
+    """Runs one cell in a folder for its output: exit code, and what was said."""
     artifacts = tmp_path_factory.mktemp("artifacts")
 
-    def one(out: Path, *arguments: str) -> Path | str:
+    def one(out: Path, *arguments: str) -> tuple[int, str]:
         given = [*SETTINGS, f"output_dir={out}", f"artifacts_dir={artifacts}", *arguments]
         monkeypatch.setattr(sys, "argv", ["run.py", *given])
-        if runner.main():
-            return capsys.readouterr().err
+        return runner.main(), capsys.readouterr().err
+
+    return one
+
+
+@pytest.fixture
+def run(cell):
+    """Runs one cell and gives its folder."""
+
+    def one(out: Path, *arguments: str) -> Path:
+        code, said = cell(out, *arguments)
+        assert code == 0, said
         return next(out.rglob("results.json")).parent
+
+    return one
+
+
+@pytest.fixture
+def refused(cell):
+    """Runs one cell that fails, and gives what was said."""
+
+    def one(out: Path, *arguments: str) -> str:
+        code, said = cell(out, *arguments)
+        assert code != 0
+        return said
 
     return one
 
@@ -35,8 +57,8 @@ def run(tmp_path_factory, monkeypatch, capsys):
         (["method=pretrained"], "method.repo is not set"),
     ],
 )
-def test_what_cannot_be_written_is_refused_before_it_is_trained(arguments, message, run, tmp_path):
-    assert message in run(tmp_path, "experiment=export", *arguments)
+def test_what_cannot_be_written_is_refused_before_it_is_trained(arguments, message, refused, tmp_path):
+    assert message in refused(tmp_path, "experiment=export", *arguments)
     assert not (tmp_path / "logs").exists()
 
 
@@ -45,7 +67,7 @@ def metrics(cell: Path) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_a_trained_dictionary_is_exported_and_scored_again_with_the_same_result(run, tmp_path):
+def test_a_trained_dictionary_is_exported_and_scored_again_with_the_same_result(run, refused, tmp_path):
     first = run(tmp_path / "a", "experiment=export", "method=batchtopk", "method.dict_size=64", "method.k=8")
     scores = metrics(first)
     for name in ("l0_mean", "nmse_raw_energy", "nmse_token_std", "ce_degradation"):
@@ -65,7 +87,7 @@ def test_a_trained_dictionary_is_exported_and_scored_again_with_the_same_result(
     assert metrics(native)["nmse_raw_energy"] == scores["nmse_raw_energy"]
     from_cell = ["experiment=export", "method=pretrained", f'method.repo="{first}"', f"export.folder={tmp_path}/out"]
     assert metrics(run(tmp_path / "d", *from_cell))["l0_mean_exported"] == scores["l0_mean"]
-    assert f"export.folder={tmp_path / 'out'} holds files already" in run(tmp_path / "e", *from_cell)
+    assert f"export.folder={tmp_path / 'out'} holds files already" in refused(tmp_path / "e", *from_cell)
 
     for arguments, message in (
         ((f'method.repo="{first}"', "stream.site=resid_pre.2"), "Set stream.site=resid_pre.4"),
@@ -73,4 +95,4 @@ def test_a_trained_dictionary_is_exported_and_scored_again_with_the_same_result(
         ((f'method.repo="{first}/saelens"', "method.dict_size=65"), "method.dict_size is 65"),
         ((f"method.repo={tmp_path}/nothing",), "there is no folder"),
     ):
-        assert message in run(tmp_path / f"f{hash(arguments)}", *loaded, *arguments)
+        assert message in refused(tmp_path / "f", *loaded, *arguments)
