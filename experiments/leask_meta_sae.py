@@ -206,5 +206,5 @@ def splits(cfg: DictConfig, meta: BatchTopK, rows: Rows, family: Mapping[int, Di
         **{f"meta_latents_of_{family[place].dict_size}": mean for place, mean in means.items()},
         "meta_latents_smallest": next(iter(means.values())),
         "meta_latents_largest": list(means.values())[-1],
-        **geometry.inheritance(codes, pairs, (large.start, large.stop), cfg.seed).metrics(),
+        **geometry.inheritance(codes, pairs, (large.start, large.stop)).metrics(),
     }

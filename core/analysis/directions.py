@@ -17,7 +17,6 @@ from torch.nn.functional import embedding_bag
 
 from core.errors import UserError
 from core.kernels.codes import SparseCodes
-from core.seeding import generator
 
 SIMILAR = 0.7  # cosine from which latents of two dictionaries count as the same or split (Leask et al. 2025)
 FLOORS = (0.5, 0.3, 0.2, 0.1, 0.0)  # cosines below one of these are not looked at while the one before suffices
@@ -177,7 +176,7 @@ class Inheritance(NamedTuple):
     parent: float  # meta-latents of a parent
     child: float  # of a child
     kept: float  # share of the parent's that the child has too
-    kept_by_others: float  # the same for latents of the larger dictionary drawn at random
+    kept_by_others: float  # the same for all latents of the larger dictionary, on average
 
     def metrics(self) -> dict[str, float]:
         return {
@@ -189,19 +188,21 @@ class Inheritance(NamedTuple):
         }
 
 
-def inheritance(codes: SparseCodes, pairs: Tensor, others: Sequence[int], seed: int) -> Inheritance:
+def inheritance(codes: SparseCodes, pairs: Tensor, others: Sequence[int]) -> Inheritance:
     """Compare codes `[N, M]` of parents and children: `pairs` `[P, 2]` are rows of the codes. Beside it each parent is
-    paired with one of the rows `others[0]` to `others[1] - 1`, drawn at random. Parents without a meta-latent drop out.
+    paired with every row from `others[0]` to `others[1] - 1`. Parents without a meta-latent drop out.
     """
     C = _incidence(codes.rows.cpu().numpy(), codes.cols.cpu().numpy(), codes.shape)
     n_active = np.diff(C.indptr)
     parents, children = pairs[n_active[pairs[:, 0].numpy()] > 0].T.numpy()
     if not len(parents):
         return Inheritance(0, 0.0, 0.0, 0.0, 0.0)
-    drawn = torch.randint(others[0], others[1], (len(parents),), generator=generator(seed, "splits")).numpy()
-
-    def kept(with_: np.ndarray) -> float:
-        return float((C[parents].multiply(C[with_]).sum(1) / n_active[parents]).mean())
-
-    means = float(n_active[parents].mean()), float(n_active[children].mean())
-    return Inheritance(len(parents), *means, kept(children), kept(drawn))
+    kept = C[parents].multiply(C[children]).sum(1)
+    by_others = C[parents] @ np.asarray(C[others[0] : others[1]].mean(0)).ravel()
+    return Inheritance(
+        n_pairs=len(parents),
+        parent=float(n_active[parents].mean()),
+        child=float(n_active[children].mean()),
+        kept=float((np.asarray(kept).ravel() / n_active[parents]).mean()),
+        kept_by_others=float((by_others / n_active[parents]).mean()),
+    )

@@ -29,7 +29,8 @@ class Bounded(Check):
 
 @dataclass(frozen=True, kw_only=True)
 class Within(Bounded):
-    """metric / reference lies in [at_least, at_most]. `reference`: a setting, `metrics.<name>`, or a number."""
+    """metric / reference lies in [at_least, at_most]. `reference`: a setting, `metrics.<name>`, or a number; a seed where
+    it is 0 has no such ratio, and is left out."""
 
     methods: tuple[str, ...]
     reference: str | float = 1.0
@@ -38,9 +39,9 @@ class Within(Bounded):
         found = []
         for method in self.methods:
             for setting, by_seed in by_setting(of(cells, [method]), self.match).items():
-                pairs = {seed: (self.value(cell), self._reference(cell)) for seed, cell in by_seed.items()}
+                pairs = {seed: (self.value(cell), self._reference(cell) or None) for seed, cell in by_seed.items()}
                 label = f"{method}, {words(self.match, setting)}"
-                found.append(comparison(label, pairs, f"no {self.metric} or no {self.reference}"))
+                found.append(comparison(label, pairs, f"no {self.metric}, or {self.reference} is missing or 0"))
         return found
 
     def effects(self, comparison: Comparison) -> dict[int, float]:

@@ -166,6 +166,14 @@ def test_within_holds_a_ratio_in_an_interval():
     assert judged({**check, "metric": "no_such"}, close).verdict == "not run"
 
 
+def test_a_ratio_to_nothing_is_left_out():
+    check = {"kind": "within", "metric": "kept", "methods": ["TopK"], "reference": "metrics.by_chance", "at_least": 2.0}
+    nothing, some = cell("TopK", 0, 8, kept=0.7, by_chance=0.0), cell("TopK", 1, 8, kept=0.6, by_chance=0.2)
+    assert judged(check, [nothing]).verdict == "not run"
+    found = judged(check, [nothing, some])
+    assert found.verdict == "agrees" and list(found.comparisons[0].pairs) == [1]
+
+
 def test_cells_of_a_claim_are_chosen_by_their_settings():
     """JumpReLU has no k, so a condition on k lets it pass."""
     curve = [jumprelu(4, 0.8, 0.2), jumprelu(64, 0.4, 0.1)]
