@@ -29,8 +29,8 @@ class Bounded(Check):
 
 @dataclass(frozen=True, kw_only=True)
 class Within(Bounded):
-    """metric / reference lies in [at_least, at_most]. `reference`: a setting, `metrics.<name>`, or a number; a seed where
-    it is 0 has no such ratio, and is left out."""
+    """metric / reference lies in [at_least, at_most]. `reference`: a setting, `metrics.<name>`, or a number; a seed
+    where it is 0 has no such ratio, and is left out."""
 
     methods: tuple[str, ...]
     reference: str | float = 1.0
