@@ -129,22 +129,24 @@ def _way(axes: Axes, table: pd.DataFrame, metric: str, colour: str, label: str) 
 
 
 def grown(cells: Sequence[Cell], title: str) -> Figure | None:
-    """Over the number of latents: error, and L0, of the family and of what is grown of it."""
+    """Over the number of latents: error, and L0, of the family and of what is grown of it; a line for each family."""
     if not cells:
         return None
     figure = Figure(figsize=(7.4, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
-    table = pd.concat([pd.read_parquet(cell.folder / FRANKENSTEIN) for cell in cells[:1]])
+    tables = [pd.read_parquet(cell.folder / FRANKENSTEIN) for cell in cells]
     for axes, metric, label in zip(panels, ("mse", "l0"), ("MSE", "L0 (active latents)"), strict=True):
-        for kind, colour, words in (("family", BLACK, "trained"), ("grown", BLUE, "grown by novel latents")):
-            chosen = table[table["kind"] == kind]
-            axes.plot(chosen["n_latents"], chosen[metric], color=colour, marker="o", linewidth=1.5, label=words)
-            if metric == "mse" and kind == "grown":
-                axes.plot(
-                    chosen["n_latents"], chosen["mse_refit"], color=SKY, marker=".", label="the same, best decoder bias"
-                )
+        for table in tables:
+            for kind, colour, words in (("family", BLACK, "trained"), ("grown", BLUE, "grown by novel latents")):
+                name = words if table is tables[0] else None
+                chosen = table[table["kind"] == kind]
+                axes.plot(chosen["n_latents"], chosen[metric], color=colour, marker="o", linewidth=1.5, label=name)
+                if metric == "mse" and kind == "grown":
+                    name = name and "the same, best decoder bias"
+                    axes.plot(chosen["n_latents"], chosen["mse_refit"], color=SKY, marker=".", label=name)
         axes.set_ylabel(label)
-        log_axis(axes, table.loc[table["kind"] == "family", "n_latents"], "latents")
+        sizes = pd.concat(tables)
+        log_axis(axes, sizes.loc[sizes["kind"] == "family", "n_latents"], "latents")
     panels[0].legend()
     figure.suptitle(title, fontsize=10)
     return figure
