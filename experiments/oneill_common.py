@@ -31,7 +31,7 @@ from core.errors import UserError
 from core.metrics import flops, recovery
 from core.seeding import derived_seed
 from core.stacked.coders import Coder
-from core.stacked.inference import fista, hard_top_k, log_codes, nnls
+from core.stacked.inference import fista, hard_top_k, log_codes, nnls, relu_codes
 from core.stacked.l0 import l0_oracle
 from core.stacked.objectives import KnownCodes, Reconstruction, random_dictionary
 from core.stacked.runs import Trained, train
@@ -157,7 +157,7 @@ def unknown(cfg: DictConfig) -> dict[str, float]:
     objective = Reconstruction(
         p.X_train, stack.l1, random_dictionary(stack.seeds, N, s.M), True, cfg.normalise, cfg.coder.bias
     )
-    free = cfg.coder.kind == "sc"
+    free = cfg.coder.kind in oneill_costs.FREE
     by_ito = [] if free or cfg.coder.name not in cfg.ito_of else [f"{cfg.coder.name}+ITO"]
 
     def optimised() -> Tensor:
@@ -227,10 +227,16 @@ def _test_codes(cfg: DictConfig, stack: Stack, X: Tensor, D: Tensor) -> Tensor:
     """Codes of test samples under learned dictionaries, run by run where each has a k of its own."""
     i, k = cfg.inference, stack.k
     l1 = stack.l1 if i.l1 is None else torch.full_like(stack.l1, i.l1)
+
+    def solve(runs: slice, mask_k: int | None = None) -> Tensor:
+        given = X[runs], D[runs], l1[runs], i.iterations, i.lr
+        if cfg.coder.kind == "sc_relu":
+            return relu_codes(*given, stack.seeds[runs], mask_k=mask_k)
+        return log_codes(*given, i.init, mask_k=mask_k)
+
     if k is None:
-        return log_codes(X, D, l1, i.iterations, i.lr, i.init)
-    runs = [log_codes(X[r], D[r], float(l1[r]), i.iterations, i.lr, i.init, mask_k=int(k[r])) for r in range(len(k))]
-    return torch.stack(runs)
+        return solve(slice(None))
+    return torch.cat([solve(slice(r, r + 1), int(k[r])) for r in range(len(k))])
 
 
 def _ito_curve(cfg: DictConfig, stack: Stack, init: float | Tensor, floor: float = 1e-2) -> Curve:

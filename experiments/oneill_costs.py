@@ -9,11 +9,13 @@ from omegaconf import DictConfig
 
 from core.metrics import flops
 
+FREE = ("sc", "sc_relu")  # kinds of coders whose codes are parameters: those of test samples are optimised anew
+
 
 def training(cfg: DictConfig, learn_D: bool, step: int, mode: flops.Mode) -> tuple[float, float]:
     s, c = cfg.source, cfg.coder
     N = c.N or s.N
-    if c.kind == "sc":
+    if c.kind in FREE:
         per_step = flops.sc_train_step(N, s.M, s.n_train, mode)
         return step * per_step, flops.optimise_codes(N, s.M, s.n_test, cfg.inference.iterations, mode)
     if c.kind == "mlp":

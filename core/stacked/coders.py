@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -106,10 +107,42 @@ class MLPCoder(Coder):
         linear_gradients(self.X, dH, self.W_1, self.b_1)
 
 
-class LogCodes(Coder):
-    """S = exp(L): free codes of the training samples, learned with the dictionary: the sparse coding of O'Neill et al.
+@dataclass(frozen=True)
+class Link:
+    """How free parameters become codes, and a gradient with respect to codes one with respect to them."""
 
-    A new sample has no code here: `core.stacked.inference.log_codes` optimises one.
+    codes: Callable[[Tensor, Tensor], Tensor]  # L, out
+    back: Callable[[Tensor, Tensor, Tensor], Tensor]  # dS, S, out, which may be dS
+
+
+EXP = Link(lambda L, out: torch.exp(L, out=out), lambda dS, S, out: torch.mul(dS, S, out=out))
+RELU = Link(
+    lambda L, out: torch.clamp(L, min=0, out=out),
+    lambda dS, S, out: torch.ops.aten.threshold_backward.grad_input(dS, S, 0, grad_input=out),
+)
+
+
+class FreeCodes(Coder):
+    """Codes of the training samples that are parameters themselves, learned with the dictionary: sparse coding.
+
+    A new sample has no code here: `core.stacked.inference` optimises one.
+    """
+
+    def __init__(self, L: Tensor, link: Link, k: Tensor | None) -> None:
+        super().__init__(k)
+        self.L, self.link = _parameter(L), link
+
+    def forward(self, X: Tensor) -> Tensor:
+        self.S = self._kept(self.link.codes(self.L, self._buffers_of("S", self.L, *self.L.shape)))
+        return self.S
+
+    def backward(self, dS: Tensor) -> None:
+        assert self.L.grad is not None
+        self.link.back(dS, self.S, self.L.grad)
+
+
+class LogCodes(FreeCodes):
+    """S = exp(L): the sparse coding of O'Neill et al.
 
     seeds  one for each run, of which the codes need none; M is not needed either
     init   where L starts. The authors' -10 costs the first thousands of steps: Adam moves L by at most about its
@@ -119,15 +152,22 @@ class LogCodes(Coder):
     def __init__(
         self, seeds: Sequence[int], M: int, N: int, n: int, init: float = -10.0, k: Tensor | None = None
     ) -> None:
-        super().__init__(k)
-        self.L = _parameter(torch.full((len(seeds), n, N), init))
+        super().__init__(torch.full((len(seeds), n, N), init), EXP, k)
 
-    def forward(self, X: Tensor) -> Tensor:
-        self.S = self._kept(torch.exp(self.L, out=self._buffers_of("S", self.L, *self.L.shape)))
-        return self.S
 
-    def backward(self, dS: Tensor) -> None:
-        torch.mul(dS, self.S, out=self.L.grad)
+class ReluCodes(FreeCodes):
+    """S = ReLU(L), L standard normal at the start: the other form in the authors' scripts.
+
+    A code that is zero has no gradient: whatever starts below zero stays there.
+    """
+
+    def __init__(self, seeds: Sequence[int], M: int, N: int, n: int, k: Tensor | None = None) -> None:
+        super().__init__(normal_codes(seeds, n, N, "codes"), RELU, k)
+
+
+def normal_codes(seeds: Sequence[int], n: int, N: int, name: str) -> Tensor:
+    """Standard normal `[R, n, N]`, from each run's generator of that name."""
+    return torch.stack([torch.randn(n, N, generator=generator(seed, "init", name)) for seed in seeds])
 
 
 def linear(seeds: Sequence[int], fan_in: int, fan_out: int, bias: bool, name: str) -> tuple[Tensor, Tensor | None]:
@@ -158,7 +198,7 @@ def relu_linear(X: Tensor, W: Tensor, b: Tensor | None, buffers: Buffers, name: 
 
 def through_relu_(dS: Tensor, S: Tensor) -> None:
     """Zero the gradient where the unit is off, in place."""
-    torch.ops.aten.threshold_backward.grad_input(dS, S, 0, grad_input=dS)
+    RELU.back(dS, S, dS)
 
 
 def linear_gradients(X: Tensor, dZ: Tensor, W: Tensor, b: Tensor | None) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
+from core.stacked.coders import EXP, RELU, Link, normal_codes
 
 Callback = Callable[[int, Tensor], None]
 PerRun = float | Sequence[float] | Tensor
@@ -55,25 +56,62 @@ def log_codes(
                  S is a buffer that the next iteration overwrites
     """
     X, D, unbatched = as_stack(X, D)
+    (R, n, _), N = X.shape, D.shape[1]
+    L = _start(init, floor, (R, n, N), X)
+    return _adam_on_codes(X, D, L, l1, iterations, lr, mask_k, EXP, unbatched, callback, callback_at)
+
+
+@torch.no_grad()
+def relu_codes(
+    X: Tensor, D: Tensor, l1: PerRun, iterations: int, lr: float, seeds: Sequence[int], *, mask_k: int | None = None
+) -> Tensor:
+    """`log_codes` with S = ReLU(L), L standard normal at the start: the other form in the authors' scripts.
+
+    A code that is zero has no gradient, so half of them stay where they were drawn.
+
+    seeds  of the starts, one for each run
+    """
+    X, D, unbatched = as_stack(X, D)
+    if len(seeds) != len(X):
+        raise UserError(f"{len(seeds)} seeds for {len(X)} runs: give one for each.")
+    L = normal_codes(seeds, X.shape[1], D.shape[1], "test_codes").to(X).mT.contiguous()
+    return _adam_on_codes(X, D, L, l1, iterations, lr, mask_k, RELU, unbatched)
+
+
+def _adam_on_codes(
+    X: Tensor,
+    D: Tensor,
+    L: Tensor,
+    l1: PerRun,
+    iterations: int,
+    lr: float,
+    mask_k: int | None,
+    link: Link,
+    unbatched: bool,
+    callback: Callback | None = None,
+    callback_at: Collection[int] = (),
+) -> Tensor:
+    """Codes [R, n, N] after the iterations on L [R, N, n], which is overwritten."""
     (R, n, M), N = X.shape, D.shape[1]
     _check(iterations, lr=lr)
     _check_k(mask_k, N)
     penalty = _per_run(l1, X, "l1").view(R, 1, 1).div(n * N).expand(R, N, n)
-    L, X_t, D_t = _start(init, floor, (R, n, N), X), X.mT.contiguous(), D.mT.contiguous()
+    X_t, D_t = X.mT.contiguous(), D.mT.contiguous()
     S, residual, L.grad = torch.empty_like(L), torch.empty_like(X_t), torch.empty_like(L)
     codes = S.mT[0] if unbatched else S.mT
     optimizer = torch.optim.Adam([L], lr=lr, fused=True)
     for iteration in range(iterations + 1):
-        torch.exp(L, out=S)
+        link.codes(L, S)
         if mask_k is not None:
             hard_top_k(S, mask_k, dim=1, out=S)
         if iteration == iterations or iteration % CHECK_EVERY == 0:
-            _check_finite(S, f"log-codes at iteration {iteration}: lower lr, now {lr:g}")
+            _check_finite(S, f"free codes at iteration {iteration}: lower lr, now {lr:g}")
         if callback is not None and iteration in callback_at:
             callback(iteration, codes)
         if iteration < iterations:
             torch.baddbmm(X_t, D_t, S, beta=-1, out=residual)
-            torch.baddbmm(penalty, D, residual, alpha=2 / (n * M), out=L.grad).mul_(S)
+            torch.baddbmm(penalty, D, residual, alpha=2 / (n * M), out=L.grad)
+            link.back(L.grad, S, L.grad)
             optimizer.step()
     return codes.contiguous()
 

@@ -50,6 +50,7 @@ LOOKS = {
     "TopK SAE": Look(ORANGE, "s", "--"),
     "TopK MLP": Look(SKY, "v", "--"),
     "TopK SC": Look(GREEN, "o", "--"),
+    "TopK SC ReLU": Look(GREEN, "D", ":"),
 }
 CONVERGED = ("L0 oracle", "FISTA", "NNLS")  # solvers whose result is one number
 

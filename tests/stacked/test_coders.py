@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from core.stacked.coders import Coder, LinearCoder, LogCodes, MLPCoder, keep_largest_
+from core.stacked.coders import Coder, LinearCoder, LogCodes, MLPCoder, ReluCodes, keep_largest_
 from core.stacked.objectives import KnownCodes, Objective, Reconstruction, normalise_, random_dictionary
 
 R, n, M, N, h = 3, 40, 5, 9, 6
@@ -23,6 +23,8 @@ def coder_of(kind: str, seeds=SEEDS, k: Tensor | None = None) -> Coder:
         return LinearCoder(seeds, M, N, bias=True, k=k)
     if kind == "mlp":
         return MLPCoder(seeds, M, N, h, bias=True, k=k)
+    if kind == "relu":
+        return ReluCodes(seeds, M, N, n, k=k)
     coder = LogCodes(seeds, M, N, n, init=-1.0, k=k)
     noise = [torch.randn(n, N, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     coder.L.data.add_(torch.stack(noise))
@@ -36,7 +38,7 @@ def codes_by_autograd(coder: Coder, X: Tensor) -> Tensor:
     elif isinstance(coder, MLPCoder):
         S = torch.relu(torch.relu(X @ coder.W_1 + coder.b_1) @ coder.W_2 + coder.b_2)
     else:
-        S = coder.L.exp()
+        S = coder.L.relu() if isinstance(coder, ReluCodes) else coder.L.exp()
     if coder.k is not None:
         kept = torch.zeros_like(S)
         for r, k in enumerate(coder.k.tolist()):
@@ -53,7 +55,7 @@ def assert_gradients(parameters, loss: Tensor) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("k", [None, K])
-@pytest.mark.parametrize("kind", ["linear", "mlp", "log"])
+@pytest.mark.parametrize("kind", ["linear", "mlp", "log", "relu"])
 def test_gradients_of_the_reconstruction_are_autograds(kind, k, bias):
     X, _ = data()
     coder, l1 = coder_of(kind, k=k), torch.tensor([0.0, 0.3, 2.0])
@@ -119,7 +121,7 @@ def trained(kind: str, seeds, X: Tensor, l1: Tensor, k: Tensor | None) -> tuple[
 
 
 @pytest.mark.parametrize("k", [None, K])
-@pytest.mark.parametrize("kind", ["linear", "mlp", "log"])
+@pytest.mark.parametrize("kind", ["linear", "mlp", "log", "relu"])
 def test_a_stack_trains_every_run_as_it_would_alone(kind, k):
     X, _ = data()
     l1 = torch.tensor([0.0, 0.1, 1.0])

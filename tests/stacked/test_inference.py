@@ -13,7 +13,18 @@ from core.bench import threads
 from core.data.sparse_codes import SparseCodes
 from core.errors import UserError
 from core.metrics.recovery import unmatched_correlation
-from core.stacked.inference import fista, hard_top_k, kkt_violation, lca, log_codes, nnls, objective
+from core.stacked.coders import normal_codes
+from core.stacked.inference import (
+    as_stack,
+    fista,
+    hard_top_k,
+    kkt_violation,
+    lca,
+    log_codes,
+    nnls,
+    objective,
+    relu_codes,
+)
 from core.stacked.l0 import l0_oracle, n_supports
 
 DOUBLE = torch.float64
@@ -124,6 +135,24 @@ def test_the_first_steps_of_log_codes_are_adam_on_the_objective_by_autograd():
     torch.testing.assert_close(found, L.exp().detach(), atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("k", [None, 2])
+def test_relu_codes_are_adam_on_the_objective_by_autograd_and_keep_what_starts_at_zero(k: int | None):
+    X, D, _ = planted(2, 20, 6, 4, 2)
+    starts = [relu_codes(X, D, 0.0, 1, 1e-9, seeds) for seeds in ([3, 4], [3, 5])]
+    assert torch.equal(starts[0][0], starts[1][0]) and not torch.equal(starts[0][1], starts[1][1])
+    L = normal_codes([3, 4], 20, 6, "test_codes").double().requires_grad_()
+    adam = torch.optim.Adam([L], lr=0.05)
+    for _ in range(30):
+        adam.zero_grad()
+        S = L.relu() if k is None else hard_top_k(L.relu(), k)
+        objective(X, D, S, 0.01).sum().backward()
+        adam.step()
+    found = relu_codes(X, D, 0.01, 30, 0.05, [3, 4], mask_k=k)
+    expected = L.relu().detach()
+    torch.testing.assert_close(found, expected if k is None else hard_top_k(expected, k), atol=1e-9, rtol=1e-9)
+    assert not found[starts[0] == 0].any()
+
+
 def test_the_initialisation_at_minus_ten_delays_log_codes_and_changes_the_end_little():
     X, D, S = planted(2, 256, 16, 8, 3, dtype=torch.float32)
     seen: dict[float, dict[int, tuple[Tensor, Tensor]]] = {-10.0: {}, -2.0: {}}
@@ -163,6 +192,7 @@ def test_lca_rests_at_the_lasso_also_in_chunks(monkeypatch: pytest.MonkeyPatch):
 
 SOLVERS = {
     "log_codes": lambda X, D, l1: log_codes(X, D, l1, 200, 0.01, init=-2.0),
+    "relu": lambda X, D, l1: relu_codes(X, D, l1, 100, 0.01, [0] * len(as_stack(X, D)[0])),
     "masked": lambda X, D, l1: log_codes(X, D, l1, 100, 0.01, init=-2.0, mask_k=3),
     "fista": lambda X, D, l1: fista(X, D, l1),
     "lca": lambda X, D, l1: lca(X, D, l1, iterations=200),
@@ -243,6 +273,7 @@ X0, D0 = torch.ones(4, 3), torch.eye(3)
         (lambda: log_codes(X0, D0, 0.01, 10, 0.0), "lr=0"),
         (lambda: log_codes(X0, D0, 0.01, 10, 0.1, init=-X0), "starting codes"),
         (lambda: log_codes(X0, D0, 0.01, 10, 0.1, mask_k=4), "k=4: between 1 and the 3"),
+        (lambda: relu_codes(X0, D0, 0.01, 10, 0.1, [0, 1]), "2 seeds for 1 runs"),
         (lambda: fista(X0, D0, -1.0), "l1=-1"),
         (lambda: fista(X0, D0, [0.1, 0.1]), "one for each of 1 runs"),
         (lambda: fista(X0, D0, 0.1, iterations=0), "iterations=0"),
