@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from core.bench import TABLE
 from core.results import read
 from reports.checks.base import interval, spelled
-from reports.claims import SCALES, ExperimentRows, Judgement, Paper, Scale
+from reports.claims import SCALES, Claim, ExperimentRows, Judgement, Paper, Scale
 from reports.collect import Cell, Failure, grid_size, one_per_folder
 from reports.matching import order, refined, shown
 from reports.render import Table
@@ -48,10 +48,32 @@ def claims(paper: Paper, judgements: Judgements) -> Table:
     return Table(header, rows)
 
 
+def judged(papers: Sequence[Paper], experiment: str, scale: Scale, judgements: Judgements) -> Table:
+    """One row for each claim of an experiment at one scale: what the paper and others say, ours, and the verdict."""
+    rows = [
+        [
+            claim.id,
+            claim.statement,
+            claim.where,
+            claim.paper_says,
+            "; ".join(part for part in (paper.check(claim).published, claim.others_say) if part),
+            judgements[claim.id][scale].ours,
+            judgements[claim.id][scale].verdict,
+        ]
+        for paper, claim in claims_of(papers, experiment)
+        if judgements[claim.id][scale].ours
+    ]
+    return Table(["claim", "statement", "where", "paper", "published elsewhere", "ours", "verdict"], rows)
+
+
+def claims_of(papers: Sequence[Paper], experiment: str) -> list[tuple[Paper, Claim]]:
+    return [(paper, claim) for paper in papers for claim in paper.claims if claim.experiment == experiment]
+
+
 def details(papers: Sequence[Paper], experiment: str, scale: Scale, judgements: Judgements) -> Table:
     """One row for each comparison behind the claims of an experiment."""
     rows = []
-    for claim in (claim for paper in papers for claim in paper.claims if claim.experiment == experiment):
+    for _, claim in claims_of(papers, experiment):
         judgement = judgements[claim.id][scale]
         for comparison, held, effect in zip(judgement.comparisons, judgement.holds, judgement.effects, strict=True):
             if held is None:
@@ -129,7 +151,7 @@ def circumstances(cells: Sequence[Cell]) -> list[str]:
     folders = one_per_folder(cells)
     records = [cell.record for cell in folders]
     versions = sorted({f"{name} {version}" for record in records for name, version in record["versions"].items()})
-    seconds = [cell.metrics.get("seconds", cell.record["seconds"]) for cell in folders]  # with those of earlier lives
+    seconds = [seconds_of(cell) for cell in folders]
     found = [
         f"device: {', '.join(sorted({record['device'] for record in records}))}",
         f"commit: {', '.join(sorted({record['commit'] for record in records}))}",
@@ -145,6 +167,11 @@ def circumstances(cells: Sequence[Cell]) -> list[str]:
             f"kept results: {len(kept)} of {len(folders)} cells were read from the repository, commit {commits}"
         )
     return found
+
+
+def seconds_of(cell: Cell) -> float:
+    """What the cell took, with the time before a checkpoint that it went on from."""
+    return float(cell.metrics.get("seconds", cell.record["seconds"]))
 
 
 def _name(cell: Cell) -> str:

@@ -110,8 +110,8 @@ def test_without_outputs_the_report_shows_what_is_kept(tmp_path):
 def _one_figure(monkeypatch):
     def draw(experiment, cells, folder):
         for ending in ("png", "svg"):
-            (folder / f"{experiment}.{ending}").write_text(f"{len(cells)} runs")
-        return [folder / f"{experiment}.png", folder / f"{experiment}.svg"]
+            (folder / f"{experiment}_paper.{ending}").write_text(f"{len(cells)} runs")
+        return [folder / f"{experiment}_paper.png", folder / f"{experiment}_paper.svg"]
 
     monkeypatch.setattr(figures, "draw", draw)
 
@@ -127,12 +127,34 @@ def test_keeping_copies_what_the_report_reads_and_names_what_it_leaves(tmp_path,
     assert keep.main(["--outputs", str(tmp_path / "outputs"), "--kept", str(tmp_path / "kept"), "toy"]) == 0
     files = sorted(str(path.relative_to(tmp_path / "kept")) for path in (tmp_path / "kept").rglob("*.*"))
     cell = "toy/paper/coder=sae"
-    assert files == [f"{cell}/results.json", f"{cell}/runs.parquet", "toy/toy.png"]
-    assert (tmp_path / "kept" / "toy" / "toy.png").read_text() == "3 runs"
+    assert files == ["README.md", f"{cell}/results.json", f"{cell}/runs.parquet", "toy/toy_paper.png"]
+    assert (tmp_path / "kept" / "toy" / "toy_paper.png").read_text() == "3 runs"
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 2
+    assert len(out.splitlines()) == 3
     assert "checkpoint.pt" in err and "uncommitted changes" in err
     assert [c.metrics for c in read_cells(tmp_path / "kept")] == [c.metrics for c in read_cells(folder)]
+
+
+@pytest.mark.usefixtures("_one_figure")
+def test_what_is_kept_has_a_readme_with_hours_claims_and_figures_that_can_be_made_anew(tmp_path, capsys):
+    kept = tmp_path / "kept"
+    for name in ("coder=sae", "coder=sc"):
+        write_stack(kept, name, experiment="oneill_theorem")
+    write_stack(kept)
+    assert keep.main(["--redraw", "--kept", str(kept), "--outputs", str(tmp_path / "no")]) == 0
+    lines = (kept / "README.md").read_text().splitlines()
+    assert "| oneill_theorem | paper | 2 of 1 | 0.00 | 0 | 0 | 0 | 0 |" in lines
+    assert "| toy | paper | 1 of ? | 0.00 | 0 | 0 | 0 | 0 |" in lines
+    assert "![toy paper](toy/toy_paper.png)" in lines and "- time: 3 s in 2 cells, 1.5 s in the median one " in str(
+        lines
+    )
+    assert keep.main(["--redraw", "--kept", str(kept), "toi"]) == 1
+    assert "holds nothing of toi at paper scale" in capsys.readouterr().err
+
+
+def test_the_repositorys_readme_of_kept_results_is_what_they_and_the_claims_make():
+    written = (keep.KEPT / keep.README).read_text()
+    assert written == keep.readme(keep.KEPT), "after a change of claims or results: python -m reports.keep --redraw"
 
 
 def test_a_file_larger_than_2_mb_is_refused_and_nothing_is_kept(tmp_path, capsys):
