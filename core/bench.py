@@ -27,7 +27,7 @@ Entry = str | int | float | None
 
 
 class Ratio(NamedTuple):
-    """A ratio of medians, and the quartiles of the ratios repetition by repetition."""
+    """The median of the ratios round by round, and their quartiles."""
 
     value: float
     low: float
@@ -48,8 +48,8 @@ class Times:
 
     def ratio(self, task: str, floor: str) -> Ratio:
         each = [a / b for a, b in zip(self.seconds[task], self.seconds[floor], strict=True)]
-        low, _, high = statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else (each[0],) * 3
-        return Ratio(self.median(task) / self.median(floor), low, high)
+        low, middle, high = statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else (each[0],) * 3
+        return Ratio(middle, low, high)
 
 
 class Clock:
