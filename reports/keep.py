@@ -118,8 +118,8 @@ def readme(kept: Path) -> str:
         Heading(1, "Results kept in the repository"),
         Paragraph(
             "Written by `python -m reports.keep` from the files beside it. Intervals are 95 % t intervals over seeds; "
-            "how each claim is judged stands in [reports/paper](../paper). Hours are the wall time of all cells added up, "
-            "two at a time on two cores, also where the machine was paused or did other work beside them."
+            "how each claim is judged stands in [reports/paper](../paper). Hours are the wall time of all cells added "
+            "up, two at a time on two cores, also where the machine was paused or did other work beside them."
         ),
         overview(report, there),
     ]
