@@ -112,8 +112,7 @@ def write_readme(kept: Path) -> Path:
 def readme(kept: Path) -> str:
     """All that is kept, in Markdown: an overview, then each experiment's claims, figures and circumstances."""
     report = Report.read(kept, None)
-    there = [(experiment, scale) for experiment in report.experiments for scale in SCALES]
-    there = [(experiment, scale) for experiment, scale in there if report.cells(experiment, scale)]
+    there = [(name, scale) for name in report.experiments for scale in SCALES if report.cells(name, scale)]
     blocks: list[Block] = [
         Heading(1, "Results kept in the repository"),
         Paragraph(

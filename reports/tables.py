@@ -38,14 +38,18 @@ def claims(paper: Paper, judgements: Judgements) -> Table:
     header += [title for scale in SCALES for title in (f"ours, {scale} scale", f"verdict, {scale} scale")]
     rows = []
     for claim in paper.claims:
-        elsewhere = "; ".join(part for part in (paper.check(claim).published, claim.others_say) if part)
-        row = [claim.id, claim.statement, claim.where, claim.paper_says, elsewhere]
+        row = [claim.id, claim.statement, claim.where, claim.paper_says, elsewhere(paper, claim)]
         row.append(f"{claim.source}; {claim.confidence}")
         for scale in SCALES:
             judgement = judgements[claim.id][scale]
             row += [judgement.ours, judgement.verdict]
         rows.append(row)
     return Table(header, rows)
+
+
+def elsewhere(paper: Paper, claim: Claim) -> str:
+    """What is published beside the paper's text."""
+    return "; ".join(part for part in (paper.check(claim).published, claim.others_say) if part)
 
 
 def judged(papers: Sequence[Paper], experiment: str, scale: Scale, judgements: Judgements) -> Table:
@@ -56,7 +60,7 @@ def judged(papers: Sequence[Paper], experiment: str, scale: Scale, judgements: J
             claim.statement,
             claim.where,
             claim.paper_says,
-            "; ".join(part for part in (paper.check(claim).published, claim.others_say) if part),
+            elsewhere(paper, claim),
             judgements[claim.id][scale].ours,
             judgements[claim.id][scale].verdict,
         ]

@@ -74,7 +74,7 @@ class LinearCoder(Coder):
         return self.S
 
     def backward(self, dS: Tensor) -> None:
-        through_relu_(dS, self.S)
+        RELU.back(dS, self.S, dS)
         linear_gradients(self.X, dS, self.W_enc, self.b_enc)
 
 
@@ -99,11 +99,11 @@ class MLPCoder(Coder):
         return self.S
 
     def backward(self, dS: Tensor) -> None:
-        through_relu_(dS, self.S)
+        RELU.back(dS, self.S, dS)
         linear_gradients(self.H, dS, self.W_2, self.b_2)
         dH = self._buffers_of("dH", dS, *self.H.shape)
         torch.bmm(dS, self.W_2.mT, out=dH)
-        through_relu_(dH, self.H)
+        RELU.back(dH, self.H, dH)
         linear_gradients(self.X, dH, self.W_1, self.b_1)
 
 
@@ -193,12 +193,7 @@ def relu_linear(X: Tensor, W: Tensor, b: Tensor | None, buffers: Buffers, name: 
         torch.bmm(X, W, out=Z)
     else:
         torch.baddbmm(b, X, W, out=Z)
-    return Z.clamp_(min=0)
-
-
-def through_relu_(dS: Tensor, S: Tensor) -> None:
-    """Zero the gradient where the unit is off, in place."""
-    RELU.back(dS, S, dS)
+    return RELU.codes(Z, Z)
 
 
 def linear_gradients(X: Tensor, dZ: Tensor, W: Tensor, b: Tensor | None) -> None:
