@@ -27,7 +27,8 @@ from core.stacked.coders import Coder
 from core.stacked.inference import fista
 from core.stacked.objectives import KnownSparseCodes
 from core.stacked.runs import train
-from experiments.oneill_common import ACTIVE, Outcome, Scores, leave, recovered, timed
+from experiments.oneill_common import ACTIVE, recovered
+from experiments.oneill_outcome import Outcome, Scores, leave, timed
 
 GB = 1e9
 

@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from core.cells import cell_name
 from core.errors import UserError
 from core.metrics import flops
-from experiments.oneill_common import CURVES, RUNS, Stack, recovered
+from experiments.oneill_common import Stack, recovered
+from experiments.oneill_outcome import CURVES, RUNS
 
 ROOT = Path(__file__).parents[1]
 
