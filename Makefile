@@ -47,7 +47,7 @@ $(PAPERS:%=reproduce-%): reproduce-%: $(READY)
 		$(PY) -m pip install --quiet --disable-pip-version-check --no-deps triton==3.7.1
 	@touch $@
 
-bench: $(READY) ## all benchmarks (SCALE=demo|paper), then the report; `make peers` first for the other libraries
+bench: $(READY) ## all benchmarks but bench_hours (SCALE=demo|paper), then the report; `make peers` first for the other libraries
 	@$(call run_each,$(BENCHMARKS))
 
 peers: .venv-peers/.installed ## a second environment with the libraries that the benchmarks compare with: minutes, 2 GB

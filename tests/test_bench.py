@@ -21,8 +21,9 @@ from core.fleet import KIND
 from core.kernels import reference
 from core.methods.saved import save_dictionary
 from core.models.language_model import load_language_model
-from experiments import bench_fleet, bench_scaling, bench_stream, bench_train_step, peers
+from experiments import bench_fleet, bench_hours, bench_scaling, bench_stream, bench_train_step, peers
 from experiments.bench_common import RepeatedBatches, built, fit
+from hydra_plugins.blocks_sweeper.sweeper import cells_of
 from reports import compare, figures
 from reports.collect import read_cells
 
@@ -283,6 +284,35 @@ def test_scaling_varies_one_axis_at_a_time(tmp_path):
 
 
 # ---- the report
+
+
+# ---- hours
+
+
+def test_time_follows_a_line_by_hand():
+    assert bench_hours.extended(0.01, 5.0, 0.02, 6.0) == pytest.approx(104.0)  # 4 s, and 100 s for all of the work
+    assert bench_hours.extended(0.01, 5.0, 0.02, 4.9) == 4.9
+
+
+def test_the_parts_of_a_panel_are_its_grid():
+    """Each cell is in one part, with a fraction of its own work."""
+    hours = composed("bench_hours", "scale=paper")
+    parts = hours.parts
+    for panel in {part.panel for part in parts.values()}:
+        cfg = composed(panel, "scale=paper")
+        cells = [
+            cell
+            for part in parts.values()
+            if part.panel == panel
+            for fraction in part.get("fractions", hours.fractions)[1:]
+            for cell in cells_of(cfg.grid.paper, bench_hours.overrides(part, fraction))
+        ]
+        axes = {key for block in cfg.grid.paper for key in block} - {"steps", "log_every"}
+        named = {tuple(sorted(word for word in cell if word.split("=")[0] in axes)) for cell in cells}
+        assert len(named) == len(cells) == len(cells_of(cfg.grid.paper, []))
+        for cell in (cells[0], cells[-1]):
+            small = composed(panel, "scale=paper", *cell)
+            assert small.steps <= 2_000 and small.steps % small.log_every == 0
 
 
 def write_benchmark(outputs: Path, name: str) -> Path:

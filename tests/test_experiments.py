@@ -10,7 +10,7 @@ import run as runner
 
 EXPERIMENTS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf/experiment").glob("*.yaml"))
 
-BENCHMARKS_WITHOUT = {"bench_stream", "bench_stacked", "bench_stitching"}
+BENCHMARKS_WITHOUT = {"bench_hours", "bench_stream", "bench_stacked", "bench_stitching"}
 WITHOUT_LIGHTNING = {*BENCHMARKS_WITHOUT, "oneill_classical", "oneill_theorem"}  # they fit nothing with it
 
 
