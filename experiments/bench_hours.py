@@ -1,6 +1,6 @@
 """How long the panels of O'Neill et al. take at paper scale on this machine, from a few hundredths of their work.
 
-Each part of a panel is run twice in full, as a user would run it, with two small fractions of its steps (and of what
+Each part of a panel is run twice, as a user would run it, with two small fractions of its steps (and of what
 else grows with them). A cell's time is a line in the fraction: what it costs to draw, start and evaluate at the ends,
 and the work. The line is followed to 1.
 """

@@ -283,9 +283,6 @@ def test_scaling_varies_one_axis_at_a_time(tmp_path):
     assert metrics["k_8_over_product"] > 0 and metrics["fleet_of_2_rows_per_second"] > 0
 
 
-# ---- the report
-
-
 # ---- hours
 
 
@@ -313,6 +310,9 @@ def test_the_parts_of_a_panel_are_its_grid():
         for cell in (cells[0], cells[-1]):
             small = composed(panel, "scale=paper", *cell)
             assert small.steps <= 2_000 and small.steps % small.log_every == 0
+
+
+# ---- the report
 
 
 def write_benchmark(outputs: Path, name: str) -> Path:
