@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from core.bench import Task, alternate, hardware, save_table, threads
 from core.data.sparse_codes import SparseCodes
 from core.errors import UserError
+from core.stacked.adam import stepper
 from core.stacked.coders import Coder, LinearCoder, LogCodes, MLPCoder
 from core.stacked.objectives import Reconstruction, normalise_, random_dictionary
 
@@ -73,13 +74,13 @@ def steps_of(panel: Mapping[str, Any], X: Tensor, seeds: list[int], n_steps: int
     coder = coder_of(panel, seeds, X.shape[1])
     D = random_dictionary(seeds, panel["N"], panel["M"])
     objective = Reconstruction(X, torch.full((len(seeds),), 0.01), D, learn_D=True)
-    adam = torch.optim.Adam([*coder.parameters(), *objective.parameters()], lr=1e-3, fused=True)
+    update = stepper(torch.optim.Adam([*coder.parameters(), *objective.parameters()], lr=1e-3, fused=True))
 
     def task() -> None:
         with torch.no_grad():
             for step in range(n_steps):
                 objective.gradients(coder, step)
-                adam.step()
+                update()
 
     return task
 

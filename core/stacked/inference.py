@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
+from core.stacked.adam import stepper
 from core.stacked.coders import EXP, RELU, Link, normal_codes
 
 Callback = Callable[[int, Tensor], None]
@@ -99,7 +100,7 @@ def _adam_on_codes(
     X_t, D_t = X.mT.contiguous(), D.mT.contiguous()
     S, residual, L.grad = torch.empty_like(L), torch.empty_like(X_t), torch.empty_like(L)
     codes = S.mT[0] if unbatched else S.mT
-    optimizer = torch.optim.Adam([L], lr=lr, fused=True)
+    update = stepper(torch.optim.Adam([L], lr=lr, fused=True))
     for iteration in range(iterations + 1):
         link.codes(L, S)
         if mask_k is not None:
@@ -112,7 +113,7 @@ def _adam_on_codes(
             torch.baddbmm(X_t, D_t, S, beta=-1, out=residual)
             torch.baddbmm(penalty, D, residual, alpha=2 / (n * M), out=L.grad)
             link.back(L.grad, S, L.grad)
-            optimizer.step()
+            update()
     return codes.contiguous()
 
 

@@ -1,7 +1,7 @@
 """What the runs of a stack minimise. An objective holds the data, and the dictionary where there is one.
 
-`gradients(coder, step)` fills the `.grad` of coder and dictionary and gives each run's loss `[R]`. The loss of a stack
-is the sum of its runs' losses, so that no run's gradient depends on another.
+`gradients(coder, step)` fills the `.grad` of coder and dictionary; `loss()` is then each run's loss `[R]`, which few
+steps are asked for. The loss of a stack is the sum of its runs' losses, so that no run's gradient depends on another.
 
 Shapes: R runs, n samples, M observed dimensions, N codes; D `[R, N, M]`, atoms are rows.
 """
@@ -23,13 +23,19 @@ from core.stacked.coders import Buffers, Coder
 class Objective(nn.Module, ABC):
     """The loss of a stack."""
 
+    _at: tuple[Tensor, Tensor]  # what `loss` is computed of
+
     def __init__(self) -> None:
         super().__init__()
         self._buffers_of = Buffers()
 
     @abstractmethod
-    def gradients(self, coder: Coder, step: int) -> Tensor:
-        """Loss of each run `[R]` before the step; gradients are left in the parameters."""
+    def gradients(self, coder: Coder, step: int) -> None:
+        """Gradients are left in the parameters."""
+
+    @abstractmethod
+    def loss(self) -> Tensor:
+        """Of each run `[R]`, where the last gradients were taken; until coder or objective is called again."""
 
 
 class Reconstruction(Objective):
@@ -62,16 +68,16 @@ class Reconstruction(Objective):
             self.b_dec = nn.Parameter(X.new_zeros(len(X), 1, X.shape[-1]))
             self.b_dec.grad = torch.zeros_like(self.b_dec)
 
-    def gradients(self, coder: Coder, step: int) -> Tensor:
+    def gradients(self, coder: Coder, step: int) -> None:
         (R, n, M), N = self.X.shape, self.D.shape[1]
         if self.normalise:
             normalise_(self.D)
         S = coder(self.X)
         E = self._buffers_of("E", self.X, R, n, M)
-        torch.baddbmm(self.X, S, self.D, beta=-1, out=E)  # the error, X_hat - X
+        torch.bmm(S, self.D, out=E).sub_(self.X)  # X_hat - X; faster than baddbmm for few dimensions
         if self.b_dec is not None:
             E += self.b_dec
-        loss = E.square().sum((1, 2)) / (n * M) + self.l1.view(-1) * S.sum((1, 2)) / (n * N)
+        self._at = E, S
         if self.learn_D:
             torch.bmm(S.mT, E, out=self.D.grad).mul_(2 / (n * M))
         if self.b_dec is not None:
@@ -79,7 +85,10 @@ class Reconstruction(Objective):
         dS = self._buffers_of("dS", S, R, n, N)
         torch.baddbmm(self.l1 / (n * N), E, self.D.mT, alpha=2 / (n * M), out=dS)
         coder.backward(dS)
-        return loss
+
+    def loss(self) -> Tensor:
+        E, S = self._at
+        return E.square().mean((1, 2)) + self.l1.view(-1) * S.mean((1, 2))
 
     def explained_by_codes(self, X: Tensor) -> Tensor:
         """X - b_dec."""
@@ -103,15 +112,22 @@ class KnownCodes(Objective):
             raise UserError(f"objective={kind!r} is neither cosine nor mse.")
         self.batches, self.kind = batches, kind
 
-    def gradients(self, coder: Coder, step: int) -> Tensor:
+    def gradients(self, coder: Coder, step: int) -> None:
         X, S = self.batches(step)
         S_hat = coder(X)
         dS = self._buffers_of("dS", S_hat, *S_hat.shape)
-        loss = self._cosine(S, S_hat, dS) if self.kind == "cosine" else self._mse(S, S_hat, dS)
+        if self.kind == "cosine":
+            self._cosine(S, S_hat, dS)
+        else:
+            self._at = S, S_hat
+            torch.sub(S_hat, S, out=dS).mul_(2 / S_hat[0].numel())
         coder.backward(dS)
-        return loss
 
-    def _cosine(self, S: Tensor, S_hat: Tensor, dS: Tensor) -> Tensor:
+    def loss(self) -> Tensor:
+        a, b = self._at
+        return -(a * b).sum((1, 2)) if self.kind == "cosine" else (b - a).square().mean((1, 2))
+
+    def _cosine(self, S: Tensor, S_hat: Tensor, dS: Tensor) -> None:
         """A unit that is silent on the whole batch, or ought to be, has cosine 0 and no gradient."""
         work = self._buffers_of("work", S_hat, *S_hat.shape)
         inner = torch.mul(S, S_hat, out=work).sum(1, keepdim=True)  # [R, 1, N]
@@ -122,14 +138,7 @@ class KnownCodes(Objective):
         torch.mul(S_hat, pull, out=dS)
         torch.mul(S, scale, out=work)
         dS.sub_(work)
-        return -(inner * scale).sum((1, 2))
-
-    def _mse(self, S: Tensor, S_hat: Tensor, dS: Tensor) -> Tensor:
-        size = S_hat[0].numel()
-        torch.sub(S_hat, S, out=dS)
-        loss = dS.square().sum((1, 2)) / size
-        dS.mul_(2 / size)
-        return loss
+        self._at = inner, scale
 
 
 SparseBatches = Callable[[int], tuple[Tensor, Tensor, Tensor]]  # step -> X [R, n, M], indices [n, K], values [n, K]
@@ -146,7 +155,7 @@ class KnownSparseCodes(Objective):
         super().__init__()
         self.batches = batches
 
-    def gradients(self, coder: Coder, step: int) -> Tensor:
+    def gradients(self, coder: Coder, step: int) -> None:
         X, indices, values = self.batches(step)
         S_hat = coder(X)
         (R, _, N), codes, at = S_hat.shape, indices.flatten(), indices.expand(len(S_hat), -1, -1)
@@ -157,7 +166,11 @@ class KnownSparseCodes(Objective):
         scale = torch.where(norm > 0, 1 / (norm * N), 0)
         torch.mul(S_hat, torch.where(norm > 0, inner * scale / square, 0)[:, None], out=dS)
         dS.scatter_add_(2, at, scale[:, indices] * -values)
+        self._at = inner, scale
         coder.backward(dS)
+
+    def loss(self) -> Tensor:
+        inner, scale = self._at
         return -(inner * scale).sum(1)
 
 

@@ -21,6 +21,7 @@ from core.artifacts import content_key
 from core.errors import NonFiniteLoss, UserError
 from core.interrupts import remove_folder
 from core.results import comparable
+from core.stacked.adam import stepper
 from core.stacked.coders import Coder
 from core.stacked.objectives import Objective
 from core.training import Checkpoints, TokenProgress, make_trainer
@@ -63,11 +64,13 @@ class StackedRuns(pl.LightningModule):
 
     def training_step(self, chunk: range, batch_idx: int) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, torch.optim.Optimizer)
+        assert isinstance(optimizer, torch.optim.Adam)
         with torch.no_grad():
+            update = stepper(optimizer)
             for step in chunk:
-                loss = self.objective.gradients(self.coder, step)
-                optimizer.step()
+                self.objective.gradients(self.coder, step)
+                update()
+            loss = self.objective.loss()
         if not bool(loss.isfinite().all()):
             raise NonFiniteLoss(chunk[-1], self.name)
         self._measure(chunk[-1] + 1)
