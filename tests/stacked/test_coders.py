@@ -158,7 +158,7 @@ def test_a_stack_equals_torchs_own_layers_under_autograd_and_plain_adam():
 
 def test_the_largest_k_are_kept_run_by_run():
     S = torch.tensor([[[3.0, 1.0, 2.0]], [[3.0, 1.0, 2.0]]])
-    kept = keep_largest_(S, torch.tensor([1, 2]))
+    kept = keep_largest_(S, torch.tensor([1, 2]), torch.empty_like(S))
     assert kept.tolist() == [[[3.0, 0.0, 0.0]], [[3.0, 0.0, 2.0]]]
 
 
@@ -168,7 +168,7 @@ def test_what_is_kept_of_a_run_is_what_topk_keeps_and_equals_of_the_smallest(equ
     S = torch.rand(4, 50, 12, generator=torch.Generator().manual_seed(0))
     if equal:
         S = (5 * S).floor()
-    kept = keep_largest_(S.clone(), k)
+    kept = keep_largest_(S.clone(), k, torch.empty_like(S))
     for run, n in enumerate(k.tolist()):
         smallest = S[run].topk(n, dim=-1).values[:, -1:]
         assert torch.equal(kept[run], S[run] * (S[run] >= smallest))
