@@ -52,6 +52,7 @@ class Reconstruction(Objective):
 
     X: Tensor
     l1: Tensor
+    l1_of_a_code: Tensor
 
     def __init__(
         self, X: Tensor, l1: Tensor, D: Tensor, learn_D: bool, normalise: bool = True, bias: bool = False
@@ -60,6 +61,7 @@ class Reconstruction(Objective):
         self.learn_D, self.normalise = learn_D, learn_D and normalise
         self.register_buffer("X", X.contiguous(), persistent=False)
         self.register_buffer("l1", l1.view(-1, 1, 1), persistent=False)
+        self.register_buffer("l1_of_a_code", self.l1 / (X.shape[1] * D.shape[1]), persistent=False)
         self.D = nn.Parameter(D.clone(), requires_grad=learn_D)
         if learn_D:
             self.D.grad = torch.zeros_like(self.D)
@@ -79,11 +81,12 @@ class Reconstruction(Objective):
             E += self.b_dec
         self._at = E, S
         if self.learn_D:
-            torch.bmm(S.mT, E, out=self.D.grad).mul_(2 / (n * M))
+            assert self.D.grad is not None
+            torch.baddbmm(self.D.grad, S.mT, E, beta=0, alpha=2 / (n * M), out=self.D.grad)
         if self.b_dec is not None:
             torch.sum(E, 1, keepdim=True, out=self.b_dec.grad).mul_(2 / (n * M))
         dS = self._buffers_of("dS", S, R, n, N)
-        torch.baddbmm(self.l1 / (n * N), E, self.D.mT, alpha=2 / (n * M), out=dS)
+        torch.baddbmm(self.l1_of_a_code, E, self.D.mT, alpha=2 / (n * M), out=dS)
         coder.backward(dS)
 
     def loss(self) -> Tensor:
