@@ -291,6 +291,24 @@ def test_time_follows_a_line_by_hand():
     assert bench_hours.extended(0.01, 5.0, 0.02, 4.9) == 4.9
 
 
+def test_hours_of_the_parts_add_up_and_are_shared_by_the_cores(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Two parts by hand: 3 cells of 2 s and 360 s of work each, and one cell of 720 s of work."""
+    work = {"a": [2.0, 360.0, 3], "b": [0.0, 720.0, 1]}
+
+    def seconds_of_cells(part, fraction: float) -> list[float]:
+        start, full, cells = work[part["panel"]]
+        return [start + full * fraction] * cells
+
+    monkeypatch.setattr(bench_hours, "seconds_of_cells", seconds_of_cells)
+    monkeypatch.setattr(bench_hours, "number_of_cell_processes", lambda asked, cells: min(2, cells))
+    parts = {"first": {"panel": "a", "full": {}}, "second": {"panel": "b", "full": {}, "fractions": [0.1, 0.3]}}
+    cfg = OmegaConf.create({"parts": parts, "fractions": [0.01, 0.02], "cell_folder": str(tmp_path)})
+    hours = bench_hours.run(cfg)
+    assert hours["first_hours"] == pytest.approx(3 * 362 / 3600) and hours["second_hours"] == pytest.approx(0.2)
+    assert hours["hours_on_all_cores"] == pytest.approx((3 * 362 / 3600 + 0.2) / 2)
+    assert [row["cells"] for row in json.loads((tmp_path / "table.json").read_text())["rows"]] == [3, 1]
+
+
 def test_the_parts_of_a_panel_are_its_grid():
     """Each cell is in one part, with a fraction of its own work."""
     hours = composed("bench_hours", "scale=paper")
