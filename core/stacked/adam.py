@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def stepper(adam: torch.optim.Adam) -> Callable[[], None]:
-    """`adam.step` for a fused Adam with one group of parameters on one device: same numbers, same state. Its looks at
-    settings, hooks and groups cost 100 us a step, as much as the arithmetic of 50,000 numbers.
+    """`adam.step` for a fused Adam with one group of parameters on one device: same numbers, same state. Hooks, checks
+    and grouping around the arithmetic cost 100 us a step, as much as 50,000 numbers do.
 
-    Parameters, gradients and state must stay the tensors that they are now, and the settings too. Raises ValueError for
-    an Adam that is not fused, or with amsgrad.
+    Parameters, gradients and state must stay the tensors that they are now, and the settings too. It calls what
+    torch 2.13 keeps private. Raises ValueError for an Adam that is not fused, or with amsgrad.
     """
     (group,) = adam.param_groups
     if not group["fused"] or group["amsgrad"]:
