@@ -3,7 +3,7 @@
 Each part of a panel is run twice, as a user would run it, with two small fractions of its steps (and of what
 else grows with them). A cell's time is a line in the fraction: what it costs to draw, start and evaluate at the ends,
 and the work. The line is followed to 1. Where a machine's speed varies, the difference of two short runs is coarse;
-beside it stands a bound that does without: the larger run's time over its fraction, where those costs count as work.
+beside it stands what does without: the larger run's time over its fraction, too high by those costs.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(cfg: DictConfig) -> dict[str, float]:
     """`<part>_hours` of its cells, added up; `hours_on_all_cores`: of all parts, with a cell on every core, along the
-    lines, and `hours_on_all_cores_at_most`, by the bounds."""
+    lines, and `hours_on_all_cores_from_larger`, from the larger runs alone."""
     rows = [measured(name, part, part.get("fractions", cfg.fractions)) for name, part in cfg.parts.items()]
     cores = number_of_cell_processes("auto", sum(row["cells"] for row in rows))
-    total, bound = (sum(row[column] for row in rows) for column in ("hours of the cells", "at most"))
+    total, coarse = (sum(row[column] for row in rows) for column in ("hours of the cells", "from the larger run"))
     notes = [
         hardware(torch.device("cpu"), 1),
         f"{total:.2f} hours of cells, {total / cores:.2f} on {cores} cores",
-        f"at most {bound:.2f} and {bound / cores:.2f}, with all that a short run costs taken for work",
+        f"from the larger runs alone {coarse:.2f} and {coarse / cores:.2f}: all that a short run costs taken for work",
         "each part from two runs with small fractions of its work, along a line",
     ]
     save_table(Path(cfg.cell_folder), rows, notes)
     parts = {f"{row['part']}_hours": row["hours of the cells"] for row in rows}
-    return {**parts, "hours_on_all_cores": total / cores, "hours_on_all_cores_at_most": bound / cores}
+    return {**parts, "hours_on_all_cores": total / cores, "hours_on_all_cores_from_larger": coarse / cores}
 
 
 def measured(name: str, part: Mapping[str, Any], fractions: tuple[float, float]) -> dict[str, Any]:
     """One part's row of the table."""
     low, high = fractions
     less, more = (seconds_of_cells(part, fraction) for fraction in (low, high))
-    hours, bound = extended(low, sum(less), high, sum(more)) / 3600, sum(more) / high / 3600
-    print(f"{name}: {len(less)} cells, {hours:.2f} hours, at most {bound:.2f}", file=sys.stderr)
+    hours, coarse = extended(low, sum(less), high, sum(more)) / 3600, sum(more) / high / 3600
+    print(f"{name}: {len(less)} cells, {hours:.2f} hours; from the larger run {coarse:.2f}", file=sys.stderr)
     return {
         "part": name,
         "cells": len(less),
@@ -57,7 +57,7 @@ def measured(name: str, part: Mapping[str, Any], fractions: tuple[float, float])
         "larger fraction": high,
         "its seconds": sum(more),
         "hours of the cells": hours,
-        "at most": bound,
+        "from the larger run": coarse,
     }
 
 

@@ -306,7 +306,7 @@ def test_hours_of_the_parts_add_up_and_are_shared_by_the_cores(tmp_path, monkeyp
     hours = bench_hours.run(cfg)
     assert hours["first_hours"] == pytest.approx(3 * 362 / 3600) and hours["second_hours"] == pytest.approx(0.2)
     assert hours["hours_on_all_cores"] == pytest.approx((3 * 362 / 3600 + 0.2) / 2)
-    assert hours["hours_on_all_cores_at_most"] == pytest.approx((3 * (2 / 0.02 + 360) + 720) / 3600 / 2)
+    assert hours["hours_on_all_cores_from_larger"] == pytest.approx((3 * (2 / 0.02 + 360) + 720) / 3600 / 2)
     assert [row["cells"] for row in json.loads((tmp_path / "table.json").read_text())["rows"]] == [3, 1]
 
 
