@@ -45,7 +45,7 @@ def run_cell(cfg: DictConfig, folder: Path) -> None:
         print(f"finished before, skipped: {folder}", file=sys.stderr)
         return
     torch.manual_seed(cfg.seed)
-    module = import_module(f"experiments.{cfg.name}")
+    module = import_module(cfg.module)
     cfg.cell_folder = str(folder)
     results.run_cell(cfg, folder, module.run)
     print(f"finished: {folder / results.RESULTS}", file=sys.stderr)

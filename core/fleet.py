@@ -34,10 +34,6 @@ from pytorch_lightning.callbacks import Callback
 
 from core import distributed
 from core.artifacts import Store, content_key
-from core.data.activations import ActivationStream, Stream
-from core.data.cache import CachedStream, Shards, fill_spec
-from core.data.module import ActivationData
-from core.data.rows import RowStream
 from core.errors import UserError
 from core.interrupts import raise_if_interrupted
 from core.methods.base import DictionaryMethod
@@ -48,6 +44,10 @@ from core.models.language_model import load_language_model
 from core.models.loading import chosen_device
 from core.seeding import derived_seed
 from core.shares import gpus, number_of_processes, slots, split
+from core.streams.activations import ActivationStream, Stream
+from core.streams.cache import CachedStream, Shards, fill_spec
+from core.streams.module import ActivationData
+from core.text.rows import RowStream
 from core.training import Checkpoints, TokenProgress, discard_finished, make_trainer, members_of
 from core.workers import Task, portable, run_tasks
 

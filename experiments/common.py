@@ -19,11 +19,11 @@ from torch import Tensor
 
 from core.analysis.evaluate import DownstreamReference, compat_rows, downstream_reference
 from core.artifacts import Store, content_key, write_atomically
-from core.data.rows import RowStream
 from core.errors import UserError
 from core.fleet import KIND, Request, load_or_train
 from core.methods.base import DictionaryMethod
 from core.models.language_model import LanguageModel, load_language_model
+from core.text.rows import RowStream
 
 Made = TypeVar("Made")
 TRAINING_ONLY = ("lr", "decay_fraction", "dead_after_tokens")  # experiments set them whatever the method is

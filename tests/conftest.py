@@ -13,8 +13,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import run as runner
-from core.data.text import CountedDocuments, Document, Split, split_of
 from core.fleet import Request
+from core.text.documents import CountedDocuments, Document, Split, split_of
 from reports.collect import Cell, read_cells
 
 
@@ -82,7 +82,7 @@ def words_data(words: WordSource, tmp_path_factory: pytest.TempPathFactory) -> d
     """The group `data` for the random words as a local file."""
     path = tmp_path_factory.mktemp("words") / "words.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in words.texts))
-    return {"_target_": "core.data.local.LocalText", "path": str(path)}
+    return {"_target_": "core.text.local.LocalText", "path": str(path)}
 
 
 SMALL_STREAM = {

@@ -11,7 +11,7 @@ import core.methods.batchtopk
 import core.methods.jumprelu
 import core.methods.relu_l1
 import core.methods.topk
-import experiments.leask_batchtopk
+import experiments.leask.batchtopk
 import run
 
 get_checkpoint_conversion_mapping("gpt2")

@@ -32,7 +32,8 @@ def test_every_experiment_composes_at_every_scale(name: str, scale: str):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_has_one_module_with_run(name: str):
-    tree = ast.parse((ROOT / f"experiments/{name}.py").read_text())
+    module = composed(f"experiment={name}").module
+    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
     assert "run" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 

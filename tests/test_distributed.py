@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core import distributed, fleet
 from core.artifacts import Store
-from core.data.batch import Batch
+from core.batch import Batch
 from core.errors import NonFiniteLoss, UserError
 from core.fleet import KIND, Request, load_or_train, train_together
 from core.kernels.across import mask_of_batchtopk, select_global_batchtopk

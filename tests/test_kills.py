@@ -29,10 +29,10 @@ from safetensors.torch import load
 from core import artifacts, fleet, training
 from core.artifacts import Store
 from core.cells import cell_name
-from core.data.module import ActivationData
 from core.fleet import KIND, Request, train_together
 from core.interrupts import Interrupted, handled_by, stop_at_once
 from core.methods.base import DictionaryMethod
+from core.streams.module import ActivationData
 
 CONF = Path(__file__).parents[1] / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if path.stem != "pretrained")  # never trained

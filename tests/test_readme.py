@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from core.batch import Batch
 from core.cells import cell_name
-from core.data.batch import Batch
 from core.methods.saved import load_dictionary, save_dictionary
 
 ROOT = Path(__file__).parents[1]

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from core.data.facts import ENTITY, Facts
-from core.data.rows import bos_token_id
 from core.errors import UserError
 from core.methods.base import DictionaryMethod
 from core.models.language_model import LanguageModel
+from core.text.facts import ENTITY, Facts
+from core.text.rows import bos_token_id
 
 Preset = Literal["rebuild", "difference", "script_compat"]
 Splice = Literal["error_kept", "reconstruction"]

@@ -25,14 +25,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from core.artifacts import Store, content_key
-from core.data.decoder_rows import DecoderRows, Sampling, random_directions
-from core.data.module import ActivationData
 from core.errors import UserError
 from core.fleet import KIND
 from core.kernels.codes import Codes, SparseCodes
 from core.methods.batchtopk import BatchTopK
 from core.methods.saved import load_dictionary, save_dictionary
 from core.methods.together import Fleet
+from core.streams.decoder_rows import DecoderRows, Sampling, random_directions
+from core.streams.module import ActivationData
 from core.training import Checkpoints, TokenProgress, discard_finished, make_trainer
 
 
@@ -40,10 +40,10 @@ from core.training import Checkpoints, TokenProgress, discard_finished, make_tra
 class MetaRequest:
     """One meta-dictionary, and everything that decides it.
 
-    rows                 unit directions `[N, d]` (`core.data.decoder_rows.directions`)
+    rows                 unit directions `[N, d]` (`core.streams.decoder_rows.directions`)
     method               plain configuration of a `BatchTopK`
     n_steps, batch_size  optimiser steps, and rows in each
-    sampling, seed       which rows: `core.data.decoder_rows.DecoderRows`
+    sampling, seed       which rows: `core.streams.decoder_rows.DecoderRows`
     calibration_batches  that measure the inference threshold
     batches_per_chunk    optimiser steps in one Lightning step
     weights              `[N]`, for `sampling: frequency`

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from core.data.batch import Normalisation
+from core.batch import Normalisation
 from core.errors import UserError
 from core.inputs import note_commit, note_file
 from core.interop import crosscoder, dictionary_learning, gemma_scope, meta_saes, native, saelens, sparsify

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core.artifacts import write_atomically
-from core.data.batch import Normalisation
+from core.batch import Normalisation
 from core.errors import UserError
 from core.interop.files import Weights, read_json, read_safetensors
 from core.interop.hooks import hook_of

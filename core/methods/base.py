@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from core import distributed
-from core.data.batch import Batch, InputNorm, Normalisation
+from core.batch import Batch, InputNorm, Normalisation
 from core.errors import NonFiniteLoss, UserError
 from core.kernels import sparse
 from core.kernels.codes import Codes
@@ -37,7 +37,7 @@ class DictionaryMethod(pl.LightningModule, ABC):
     d_model            width d of the activations
     dict_size          number m of latents
     lr, betas          of Adam (eps 1e-8, no weight decay)
-    input_norm         how activations are normalised first (`core.data.batch.InputNorm`); losses are in that space.
+    input_norm         how activations are normalised first (`core.batch.InputNorm`); losses are in that space.
                        `scalar` is measured on the first batch
     seed               of the initialisation, which depends on the shape as well: sizes share no rows
     decoder_norm       keep decoder rows at unit norm, with the gradient's part along them removed: rescaled before the

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from core import distributed
-from core.data.batch import Batch, Normalisation
+from core.batch import Batch, Normalisation
 from core.kernels import sparse
 from core.kernels.codes import Codes, SparseCodes
 from core.kernels.sparse import Path

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.data.batch import Normalisation
+from core.batch import Normalisation
 from core.kernels import sparse
 from core.kernels.codes import Codes
 from core.kernels.sparse import Path

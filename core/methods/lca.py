@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from core.data.batch import Batch, Normalisation
+from core.batch import Batch, Normalisation
 from core.kernels.codes import Codes, DenseCodes
 from core.methods.base import DecoderNorm, DictionaryMethod
 from core.methods.checks import require, require_one_of

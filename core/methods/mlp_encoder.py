@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from core.data.batch import Normalisation
+from core.batch import Normalisation
 from core.kernels import sparse
 from core.kernels.codes import Codes, DenseCodes
 from core.kernels.sparse import Path

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from core.data.batch import Normalisation
+from core.batch import Normalisation
 from core.errors import UserError
 from core.kernels import sparse
 from core.kernels.codes import Codes, DenseCodes

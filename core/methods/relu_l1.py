@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from core.data.batch import Normalisation
+from core.batch import Normalisation
 from core.kernels import sparse
 from core.kernels.codes import Codes, DenseCodes
 from core.kernels.sparse import Path

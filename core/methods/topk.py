@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from core.data.batch import Normalisation
+from core.batch import Normalisation
 from core.kernels import sparse
 from core.kernels.codes import Codes
 from core.kernels.sparse import Path

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from core.data.batch import Normalisation
+from core.batch import Normalisation
 from core.errors import UserError
 from core.kernels.codes import Codes
 from core.methods.base import DictionaryMethod

@@ -10,13 +10,13 @@ import torch
 from omegaconf import DictConfig
 
 from core.artifacts import Store, content_key
-from core.data.rows import RowStream
-from core.data.text import TextSource
 from core.errors import UserError
 from core.interrupts import remove_folder
 from core.models.identity import model_identity
 from core.models.language_model import LanguageModel, load_language_model
 from core.models.pretrain import Pretraining, RowData
+from core.text.documents import TextSource
+from core.text.rows import RowStream
 from core.training import Checkpoints, TokenProgress, make_trainer
 
 KIND = "language_model"

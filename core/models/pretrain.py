@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from core.artifacts import Store
-from core.data.text import Split, TextSource
 from core.seeding import generator
+from core.text.documents import Split, TextSource
 
 END_OF_TEXT = "<|endoftext|>"
 ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")  # unused by the base model; its chat sibling speaks with them

@@ -105,7 +105,7 @@ class FleetLauncher(BasicLauncher):
     def _prefetch(pending: list[DictConfig]) -> None:
         if not pending:
             return
-        module = import_module(f"experiments.{pending[0].name}")
+        module = import_module(pending[0].module)
         if not hasattr(module, "dictionaries"):
             return
         from core.fleet import prefetch

@@ -16,9 +16,9 @@ from core.analysis.directions import (
     p_larger,
     split_pairs,
 )
-from core.data.decoder_rows import random_directions
 from core.errors import UserError
 from core.kernels.codes import SparseCodes
+from core.streams.decoder_rows import random_directions
 
 
 def sparse(dense: torch.Tensor) -> SparseCodes:

@@ -21,13 +21,13 @@ from core.analysis.editing import (
     single_token,
     the_latent,
 )
-from core.data.batch import InputNorm
-from core.data.facts import Facts
+from core.batch import InputNorm
 from core.errors import UserError
 from core.kernels.codes import DenseCodes
 from core.methods.batchtopk import BatchTopK
 from core.models.language_model import Edit, LanguageModel, load_language_model
 from core.seeding import generator
+from core.text.facts import Facts
 
 ATTRIBUTES = {"place": ["north", "south", "east"], "job": ["cook", "smith", "guard"], "tool": ["key", "hook", "rope"]}
 VALUES = [value for values in ATTRIBUTES.values() for value in values]

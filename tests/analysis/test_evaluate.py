@@ -5,7 +5,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from core.analysis.evaluate import downstream_reference, evaluate_compat, evaluate_dictionaries, evaluate_dictionary
-from core.data.batch import InputNorm
+from core.batch import InputNorm
 from core.errors import UserError
 from core.kernels.codes import DenseCodes, SparseCodes
 from core.methods.batchtopk import BatchTopK
@@ -249,9 +249,9 @@ def test_a_batchtopk_dictionary_is_scored_by_both_of_its_rules(lm, rows):
 
 def test_activations_and_reference_made_before_change_no_figure(tiny_model, words):
     from core.analysis.evaluate import compat_rows
-    from core.data.rows import RowStream
     from core.methods.topk import TopK
     from core.models.language_model import load_language_model
+    from core.text.rows import RowStream
 
     lm, site = load_language_model(tiny_model), "resid_pre.1"
     rows = RowStream(words, lm.tokenizer, "heldout", 0, 16, "concat", 64).next_rows(10)

@@ -24,13 +24,13 @@ from core.analysis.meta_sae import (
     train_metas,
 )
 from core.artifacts import Store
-from core.data.decoder_rows import directions, random_directions
-from core.data.planted import PlantedEntities
 from core.errors import NonFiniteLoss, UserError
 from core.fleet import KIND
 from core.methods.batchtopk import BatchTopK
 from core.metrics.recovery import dictionary_mcc
 from core.seeding import generator
+from core.streams.decoder_rows import directions, random_directions
+from core.synthetic.planted import PlantedEntities
 
 METHOD: dict[str, Any] = {
     "_target_": "core.methods.batchtopk.BatchTopK", "d_model": 64, "dict_size": 40, "k": 4, "use_enc_bias": False,

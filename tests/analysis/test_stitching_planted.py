@@ -20,10 +20,10 @@ from core.analysis.stitching import (
     predict_novel,
     score_latents,
 )
-from core.data.planted import PlantedEntities
 from core.methods.batchtopk import BatchTopK
 from core.methods.relu_l1 import ReluL1
 from core.seeding import generator
+from core.synthetic.planted import PlantedEntities
 
 OPTIONS = {
     "betas": [0.9, 0.99], "input_norm": "none", "dead_after_tokens": 20480, "grad_clip": 1e5, "warmup_steps": 0,

@@ -291,7 +291,7 @@ def test_encoding_decoding_and_all_gradients_equal_dense_autograd(encoder: str, 
 @pytest.mark.usefixtures("served")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_training_through_the_kernels_comes_close_to_training_on_the_cpu(precision: str, monkeypatch):
-    from core.data.batch import Batch
+    from core.batch import Batch
     from core.methods.batchtopk import BatchTopK
 
     g = torch.Generator().manual_seed(0)

@@ -14,13 +14,13 @@ from sklearn.linear_model import Lasso
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from core.data.batch import Batch
-from core.data.planted import PlantedEntities
+from core.batch import Batch
 from core.errors import UserError
 from core.kernels.codes import DenseCodes
 from core.methods.lca import LCA, Rule, lca_codes
 from core.methods.saved import load_dictionary, save_dictionary
 from core.methods.sparsity import normalised_mse
+from core.synthetic.planted import PlantedEntities
 
 SETTINGS: dict[str, Any] = {
     "d_model": 64,

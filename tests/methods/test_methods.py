@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from core.data.batch import Batch
-from core.data.planted import PlantedEntities
+from core.batch import Batch
 from core.errors import NonFiniteLoss, UserError
 from core.methods.base import DictionaryMethod
 from core.methods.batchtopk import BatchTopK
 from core.methods.jumprelu import JumpReLU
 from core.methods.relu_l1 import ReluL1, geometric_median
 from core.methods.topk import TopK
+from core.synthetic.planted import PlantedEntities
 
 COMMON: dict[str, Any] = {
     "d_model": 64,

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
-from core.data.batch import Batch
-from core.data.planted import PlantedEntities
+from core.batch import Batch
 from core.errors import UserError
 from core.methods.base import DictionaryMethod
 from core.methods.mlp_encoder import MLPEncoder
 from core.methods.relu_l1 import ReluL1
 from core.methods.saved import load_dictionary, save_dictionary
 from core.methods.sparsity import normalised_mse
+from core.synthetic.planted import PlantedEntities
 
 COMMON: dict[str, Any] = {
     "d_model": 64,

@@ -7,10 +7,10 @@ from itertools import islice
 import pytest
 import torch
 
-from core.data.planted import PlantedEntities, fraction_of_variance_unexplained
 from core.methods.batchtopk import BatchTopK
 from core.methods.topk import TopK
 from core.seeding import generator
+from core.synthetic.planted import PlantedEntities, fraction_of_variance_unexplained
 
 SHARED = {
     "d_model": 64,

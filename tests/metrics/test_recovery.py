@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from core.data.sparse_codes import SparseCodes
 from core.errors import UserError
 from core.metrics.recovery import (
     Kind,
@@ -22,6 +21,7 @@ from core.metrics.recovery import (
     unmatched_correlation,
     unmatched_correlations,
 )
+from core.synthetic.sparse_codes import SparseCodes
 
 KINDS: tuple[Kind, ...] = ("pearson", "cosine")
 CHANCE = {  # of the dictionary, Pearson: N -> M = 8, 16, 32

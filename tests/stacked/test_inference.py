@@ -10,7 +10,6 @@ from sklearn.linear_model import Lasso
 from torch import Tensor
 
 from core.bench import threads
-from core.data.sparse_codes import SparseCodes
 from core.errors import UserError
 from core.metrics.recovery import unmatched_correlation
 from core.stacked.coders import normal_codes
@@ -26,6 +25,7 @@ from core.stacked.inference import (
     relu_codes,
 )
 from core.stacked.l0 import l0_oracle, n_supports
+from core.synthetic.sparse_codes import SparseCodes
 
 DOUBLE = torch.float64
 

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.data.sparse_codes import SparseCodes
 from core.stacked.coders import LinearCoder, MLPCoder
 from core.stacked.objectives import KnownCodes, KnownSparseCodes
+from core.synthetic.sparse_codes import SparseCodes
 
 
 @pytest.mark.parametrize("width", [None, 6])

@@ -1,0 +1,109 @@
+"""The rows of a decoder as training data of a meta-dictionary (Leask et al. 2025).
+
+Shapes: N rows, d = d_model, B rows in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from core.batch import Batch
+from core.errors import UserError
+from core.seeding import generator
+
+Sampling = Literal["shuffled", "replacement", "frequency"]
+NAMED = 5  # zero rows that an error names
+
+
+class DecoderRows:
+    """An endless stream of batches of rows `[N, d]`, deterministic in the seed and resumable.
+
+    shuffled     every epoch is a permutation; the last N mod B rows of it are dropped (the meta-SAE authors' loader)
+    replacement  each row is drawn anew from all of them (SAEBench's evaluation)
+    frequency    the same with a probability proportional to `weights` `[N]`: how often a latent fires
+
+    Raises UserError for a batch larger than N (`shuffled`), and for weights that are no distribution.
+    """
+
+    def __init__(
+        self, rows: Tensor, batch_size: int, sampling: Sampling, seed: int, weights: Tensor | None = None
+    ) -> None:
+        if sampling not in get_args(Sampling):
+            raise UserError(f"meta.sampling: {sampling!r} is not one of {', '.join(get_args(Sampling))}.")
+        if sampling == "shuffled" and batch_size > len(rows):
+            raise UserError(f"meta.batch_size={batch_size}: an epoch has {len(rows)} rows; take at most so many.")
+        if sampling == "frequency":
+            weights = _distribution(weights, len(rows))
+        self.rows, self.batch_size, self.sampling, self.seed, self.weights = rows, batch_size, sampling, seed, weights
+        self.served = 0
+        self._epoch: tuple[int, Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        chosen = self._chosen(self.served).to(self.device)
+        self.served += 1
+        return Batch(self.rows[chosen])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"served": self.served}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.served = state["served"]
+
+    def _chosen(self, number: int) -> Tensor:
+        """The rows of one batch, int64 `[B]`."""
+        n = len(self.rows)
+        if self.sampling == "shuffled":
+            epoch, place = divmod(number, n // self.batch_size)
+            if self._epoch is None or self._epoch[0] != epoch:
+                self._epoch = epoch, torch.randperm(n, generator=generator(self.seed, "decoder rows", "epoch", epoch))
+            return self._epoch[1][place * self.batch_size : (place + 1) * self.batch_size]
+        g = generator(self.seed, "decoder rows", "batch", number)
+        if self.sampling == "replacement":
+            return torch.randint(n, (self.batch_size,), generator=g)
+        assert self.weights is not None
+        drawn = torch.rand(self.batch_size, generator=g, dtype=torch.float64)
+        return torch.searchsorted(self.weights.cumsum(0), drawn).clamp_(max=n - 1)
+
+
+def directions(W_dec: Tensor, name: str) -> Tensor:
+    """The rows of `W_dec` `[N, d]` at unit norm, detached, in fp32.
+
+    Raises UserError for rows without a direction: zero, or not finite. `name`: of the dictionary, for the message.
+    """
+    W = W_dec.detach().float()
+    norms = W.norm(dim=1)
+    bad = (~(norms > 0) | ~norms.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        shown = ", ".join(map(str, bad[:NAMED])) + (", ..." if len(bad) > NAMED else "")
+        raise UserError(
+            f"{name}: {len(bad)} decoder rows are zero or not finite (latents {shown}) and have no direction. Leave "
+            "such latents out with meta.min_firing_rate=0, which keeps those that fire, or choose another dictionary."
+        )
+    return normalize(W, dim=1)
+
+
+def random_directions(n: int, d: int, seed: int) -> Tensor:
+    """`[n, d]` unit rows, uniform on the sphere: what a meta-dictionary finds where there is nothing to find."""
+    return normalize(torch.randn(n, d, generator=generator(seed, "random directions", n, d)), dim=1)
+
+
+def _distribution(weights: Tensor | None, n: int) -> Tensor:
+    """The weights over their sum, float64 on the CPU."""
+    if weights is None or weights.shape != (n,):
+        raise UserError(f"meta.sampling=frequency needs one firing frequency for each of {n} rows.")
+    w = weights.detach().to("cpu", torch.float64)
+    if not (w.isfinite().all() and (w >= 0).all() and w.sum() > 0):
+        raise UserError("meta.sampling=frequency: frequencies must be finite, 0 or more, and not all 0.")
+    return w / w.sum()

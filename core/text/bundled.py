@@ -1,0 +1,95 @@
+"""`data=bundled`: the harvested corpus behind the interface of every text source, harvested once and then cached."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import random
+import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from core.artifacts import Store
+from core.seeding import derived_seed
+from core.text.documents import CountedDocuments, Document, Split
+from core.text.harvest import Harvested, harvest, locked_names
+
+HARVEST_VERSION = 2  # raise it when harvesting changes: caches made before are not used then
+
+
+class BundledText:
+    """The bundled corpus.
+
+    mb_per_package      bounds what is read of each installed package, in MB of files
+    include_repetitive  give also the documents that harvesting marked as repetitive
+    """
+
+    name = "bundled"
+
+    def __init__(
+        self, mb_per_package: float, include_repetitive: bool = False, artifacts_dir: str | Path = "artifacts"
+    ) -> None:
+        if mb_per_package <= 0:
+            raise ValueError(f"data.mb_per_package must be positive, not {mb_per_package}.")
+        self.mb_per_package, self.include_repetitive = float(mb_per_package), include_repetitive
+        self.store = Store(artifacts_dir)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What decides the documents: the packages' versions, Python's, and how much is read and given of each."""
+        return {**self._harvest_spec, "include_repetitive": self.include_repetitive}
+
+    @property
+    def _harvest_spec(self) -> dict[str, Any]:
+        return {
+            "version": HARVEST_VERSION,
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "packages": {name: _installed_version(name) for name in locked_names()},
+            "mb_per_package": self.mb_per_package,
+        }
+
+    def folder(self) -> Path:
+        """The cached corpus: `documents.parquet` and `card.json`. Harvests on the first call (10 to 60 s)."""
+        return self.store.get_or_make("corpus", self._harvest_spec, self._harvest_into)
+
+    def card(self) -> dict[str, Any]:
+        """Size and hash of the corpus, per split and tag, for reports."""
+        return json.loads((self.folder() / "card.json").read_text())
+
+    def documents(self, split: Split, seed: int, state: Mapping[str, Any] | None = None) -> CountedDocuments:
+        """All documents of a split, once, in an order that depends on the seed."""
+        filters: list[tuple[str, str, Any]] = [("split", "=", split)]
+        if not self.include_repetitive:
+            filters.append(("repetitive", "=", False))
+        table = pq.read_table(self.folder() / "documents.parquet", filters=filters)
+        rows = list(zip(table["text"].to_pylist(), table["tag"].to_pylist(), strict=True))
+        random.Random(derived_seed(seed, "bundled", split)).shuffle(rows)
+        return CountedDocuments((Document(text, tag) for text, tag in rows), state)
+
+    def _harvest_into(self, folder: Path) -> None:
+        documents = harvest(self.mb_per_package)
+        columns = {name: [getattr(d, name) for d in documents] for name in Harvested.__slots__}
+        pq.write_table(pa.table(columns), folder / "documents.parquet", compression="zstd")
+        digest = hashlib.sha256()
+        n_bytes: dict[str, int] = {}
+        for document in documents:
+            encoded = document.text.encode()
+            digest.update(encoded)
+            group = f"{document.split}/{'repetitive' if document.repetitive else document.tag}"
+            n_bytes[group] = n_bytes.get(group, 0) + len(encoded)
+        card = {"documents": len(documents), "sha256": digest.hexdigest(), "bytes": dict(sorted(n_bytes.items()))}
+        (folder / "card.json").write_text(json.dumps(card, indent=1))
+
+
+@cache
+def _installed_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,1 @@
+"""Leask et al. 2025: BatchTopK, stitching, meta-SAEs, editing."""

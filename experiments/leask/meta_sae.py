@@ -1,0 +1,210 @@
+"""Meta-SAEs (Leask et al. 2025): the decoder directions of a dictionary as sparse sums of fewer meta-latents.
+
+Shapes: N rows, d = d_model, M meta-latents; "small" and "base" are two dictionaries of a family of growing sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from core.analysis import directions as geometry
+from core.analysis.meta_sae import (
+    MetaRequest,
+    VarianceExplained,
+    decompose,
+    null_rows,
+    replaced_decoder,
+    score,
+    train_meta,
+)
+from core.errors import UserError
+from core.fleet import Request
+from core.methods.base import DictionaryMethod
+from core.methods.batchtopk import BatchTopK
+from core.streams.decoder_rows import directions, random_directions
+from experiments.common import plain, requests, stored, trained, write_told
+from experiments.leask.meta_rows import Rows, family_rows, rows_of, strongest
+from experiments.leask.meta_words import in_words
+
+COSINES = "cosines.parquet"
+BINS = np.linspace(-0.2, 1.0, 61)  # of the histograms of cosines
+
+
+def dictionaries(cfg: DictConfig) -> list[Request]:
+    """What the fleet trains for this cell: the base dictionary, or the family where others are looked at."""
+    check(cfg)
+    return requests(cfg, *(member(cfg, i) for i in needed(cfg)))
+
+
+def check(cfg: DictConfig) -> None:
+    """Raises UserError for a family and places in it that do not fit."""
+    n = len(cfg.family)
+    if cfg.rows not in ("base", "family"):
+        raise UserError(f"rows={cfg.rows!r} is neither base nor family.")
+    if not 0 <= cfg.base < n:
+        raise UserError(f"base={cfg.base} is no place in the family of {n} dictionaries.")
+    if cfg.detail or cfg.rows == "family":
+        if n < 2 or not 0 <= cfg.small < cfg.base:
+            raise UserError(
+                f"family has {n} dictionaries, small={cfg.small}, base={cfg.base}: the small one comes before. "
+                "detail=false rows=base needs the base alone."
+            )
+        if not 1 <= cfg.n_replacing <= cfg.base:
+            raise UserError(f"n_replacing={cfg.n_replacing} must be 1 to {cfg.base}, the dictionaries before the base.")
+
+
+def check_family(family: Mapping[int, DictionaryMethod]) -> None:
+    """Raises UserError unless all have one width and each is larger than the one before."""
+    if len({method.d_model for method in family.values()}) > 1:
+        raise UserError(f"family: widths differ: {', '.join(str(method.d_model) for method in family.values())}.")
+    sizes = [method.dict_size for method in family.values()]
+    if sorted(set(sizes)) != sizes:
+        raise UserError(f"family: sizes must grow from one dictionary to the next, not {', '.join(map(str, sizes))}.")
+
+
+def needed(cfg: DictConfig) -> list[int]:
+    """Places in the family that the cell looks at."""
+    return list(range(len(cfg.family))) if cfg.detail or cfg.rows == "family" else [cfg.base]
+
+
+def member(cfg: DictConfig, place: int) -> dict[str, Any]:
+    """The `method` node of one dictionary of the family."""
+    return {**plain(cfg.method), **plain(cfg.family[place])}
+
+
+def run(cfg: DictConfig) -> dict[str, float]:
+    """Train a meta-dictionary and one on random directions of the same shape; compare. Claims: leask/meta-*."""
+    check(cfg)
+    family = {place: trained(cfg, member(cfg, place)) for place in needed(cfg)}
+    check_family(family)
+    rows = rows_of(cfg, cfg.base, family[cfg.base]) if cfg.rows == "base" else family_rows(cfg, family)
+    null = null_rows(rows.directions, cfg.seed)
+    real = MetaRequest.of(cfg.meta, rows.directions, cfg.trainer.precision, rows.frequency)
+    meta = train_meta(real, cfg)
+    null_meta = train_meta(MetaRequest.of(cfg.meta, null, cfg.trainer.precision, rows.frequency), cfg)
+    found = score(meta, rows.directions).metrics() | score(null_meta, null).metrics("_null")
+    metrics = {"n_rows": float(len(null)), "threshold": float(meta.threshold), **found, **excess(found)}
+    if rows.frequency is not None and cfg.rows == "base":
+        metrics |= weighted(meta, rows)
+    if cfg.rows == "family":
+        metrics |= splits(cfg, meta, rows, family)
+    if cfg.detail and cfg.rows == "base":
+        others = {place: rows_of(cfg, place, method).directions for place, method in family.items()}
+        sizes = {place: method.dict_size for place, method in family.items()}
+        metrics |= similarity(cfg, meta, null_meta, others, sizes) | pursuit(cfg, rows, others)
+        metrics |= replacement(cfg, meta, rows, others)
+        metrics |= geometry.graph_overlap(
+            decompose(meta, rows.directions), rows.directions, others[cfg.small]
+        ).metrics()
+        metrics |= in_words(cfg, meta, rows, strongest(cfg, cfg.base, family[cfg.base]), found["ve"])
+    write_told(cfg, "meta_dictionary", stored(cfg, real.spec))
+    return metrics
+
+
+def excess(found: Mapping[str, float]) -> dict[str, float]:
+    """Variance explained beyond what a meta-dictionary explains of random directions."""
+    names = [name for name in found if name.startswith("ve") and not name.endswith("_null")]
+    return {f"{name}_excess": found[name] - found[f"{name}_null"] for name in names}
+
+
+# ---- what is measured beside the variance explained
+
+
+def weighted(meta: BatchTopK, rows: Rows) -> dict[str, float]:
+    """Variance explained with rows weighted by how often their latents fire."""
+    found = score(meta, rows.directions, rows.frequency)
+    return {"ve_by_frequency": found.batch.centred, "ve_by_frequency_uncentred": found.batch.uncentred}
+
+
+def similarity(
+    cfg: DictConfig, meta: BatchTopK, null_meta: BatchTopK, others: Mapping[int, Tensor], sizes: Mapping[int, int]
+) -> dict[str, float]:
+    """Largest cosines of meta-latents with latents of every size, and within each set; their histograms as a table.
+
+    The more latents, the larger the largest of their cosines with anything: `_null` is that of the null's meta-latents.
+    """
+    W, W_null = directions(meta.W_dec, "meta"), directions(null_meta.W_dec, "null")
+    real, null = (
+        {place: geometry.max_cosines(metas, other)[0] for place, other in others.items()} for metas in (W, W_null)
+    )
+    within = {"meta": W, "base": others[cfg.base], "small": others[cfg.small]}
+    series = {f"meta-latents to {sizes[place]}": values for place, values in real.items()}
+    series["null to the small one"] = null[cfg.small]
+    series |= {f"within {key}": geometry.max_cosines(set_, set_, within=True)[0] for key, set_ in within.items()}
+    tables = [pd.DataFrame({"series": key, "cosine": BINS[:-1], "count": histogram(v)}) for key, v in series.items()]
+    pd.concat(tables).to_parquet(Path(cfg.cell_folder) / COSINES)
+    named = {
+        f"to_{key}{suffix}": cosines[place]
+        for key, place in (("small", cfg.small), ("base", cfg.base))
+        for suffix, cosines in (("", real), ("_null", null))
+    }
+    return {
+        **{f"similar_{key}": float((values > geometry.SIMILAR).double().mean()) for key, values in named.items()},
+        **{f"cosine_{key}": float(values.median()) for key, values in named.items()},
+        **{f"cosine_within_{key}": float(series[f"within {key}"].median()) for key in within},
+        "p_small_above_base": geometry.p_larger(real[cfg.small], real[cfg.base]),
+    }
+
+
+def histogram(values: Tensor) -> np.ndarray:
+    return np.histogram(values.cpu().numpy().clip(BINS[0], BINS[-1]), BINS)[0]
+
+
+def pursuit(cfg: DictConfig, rows: Rows, others: Mapping[int, Tensor]) -> dict[str, float]:
+    """The baseline: k latents of the small dictionary for each row, chosen by matching pursuit; and of as many random
+    directions."""
+    k, W, small = cfg.meta.method.k, rows.directions, others[cfg.small]
+    random = random_directions(small.shape[0], small.shape[1], cfg.seed).to(W.device)
+    of_small, of_random = (
+        VarianceExplained.of(W, geometry.matching_pursuit(W, atoms, k)).centred for atoms in (small, random)
+    )
+    return {"ve_pursuit": of_small, "ve_pursuit_random": of_random, "n_pursuit_atoms": float(len(small))}
+
+
+def replacement(cfg: DictConfig, meta: BatchTopK, rows: Rows, others: Mapping[int, Tensor]) -> dict[str, float]:
+    """Variance explained with other decoder rows: the nearest latents of the smallest dictionaries, and random
+    directions; both with the encoder as it is, and trained for them (`_tuned`)."""
+    pool = torch.cat([others[place] for place in range(cfg.n_replacing)])
+    W = directions(meta.W_dec, "meta")
+    candidates = {
+        "replaced": pool[geometry.max_cosines(W, pool)[1]],
+        "random_decoder": random_directions(W.shape[0], W.shape[1], cfg.seed).to(W.device),
+    }
+    found = {}
+    for key, decoder in candidates.items():
+        as_it_is = replaced_decoder(meta, decoder)
+        tuned = train_meta(
+            MetaRequest.of(cfg.meta, rows.directions, cfg.trainer.precision, rows.frequency, as_it_is), cfg
+        )
+        found[f"ve_{key}"] = score(as_it_is, rows.directions).batch.centred
+        found[f"ve_{key}_tuned"] = score(tuned, rows.directions).batch.centred
+    replaced, random = found["ve_replaced_tuned"], found["ve_random_decoder_tuned"]
+    whole = score(meta, rows.directions).batch.centred
+    return {**found, "replaced_above_random": replaced - random, "replaced_below_meta": whole - replaced}
+
+
+def splits(cfg: DictConfig, meta: BatchTopK, rows: Rows, family: Mapping[int, DictionaryMethod]) -> dict[str, float]:
+    """Meta-latents of latents by the size of their dictionary, and what latents inherit that others split into, for the
+    base and the next smaller dictionary."""
+    codes = decompose(meta, rows.directions)
+    per_row = codes.l0_per_row().double()
+    ends = [*list(rows.first.values())[1:], len(per_row)]
+    bounds = {place: (start, end) for (place, start), end in zip(rows.first.items(), ends, strict=True)}
+    means = {place: float(per_row[start:end].mean()) for place, (start, end) in bounds.items()}
+    small, large = (slice(*bounds[place]) for place in (cfg.base - 1, cfg.base))
+    pairs = geometry.split_pairs(rows.directions[small], rows.directions[large])
+    pairs = pairs + torch.tensor([small.start, large.start])
+    return {
+        **{f"meta_latents_of_{family[place].dict_size}": mean for place, mean in means.items()},
+        "meta_latents_smallest": next(iter(means.values())),
+        "meta_latents_largest": list(means.values())[-1],
+        **geometry.inheritance(codes, pairs, (large.start, large.stop)).metrics(),
+    }

@@ -1,0 +1,16 @@
+"""Learning codes and dictionary together (O'Neill et al. 2025, sec. 4.3, fig. 4).
+
+SAE, SAE with inference-time optimisation, MLP encoders and sparse coding on the same data: what is recovered of codes
+and dictionary, against steps and FLOPs in the paper's counting and corrected. Claims: oneill/unknown-*.
+"""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from experiments.oneill.common import unknown
+
+
+def run(cfg: DictConfig) -> dict[str, float]:
+    """One coder, all seeds: MCC of latents and dictionary, loss and L0 along the training."""
+    return unknown(cfg)

@@ -1,0 +1,18 @@
+"""Composes configurations for tests, as run.py does."""
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from core.cells import cell_name
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+
+
+def composed(*overrides: str, hydra: bool = False) -> DictConfig:
+    """The configuration of `run.py <overrides>`; `hydra`: with Hydra's own node."""
+    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides), return_hydra_config=hydra)
