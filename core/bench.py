@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 
+from core.runtime import resolve_device as resolve_device
+
 TABLE = "table.json"  # beside results.json: what a benchmark shows of itself in the report
 
 Task = Callable[[], object]
@@ -109,13 +111,6 @@ def threads(n: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def resolve_device(accelerator: str) -> torch.device:
-    """The device behind Lightning's name of an accelerator (`auto`, `cpu`, `gpu`, `cuda`)."""
-    if accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available()):
-        return torch.device("cuda")
-    return torch.device("cpu")
 
 
 def hardware(device: torch.device, n_threads: int) -> str:

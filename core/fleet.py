@@ -1,12 +1,12 @@
-"""Dictionaries on demand: ask for one with `load_or_train`, or for many at once with `prefetch`.
+"""Dictionaries on demand: ask for one with `load_or_train`, for several with `load_or_train_all`, or `prefetch` them.
 
-A `Request` says everything that decides a dictionary: the method's settings and the stream of activations. Requests on
-the same stream are trained together, in one Lightning run on one pass of the language model; each dictionary comes out
-as it would have alone, since the batches are the same and nothing else is shared. Finished ones lie in the artifact
-store under the key of their request.
+A `Request` says everything that decides a dictionary: the method's settings and the source of its batches. Requests
+for the same source are trained together, in one Lightning run on one stream (for activations: on one pass of the
+language model). Each dictionary comes out as it would have alone, since the batches are the same and nothing else is
+shared. Finished ones lie in the artifact store under the key of their request.
 
-More devices serve in two ways. `trainer.processes` splits a group over processes, each with a language model and some
-of the dictionaries, which come out the same. `trainer.devices` splits every batch (`core.distributed`), for a
+More devices serve in two ways. `trainer.processes` splits a group over processes, each with a stream of its own and
+some of the dictionaries, which come out the same. `trainer.devices` splits every batch (`core.distributed`), for a
 dictionary that takes too long on one device; its batches, and so its numbers, depend on how many there are.
 
 Locks are taken by the process that trains, in the order of their keys, before it waits for anything else; the parent of
@@ -20,35 +20,29 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import Callback
 
 from core import distributed
 from core.artifacts import Store, content_key
 from core.errors import UserError
 from core.interrupts import raise_if_interrupted
 from core.methods.base import DictionaryMethod
-from core.methods.saved import load_dictionary, save_dictionary
+from core.methods.saved import load_dictionary, method_class, save_dictionary
 from core.methods.together import Fleet
-from core.models.identity import model_identity
-from core.models.language_model import load_language_model
-from core.models.loading import chosen_device
-from core.seeding import derived_seed
+from core.runtime import Runtime
 from core.shares import gpus, number_of_processes, slots, split
-from core.streams.activations import ActivationStream, Stream
-from core.streams.cache import CachedStream, Shards, fill_spec
+from core.streams.decoder_rows import digest
 from core.streams.module import ActivationData
-from core.text.rows import RowStream
-from core.training import Checkpoints, TokenProgress, discard_finished, make_trainer, members_of
+from core.streams.source import Source
+from core.training import Checkpoints, Work, discard_finished, fit, members_of
 from core.workers import Task, portable, run_tasks
 
 KIND = "dictionary"
@@ -56,34 +50,48 @@ _failed_here: dict[tuple[str, str], Exception] = {}  # by store and key: what th
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
-    """One dictionary: plain, resolved configurations of the method, the stream, the language model and the text. `seed`
-    is that of the stream: which text it draws, and how it shuffles."""
+class Start:
+    """A dictionary whose parameters a training begins with. Those named in `fixed` stay as they are."""
 
-    method: dict[str, Any]
-    stream: dict[str, Any]
-    model: dict[str, Any]
-    data: dict[str, Any]
-    precision: str
-    seed: int
-    devices: int = 1  # that share every batch
+    dictionary: DictionaryMethod
+    fixed: tuple[str, ...] = ()
 
     @cached_property
-    def stream_spec(self) -> dict[str, Any]:
-        """What decides the batches: requests with equal ones train together."""
-        return {
-            "stream": self.stream,
-            "model": model_identity(DictConfig(self.model)),
-            "data": instantiate(self.data).spec,
-            "precision": self.precision,
-            "seed": self.seed,
-            **({"devices": self.devices} if self.devices > 1 else {}),
-        }
+    def spec(self) -> dict[str, Any]:
+        return {"parameters": digest(*self.dictionary.parameters()), "fixed": list(self.fixed)}
+
+    def apply(self, method: DictionaryMethod) -> None:
+        """Give the parameters to a new dictionary of the same shape."""
+        begin = {name: parameter.detach().cpu() for name, parameter in self.dictionary.named_parameters()}
+        method.load_state_dict(method.state_dict() | begin)
+        for name in self.fixed:
+            method.get_parameter(name).requires_grad_(False)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One dictionary: the plain, resolved configuration of its method, and the source of its batches.
+
+    precision  of the training: `32-true` or `bf16-mixed`
+    start      parameters to begin with, if not the method's own
+    """
+
+    method: dict[str, Any]
+    source: Source
+    precision: str = "32-true"
+    start: Start | None = None
+
+    @cached_property
+    def group_spec(self) -> dict[str, Any]:
+        """What decides the batches and how they are computed with: requests with equal ones train together."""
+        return {**self.source.spec, "precision": self.precision}
 
     @cached_property
     def spec(self) -> dict[str, Any]:
         """What decides the dictionary."""
-        return {"method": self.method, **self.stream_spec}
+        start = {} if self.start is None else {"start": self.start.spec}
+        version = method_class(self.method["_target_"]).version
+        return {"method": self.method, "method_version": version, **start, **self.group_spec}
 
     @cached_property
     def key(self) -> str:
@@ -92,48 +100,95 @@ class Request:
     @property
     def cost(self) -> float:
         """Of a step, against other requests': B d m."""
-        return float(self.stream["batch_size"] * self.method["d_model"] * self.method["dict_size"])
+        return float(self.source.batch_size * self.method["d_model"] * self.method["dict_size"])
 
-    @property
-    def n_batches(self) -> int:
-        return -(-self.stream["n_tokens"] // self.stream["batch_size"])
+    def build(self) -> DictionaryMethod:
+        """The dictionary before training. Raises UserError for settings that do not fit together."""
+        try:
+            method: DictionaryMethod = instantiate(self.method)
+        except InstantiationException as error:
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            raise
+        method.n_steps = self.source.n_batches
+        if self.start is not None:
+            self.start.apply(method)
+        return method
 
 
-def load_or_train(request: Request, cfg: DictConfig) -> DictionaryMethod:
+def load_or_train(request: Request, run: Runtime) -> DictionaryMethod:
     """The dictionary from the store; trained first, alone, if it is not there. Raises what stopped its training."""
-    store = Store(cfg.artifacts_dir)
-    if not store.has(KIND, request.spec):
-        failed = _failed_here.get((cfg.artifacts_dir, request.key)) or train_together([request], cfg).get(request.key)
-        if failed:
-            raise failed
-    return load_dictionary(store.path(KIND, request.spec))
+    return load_or_train_all([request], run)[0]
 
 
-def prefetch(requests: Sequence[Request], cfg: DictConfig) -> None:
-    """Train what is missing of many requests, stream by stream. What fails here is said, and left to its cell."""
-    store = Store(cfg.artifacts_dir)
+def load_or_train_all(requests: Sequence[Request], run: Runtime) -> list[DictionaryMethod]:
+    """The dictionaries from the store, in evaluation mode. Missing ones of one source are trained together, here.
+
+    Raises what stopped the training of any of them.
+    """
+    store = Store(run.artifacts_dir)
+    for group in _missing(requests, store).values():
+        failed = {
+            key: _failed_here[run.artifacts_dir, key] for key in group if (run.artifacts_dir, key) in _failed_here
+        }
+        failed = failed or train_together(list(group.values()), run)
+        for error in failed.values():
+            raise error
+    return [load_dictionary(store.path(KIND, request.spec)) for request in requests]
+
+
+def prefetch(requests: Iterable[Request], run: Runtime) -> None:
+    """Train what is missing of many requests, source by source. Failures are printed; the cell tries again."""
+    store = Store(run.artifacts_dir)
     _discard_checkpoints(store)
-    groups: dict[str, dict[str, Request]] = defaultdict(dict)
-    for request in requests:
-        if not store.has(KIND, request.spec):
-            groups[content_key(request.stream_spec)][request.key] = request
+    groups = _missing(requests, store)
     for number, group in enumerate(groups.values(), 1):
         print(f"stream {number} of {len(groups)}: {len(group)} dictionaries to train", file=sys.stderr)
-        failed = _train_shares(_shares(group, store, cfg), cfg)
+        failed = _train_shares(_shares(group, store, run), run)
         for message in sorted({str(error) for error in failed.values()}):
             print(f"not trained together: {message}", file=sys.stderr)
 
 
-def _n_processes(request: Request, cfg: DictConfig) -> int:
+def prefetch_rounds(rounds: Sequence[Iterator[Iterable[Request]]], run: Runtime) -> None:
+    """`prefetch` for many cells whose later requests depend on earlier dictionaries: the first of every cell together,
+    then the second, and so on. A cell whose next requests cannot be made drops out, with a line; it fails by itself
+    later, with the same error."""
+    going = list(rounds)
+    while going:
+        wanted: list[Request] = []
+        still = []
+        for one in going:
+            try:
+                wanted += next(one)
+            except StopIteration:
+                continue
+            except (UserError, FloatingPointError, RuntimeError) as error:
+                print(f"not trained together: {error}", file=sys.stderr)
+                continue
+            still.append(one)
+        prefetch(wanted, run)
+        going = still
+
+
+def _missing(requests: Iterable[Request], store: Store) -> dict[str, dict[str, Request]]:
+    """The requests without a stored dictionary, by group and key."""
+    groups: dict[str, dict[str, Request]] = defaultdict(dict)
+    for request in requests:
+        if not store.has(KIND, request.spec):
+            groups[content_key(request.group_spec)][request.key] = request
+    return groups
+
+
+def _n_processes(request: Request, run: Runtime) -> int:
     """That train a group at a time; ranks that share a training count as one."""
-    return number_of_processes(cfg.trainer.processes, cfg.trainer.accelerator) if request.devices == 1 else 1
+    return number_of_processes(run.processes, run.accelerator) if request.source.devices == 1 else 1
 
 
-def _shares(group: Mapping[str, Request], store: Store, cfg: DictConfig) -> list[list[Request]]:
+def _shares(group: Mapping[str, Request], store: Store, run: Runtime) -> list[list[Request]]:
     """The group in shares that train apart from each other: one for every process, along checkpoints that are there."""
     any_request = next(iter(group.values()))
-    n = _n_processes(any_request, cfg)
-    if n > len(group) and cfg.trainer.processes != "auto":
+    n = _n_processes(any_request, run)
+    if n > len(group) and run.processes != "auto":
         print(f"trainer.processes={n}: {len(group)} serve, one for each dictionary", file=sys.stderr)
     training = _checkpoint_folder(any_request, store)
     begun = [members_of(path.parent) for path in sorted(training.glob(f"[!.]*/{Checkpoints.MEMBERS}"))]
@@ -144,18 +199,17 @@ def _shares(group: Mapping[str, Request], store: Store, cfg: DictConfig) -> list
     return shares
 
 
-def _train_shares(shares: Sequence[Sequence[Request]], cfg: DictConfig) -> dict[str, Exception]:
+def _train_shares(shares: Sequence[Sequence[Request]], run: Runtime) -> dict[str, Exception]:
     """Train each share, here or in processes as many as `trainer.processes` says. Returns what stopped any, by key.
 
     Raises OSError, after the others have ended: on a full disk every cell would train in vain.
     """
-    n = min(_n_processes(shares[0][0], cfg), len(shares))
+    n = min(_n_processes(shares[0][0], run), len(shares))
     if n == 1:
-        outcomes = [_attempt(share, cfg) for share in shares]
+        outcomes = [_attempt(share, run) for share in shares]
     else:
-        plain = OmegaConf.to_container(cfg, resolve=True)
-        tasks = [Task(str(i), "core.fleet:train_share", (share, plain)) for i, share in enumerate(shares)]
-        outcomes = run_tasks(tasks, slots(n, cfg.trainer.accelerator))
+        tasks = [Task(str(i), "core.fleet:train_share", (share, run)) for i, share in enumerate(shares)]
+        outcomes = run_tasks(tasks, slots(n, run.accelerator))
     failed: dict[str, Exception] = {}
     for share, outcome in zip(shares, outcomes, strict=True):
         if isinstance(outcome, OSError):
@@ -164,25 +218,25 @@ def _train_shares(shares: Sequence[Sequence[Request]], cfg: DictConfig) -> dict[
             failed |= dict.fromkeys((request.key for request in share), outcome)
         else:
             failed |= outcome
-            _failed_here.update({(cfg.artifacts_dir, key): error for key, error in outcome.items()})
+            _failed_here.update({(run.artifacts_dir, key): error for key, error in outcome.items()})
     return failed
 
 
-def _attempt(share: Sequence[Request], cfg: DictConfig) -> dict[str, Exception] | Exception:
+def _attempt(share: Sequence[Request], run: Runtime) -> dict[str, Exception] | Exception:
     try:
-        return train_together(share, cfg)
+        return train_together(share, run)
     except (UserError, FloatingPointError) as error:
         return error
 
 
-def train_share(share: Sequence[Request], plain: dict[str, Any]) -> dict[str, Exception]:
+def train_share(share: Sequence[Request], run: Runtime) -> dict[str, Exception]:
     """`train_together` as the task of a worker."""
-    return {key: portable(error) for key, error in train_together(share, DictConfig(plain)).items()}
+    return {key: portable(error) for key, error in train_together(share, run).items()}
 
 
-def train_together(requests: Sequence[Request], cfg: DictConfig) -> dict[str, Exception]:
-    """Train requests that share a stream and store each dictionary. Returns what stopped any of them, by key."""
-    store = Store(cfg.artifacts_dir)
+def train_together(requests: Sequence[Request], run: Runtime) -> dict[str, Exception]:
+    """Train requests for equal sources and store each dictionary. Returns what stopped any of them, by key."""
+    store = Store(run.artifacts_dir)
     ordered = sorted(requests, key=lambda request: request.key)
     with ExitStack() as locks:
         for request in ordered:  # in one order everywhere: two fleets cannot wait for each other
@@ -190,38 +244,32 @@ def train_together(requests: Sequence[Request], cfg: DictConfig) -> dict[str, Ex
         missing = [request for request in ordered if not store.has(KIND, request.spec)]
         methods, failed = _build(missing)
         sound = [request for request in missing if request.key in methods]
-        if sound and sound[0].devices > 1:
-            failed |= _train_on_devices(sound, cfg)
+        if sound and sound[0].source.devices > 1:
+            failed |= _train_on_devices(sound, run)
         elif sound:
-            failed |= _train(sound, methods, store, cfg)
+            failed |= _train(sound, methods, store, run)
         _discard_checkpoints(store)
-    _failed_here.update({(cfg.artifacts_dir, key): error for key, error in failed.items()})
+    _failed_here.update({(run.artifacts_dir, key): error for key, error in failed.items()})
     return failed
 
 
-def _train_on_devices(requests: Sequence[Request], cfg: DictConfig) -> dict[str, Exception]:
+def _train_on_devices(requests: Sequence[Request], run: Runtime) -> dict[str, Exception]:
     """Train requests that are missing, and locked, in as many processes as each asks for. Raises what stopped these."""
-    n, accelerator, s = requests[0].devices, cfg.trainer.accelerator, requests[0].stream
+    n, accelerator = requests[0].source.devices, run.accelerator
     n_gpus = len(gpus(accelerator))
     if n_gpus and n > n_gpus:
         raise UserError(f"trainer.devices={n}: there are {n_gpus} GPUs here.")
-    if cfg.trainer.processes not in ("auto", 1):
+    if run.processes not in ("auto", 1):
         raise UserError(
-            f"trainer.processes={cfg.trainer.processes} splits dictionaries over processes, trainer.devices={n} splits "
+            f"trainer.processes={run.processes} splits dictionaries over processes, trainer.devices={n} splits "
             "each of them: one of the two must be 1."
         )
-    if cfg.get("cache") is not None and cfg.cache.dir is not None:
+    if run.cache is not None:
         raise UserError(f"cache.dir: the cache holds streams for one device, not for trainer.devices={n}; cache=none.")
-    distributed.share("stream.batch_size", s["batch_size"], n)
-    if s["buffer_tokens"] % (n * s["n_ctx"]):
-        raise UserError(
-            f"stream.buffer_tokens ({s['buffer_tokens']:,}) must be a multiple of stream.n_ctx ({s['n_ctx']}) times "
-            f"trainer.devices ({n}): each has whole rows."
-        )
-    plain = OmegaConf.to_container(cfg, resolve=True)
+    requests[0].source.check_devices()
     with tempfile.TemporaryDirectory() as folder:
         tasks = [
-            Task(f"rank {rank}", "core.fleet:train_rank", (rank, f"{folder}/ranks", n_gpus > 0, requests, plain))
+            Task(f"rank {rank}", "core.fleet:train_rank", (rank, f"{folder}/ranks", n_gpus > 0, requests, run))
             for rank in range(n)
         ]
         # Lightning reads these; every rank sees one device, as if it were a node of its own.
@@ -231,65 +279,18 @@ def _train_on_devices(requests: Sequence[Request], cfg: DictConfig) -> dict[str,
 
 
 def train_rank(
-    rank: int, meeting_point: str, on_gpu: bool, requests: Sequence[Request], plain: dict[str, Any]
+    rank: int, meeting_point: str, on_gpu: bool, requests: Sequence[Request], run: Runtime
 ) -> dict[str, Exception]:
     """The part of one rank in `_train_on_devices`, as the task of a worker."""
-    cfg = DictConfig(plain)
-    with distributed.group(rank, requests[0].devices, Path(meeting_point), on_gpu):
+    with distributed.group(rank, requests[0].source.devices, Path(meeting_point), on_gpu):
         methods, failed = _build(requests)
-        failed |= _train(requests, methods, Store(cfg.artifacts_dir), cfg)
+        failed |= _train(requests, methods, Store(run.artifacts_dir), run)
     return {key: portable(error) for key, error in failed.items()}
 
 
-def open_stream(request: Request, rank: int | None = None) -> ActivationStream:
-    """The stream of training activations that a request asks for; with several devices, the part of one rank, which is
-    this process's own, if None. Of every W blocks of `rows_per_forward` rows each rank takes one."""
-    s, seed, n = request.stream, request.seed, request.devices
-    rank = distributed.rank() if rank is None else rank
-    if n > 1:
-        s = {**s, **{name: distributed.share(f"stream.{name}", s[name], n) for name in ("batch_size", "buffer_tokens")}}
-        seed = derived_seed(seed, "rank", rank)
-    lm = load_language_model(DictConfig(request.model))
-    rows = RowStream(
-        instantiate(request.data),
-        lm.tokenizer,
-        "train",
-        request.seed,
-        s["n_ctx"],
-        s["packing"],
-        s["max_document_tokens"],
-        rank,
-        n,
-    )
-    return ActivationStream(
-        lm,
-        s["site"],
-        rows,
-        s["batch_size"],
-        s["buffer_tokens"],
-        s["rows_per_forward"],
-        seed,
-        getattr(torch, s["buffer_dtype"]),
-    )
-
-
-def training_stream(request: Request, cfg: DictConfig) -> Stream:
-    """The stream of a request; with `cache.dir`, read from disk as far as it is there, and written where it is not."""
-    cache, s = cfg.get("cache"), request.stream
-    if cache is None or cache.dir is None:
-        return open_stream(request)
-    return CachedStream(
-        Shards(cache.dir, fill_spec(request.stream_spec), cache.max_gb, cache.keep_free_gb),
-        partial(open_stream, request),
-        s,
-        request.n_batches + s["calibration_batches"],
-        chosen_device(request.model["device"]),
-    )
-
-
 def _checkpoint_folder(request: Request, store: Store) -> Path:
-    """Where the checkpoints of all trainings on the request's stream lie."""
-    return store.root / "training" / content_key(request.stream_spec)
+    """Where the checkpoints of all trainings on the request's source lie."""
+    return store.root / "training" / content_key(request.group_spec)
 
 
 def _discard_checkpoints(store: Store) -> None:
@@ -303,47 +304,39 @@ def _build(requests: Sequence[Request]) -> tuple[dict[str, DictionaryMethod], di
     failed: dict[str, Exception] = {}
     for request in requests:
         try:
-            methods[request.key] = instantiate(request.method)
-            methods[request.key].n_steps = request.n_batches
+            methods[request.key] = request.build()
         except Exception as error:
             raise_if_interrupted(error)
-            failed[request.key] = error.__cause__ if isinstance(error.__cause__, UserError) else error
+            failed[request.key] = error
     return methods, failed
 
 
 def _train(
-    requests: Sequence[Request], methods: dict[str, DictionaryMethod], store: Store, cfg: DictConfig
+    requests: Sequence[Request], methods: dict[str, DictionaryMethod], store: Store, run: Runtime
 ) -> dict[str, Exception]:
     """The Lightning run over one stream, then calibration and storing. The requests are missing, and locked."""
-    started, settings, n_batches = time.time(), requests[0].stream, requests[0].n_batches
-    stream = training_stream(requests[0], cfg)
-    data = ActivationData(stream, n_batches, settings["batches_per_chunk"])
+    started, source = time.time(), requests[0].source
+    run = replace(run, precision=requests[0].precision)
+    stream = source.open(run)
+    data = ActivationData(stream, source.n_batches, source.batches_per_chunk)
     keys = [request.key for request in requests]
-    fleet = Fleet([methods[request.key] for request in requests], data, cfg.logging.log_every_steps, keys)
+    fleet = Fleet([methods[request.key] for request in requests], data, run.log_every_steps, keys)
     run_key = content_key({"requests": keys})
-    checkpoints = Checkpoints(
-        _checkpoint_folder(requests[0], store) / run_key, cfg.trainer.checkpoint_every_seconds, keys
-    )
-    progress = TokenProgress(
-        f"{len(requests)} dictionaries" if len(requests) > 1 else type(fleet.methods[0]).__name__,
-        n_batches * settings["batch_size"],
-        settings["batches_per_chunk"] * settings["batch_size"],
-        cfg.logging.quiet_seconds,
-    )
-    callbacks: list[Callback] = [progress, checkpoints] if distributed.rank() == 0 else [checkpoints]
-    name = f"{cfg.name}-{run_key}"
-    trainer = make_trainer(cfg, Path(cfg.output_dir) / "logs", name, data.n_chunks, callbacks)
-    checkpoints.fit(trainer, fleet, data)
-    calibration = [next(stream) for _ in range(settings["calibration_batches"])]
+    folder = _checkpoint_folder(requests[0], store) / run_key
+    title = f"{len(requests)} dictionaries" if len(requests) > 1 else type(fleet.methods[0]).__name__
+    sizes = (source.n_batches * source.batch_size, source.batches_per_chunk * source.batch_size)
+    work = Work(title, *sizes, source.unit)
+    earlier_seconds = fit(run, fleet, data, data.n_chunks, f"{run.name}-{run_key}", work, folder, keys)
+    calibration = [next(stream) for _ in range(source.calibration_batches)]
     for index, request in enumerate(requests):
         if index not in fleet.stopped:
             method = methods[request.key].to(stream.device)
             method.finish(calibration)
-            seconds = checkpoints.earlier_seconds + time.time() - started
+            seconds = earlier_seconds + time.time() - started
             training = {**fleet.last(index), "seconds_together": seconds, "together": len(requests)}
             distributed.check_equal(method.state_dict().values())
             if distributed.rank() == 0:
                 store.put(KIND, request.spec, partial(save_dictionary, method, training))
-    if distributed.rank() == 0 and fleet.stopped and (kept := checkpoints.newest()):
+    if distributed.rank() == 0 and fleet.stopped and (kept := Checkpoints(folder, 0, keys).newest()):
         print(f"the last checkpoint is kept: {kept}", file=sys.stderr)
     return {requests[index].key: error for index, error in fleet.stopped.items()}

@@ -15,11 +15,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
@@ -32,43 +31,42 @@ from core import distributed
 from core.artifacts import sha256, sync, write_atomically
 from core.errors import UserError
 from core.interrupts import Deferred, Interrupted, handled_by, remove_folder
+from core.runtime import Runtime
 
 
-class TokenProgress(Callback):
-    """A bar over the tokens of one training: rate, time left, and whatever was logged with `prog_bar=True`.
+class WorkProgress(Callback):
+    """A bar over one training: how much is done, rate, time left, and what was logged with `prog_bar=True`.
 
-    Where standard error is not a terminal it says one line every `quiet_seconds` instead. `unit`: what is counted.
+    Where standard error is not a terminal, one line every `quiet_seconds` instead. The arguments are those of `Work`.
     """
 
-    def __init__(
-        self, title: str, n_tokens: int, tokens_per_batch: int, quiet_seconds: float, unit: str = "tokens"
-    ) -> None:
-        self.title, self.n_tokens, self.tokens_per_batch = title, n_tokens, tokens_per_batch
-        self.quiet_seconds, self.unit = quiet_seconds, unit
+    def __init__(self, title: str, total: int, per_chunk: int, unit: str, quiet_seconds: float) -> None:
+        self.title, self.total, self.per_chunk = title, total, per_chunk
+        self.unit, self.quiet_seconds = unit, quiet_seconds
         self.bar: Progress | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.started = self.said = time.monotonic()
-        self.first = self.done = trainer.fit_loop.epoch_loop.batch_progress.current.ready * self.tokens_per_batch
+        self.started = self.reported = time.monotonic()
+        self.first = self.done = trainer.fit_loop.epoch_loop.batch_progress.current.ready * self.per_chunk
         if sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
             self.bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-            self.task = self.bar.add_task(self.title, total=self.n_tokens, completed=self.done, note="")
+            self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, note="")
             self.bar.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.done = min(self.n_tokens, self.done + self.tokens_per_batch)
+        self.done = min(self.total, self.done + self.per_chunk)
         now = time.monotonic()
         rate = (self.done - self.first) / max(now - self.started, 1e-9)
-        if self.bar is None and now - self.said < self.quiet_seconds:
+        if self.bar is None and now - self.reported < self.quiet_seconds:
             return
         logged = " ".join(f"{name} {float(value):.4g}" for name, value in trainer.progress_bar_metrics.items())
-        note = f"{self.done:,}/{self.n_tokens:,} {self.unit}, {rate:,.0f}/s {logged}"
+        note = f"{self.done:,}/{self.total:,} {self.unit}, {rate:,.0f}/s {logged}"
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, note=note)
         else:
-            self.said = now
-            left = (self.n_tokens - self.done) / max(rate, 1e-9)
+            self.reported = now
+            left = (self.total - self.done) / max(rate, 1e-9)
             print(f"{self.title}: {note}, {left:,.0f} s left", file=sys.stderr, flush=True)
 
     def on_train_end(self, *_: Any) -> None:
@@ -288,21 +286,61 @@ def members_of(folder: Path) -> list[str]:
         return []
 
 
-def make_trainer(cfg: DictConfig, folder: Path, name: str, n_batches: int, callbacks: list[Callback]) -> pl.Trainer:
-    """A trainer for `n_batches` calls of `training_step`, logging below `folder` as `cfg.logging` says."""
-    for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # what it found and which tips it has
+class Work(NamedTuple):
+    """What a training goes through, for its progress: `total` of `unit`, `per_chunk` in each Lightning step."""
+
+    title: str
+    total: int
+    per_chunk: int
+    unit: str = "tokens"
+
+
+def fit(
+    run: Runtime,
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    n_chunks: int,
+    name: str,
+    work: Work,
+    checkpoints: Path | None,
+    members: Sequence[str] = (),
+    callbacks: Sequence[Callback] = (),
+) -> float:
+    """Train for `n_chunks` calls of `training_step`, from the newest whole checkpoint if there is one.
+
+    name         curves go to `<output_dir>/logs/<name>`
+    checkpoints  their folder; None: none are written
+    members      what is trained together, see `Checkpoints`
+
+    Returns the seconds of earlier lives of this training. Raises UserError for a checkpoint that cannot be loaded here,
+    and Interrupted, with a checkpoint, after SIGINT or SIGTERM.
+    """
+    saving = None if checkpoints is None else Checkpoints(checkpoints, run.checkpoint_every_seconds, members)
+    own: list[Callback] = [WorkProgress(*work, quiet_seconds=run.quiet_seconds)] if distributed.rank() == 0 else []
+    own += [*callbacks, *([] if saving is None else [saving])]
+    trainer = make_trainer(run, name, n_chunks, own)
+    if saving is None:
+        trainer.fit(module, datamodule=data)
+        return 0.0
+    saving.fit(trainer, module, data)
+    return saving.earlier_seconds
+
+
+def make_trainer(run: Runtime, name: str, n_chunks: int, callbacks: list[Callback]) -> pl.Trainer:
+    """A trainer for `n_chunks` calls of `training_step`, whose curves go to `<output_dir>/logs/<name>`."""
+    for noisy in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)  # which devices it sees, and its tips
     warnings.filterwarnings("ignore", message=".*treespec|.*transfer_batch_to_device|.*dataloader is not resumable")
     return pl.Trainer(
-        accelerator=cfg.trainer.accelerator,
+        accelerator=run.accelerator,
         devices=1,  # that this process sees; each of several ranks is a node of its own to Lightning
         num_nodes=distributed.n_ranks(),
         strategy=RanksStrategy() if distributed.is_active() else "auto",
-        precision=_precision(cfg.trainer.precision),
+        precision=_precision(run.precision),
         max_epochs=1,
-        limit_train_batches=n_batches,
+        limit_train_batches=n_chunks,
         plugins=_environment(),
-        logger=_logger(cfg.logging.logger, folder, name),
+        logger=_logger(run.logger, run.logs, name),
         callbacks=callbacks,
         log_every_n_steps=1,
         enable_checkpointing=False,

@@ -23,6 +23,9 @@ from core.errors import UserError
 from core.fleet import KIND, Request, load_or_train
 from core.methods.base import DictionaryMethod
 from core.models.language_model import LanguageModel, load_language_model
+from core.runtime import Runtime
+from core.streams.activation_source import ActivationSource
+from core.streams.source import Source
 from core.text.rows import RowStream
 
 Made = TypeVar("Made")
@@ -41,10 +44,13 @@ def request(cfg: DictConfig, method: Any = None) -> Request:
     node = plain(cfg.method if method is None else method)
     if is_loaded(node):
         raise UserError("method=pretrained: this experiment trains its dictionaries; choose another method.")
-    parts = {key: plain(cfg[key]) for key in ("stream", "model", "data")}
-    seed = parts["stream"].pop("seed")
-    precision, devices = cfg.trainer.precision, cfg.trainer.devices
-    return Request(method=node, precision=precision, seed=seed, devices=devices, **parts)
+    return Request(node, source(cfg), cfg.trainer.precision)
+
+
+def source(cfg: DictConfig) -> Source:
+    """What a cell's dictionaries are trained on."""
+    parts = {key: plain(cfg[key]) for key in ("model", "data")}
+    return ActivationSource(**plain(cfg.stream), **parts, devices=cfg.trainer.devices)
 
 
 def requests(cfg: DictConfig, *methods: Any) -> list[Request]:
@@ -61,7 +67,7 @@ def trained(cfg: DictConfig, method: Any = None) -> DictionaryMethod:
         key, (found, told) = content_key(node), _loaded(node)
     else:
         wanted = request(cfg, node)
-        found, key = load_or_train(wanted, cfg), wanted.key
+        found, key = load_or_train(wanted, Runtime.of(cfg)), wanted.key
         told = stored(cfg, wanted.spec)
     write_told(cfg, "dictionary" if method is None else f"dictionary_{key}", told)
     return found.to(language_model(cfg).device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -54,6 +54,8 @@ class DictionaryMethod(pl.LightningModule, ABC):
     that a latent's encoder has norm about sqrt(2 d / m); W_dec the same rows at unit norm; biases zero.
     Parameters, moments and thresholds are fp32 always.
     """
+
+    version: ClassVar[int] = 1
 
     def __init__(
         self,

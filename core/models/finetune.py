@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from core.artifacts import Store, content_key
 from core.errors import UserError
@@ -15,9 +14,10 @@ from core.interrupts import remove_folder
 from core.models.identity import model_identity
 from core.models.language_model import LanguageModel, load_language_model
 from core.models.pretrain import Pretraining, RowData
+from core.runtime import Runtime
 from core.text.documents import TextSource
 from core.text.rows import RowStream
-from core.training import Checkpoints, TokenProgress, make_trainer
+from core.training import Work, fit
 
 KIND = "language_model"
 WITHOUT_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # too short to overfit
@@ -36,7 +36,7 @@ class FineTuning(Pretraining):
         ]
 
 
-def fine_tuned(cfg: DictConfig, model: Mapping[str, Any], source: TextSource, training: Mapping[str, Any]) -> Path:
+def fine_tuned(run: Runtime, model: Mapping[str, Any], source: TextSource, training: Mapping[str, Any]) -> Path:
     """The folder, in Hugging Face's format (half precision), of a model after training on; made once, then stored.
 
     model     a configuration group `model`: where to begin
@@ -46,12 +46,12 @@ def fine_tuned(cfg: DictConfig, model: Mapping[str, Any], source: TextSource, tr
 
     A training that was interrupted goes on from its checkpoint. Raises UserError for a model of another architecture.
     """
-    store = Store(cfg.artifacts_dir)
+    store = Store(run.artifacts_dir)
     decisive = {"model": model_identity(model), "text": source.spec, "training": dict(training)}
 
     def make(folder: Path) -> None:
         lm = load_language_model({**model, "dtype": "float32"})
-        _train(cfg, lm, source, training, store.path("finetuning", decisive)).export(folder, lm.tokenizer)
+        _train(run, lm, source, training, store.path("finetuning", decisive)).export(folder, lm.tokenizer)
 
     path = store.get_or_make(KIND, decisive, make)
     remove_folder(store.path("finetuning", decisive))
@@ -59,7 +59,7 @@ def fine_tuned(cfg: DictConfig, model: Mapping[str, Any], source: TextSource, tr
 
 
 def _train(
-    cfg: DictConfig, lm: LanguageModel, source: TextSource, training: Mapping[str, Any], folder: Path
+    run: Runtime, lm: LanguageModel, source: TextSource, training: Mapping[str, Any], folder: Path
 ) -> Pretraining:
     if lm.family != "gpt2":
         raise UserError(f"model: {lm.name} is a {lm.family}; only a gpt2 is trained on here, such as model=bundled.")
@@ -73,11 +73,6 @@ def _train(
     module = FineTuning(config, n_steps, o["lr"], o["lr"], 0.0, o["warmup_steps"], o["decay_fraction"], seed)
     module.lm.load_state_dict(lm.model.state_dict())
     data = RowData(tokens, n_ctx, rows_per_step, seed)
-    checkpoints = Checkpoints(folder, cfg.trainer.checkpoint_every_seconds)
-    progress = TokenProgress(
-        "fine-tuning", n_steps * n_ctx * rows_per_step, n_ctx * rows_per_step, cfg.logging.quiet_seconds
-    )
-    name = f"{cfg.name}-{content_key(dict(training))}"
-    trainer = make_trainer(cfg, Path(cfg.output_dir) / "logs", name, n_steps, [progress, checkpoints])
-    checkpoints.fit(trainer, module, data)
+    work = Work("fine-tuning", n_steps * n_ctx * rows_per_step, n_ctx * rows_per_step)
+    fit(run, module, data, n_steps, f"{run.name}-{content_key(dict(training))}", work, folder)
     return module

@@ -9,22 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
-from core.artifacts import content_key
 from core.errors import NonFiniteLoss, UserError
 from core.interrupts import remove_folder
-from core.results import comparable
+from core.runtime import Runtime
 from core.stacked.adam import stepper
 from core.stacked.coders import Coder
 from core.stacked.objectives import Objective
-from core.training import Checkpoints, TokenProgress, make_trainer
+from core.training import Work, fit
 
 STEPS_PER_CHUNK = 500  # at most; a checkpoint can be written between two chunks
 
@@ -125,27 +124,42 @@ class Trained(NamedTuple):
     earlier_seconds: float  # of earlier lives, which this one went on from
 
 
-def train(cfg: DictConfig, coder: Coder, objective: Objective, evaluate: Evaluate) -> Trained:
-    """Train for `cfg.steps` steps at `cfg.lr`, evaluating every `cfg.log_every` (and before and after, so that a
-    `log_every` as large as `steps` gives the two ends).
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How a stack is trained: full-batch Adam steps at `lr`, evaluated every `log_every` steps, before and after."""
 
-    Checkpoints lie in the cell's folder while it trains, under a key of its configuration. Raises NonFiniteLoss, and
-    Interrupted after SIGINT or SIGTERM, with a checkpoint.
+    steps: int
+    lr: float
+    log_every: int
+
+
+def train(
+    run: Runtime,
+    name: str,
+    checkpoints: Path,
+    schedule: Schedule,
+    coder: Coder,
+    objective: Objective,
+    evaluate: Evaluate,
+) -> Trained:
+    """Train a stack. A `log_every` as large as `steps` evaluates the two ends.
+
+    name         curves go to `<output_dir>/logs/<name>`
+    checkpoints  the folder of those of this training, removed when it has ended
+
+    Raises UserError if `log_every` does not divide `steps`, NonFiniteLoss, and Interrupted after SIGINT or SIGTERM, with
+    a checkpoint.
     """
-    if cfg.steps % cfg.log_every:
-        raise UserError(f"log_every={cfg.log_every} does not divide steps={cfg.steps}.")
-    evaluate_at = range(0, cfg.steps + 1, cfg.log_every)
-    runs = StackedRuns(cfg.name, coder, objective, cfg.lr, evaluate, evaluate_at)
-    data = Steps(cfg.steps, math.gcd(cfg.log_every, STEPS_PER_CHUNK))
-    folder = Path(cfg.cell_folder) / "checkpoints" / content_key(comparable(cfg))
-    checkpoints = Checkpoints(folder, cfg.trainer.checkpoint_every_seconds)
-    progress = TokenProgress(cfg.name, cfg.steps, data.every, cfg.logging.quiet_seconds, unit="steps")
-    logs = Path(cfg.output_dir) / "logs" / cfg.name
-    trainer = make_trainer(cfg, logs, Path(cfg.cell_folder).name, data.n_chunks, [progress, checkpoints])
+    s = schedule
+    if s.steps % s.log_every:
+        raise UserError(f"log_every={s.log_every} does not divide steps={s.steps}.")
+    runs = StackedRuns(run.name, coder, objective, s.lr, evaluate, range(0, s.steps + 1, s.log_every))
+    data = Steps(s.steps, math.gcd(s.log_every, STEPS_PER_CHUNK))
+    work = Work(run.name, s.steps, data.every, "steps")
     with flushed_denormals():
-        checkpoints.fit(trainer, runs, data)
-    remove_folder(folder.parent)
-    return Trained(runs.curves, checkpoints.earlier_seconds)
+        earlier_seconds = fit(run, runs, data, data.n_chunks, name, work, checkpoints)
+    remove_folder(checkpoints)
+    return Trained(runs.curves, earlier_seconds)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,17 +22,6 @@ from core.errors import UserError
 from core.models.language_model import LanguageModel
 from core.seeding import generator
 from core.text.rows import RowStream
-
-
-class Stream(Protocol):
-    """An endless iterator of batches on `device`, whose state says how to go on with the batch that comes next."""
-
-    @property
-    def device(self) -> torch.device: ...
-    def __iter__(self) -> Iterator[Batch]: ...
-    def __next__(self) -> Batch: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def check_sizes(batch_size: int, buffer_tokens: int, n_ctx: int) -> None:

@@ -43,10 +43,10 @@ TOKEN_BYTES = 8  # of its id and its position, beside x
 WAY_OUT = "Ask for fewer stream.n_tokens, delete folders of other streams there, or stream without it: cache=none."
 
 
-def fill_spec(stream_spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the fills of the buffer, of what decides the batches (`core.fleet.Request.stream_spec`)."""
-    stream = {key: value for key, value in stream_spec["stream"].items() if key not in NOT_OF_A_FILL}
-    return {**{key: value for key, value in stream_spec.items() if key != "precision"}, "stream": stream}
+def fill_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the fills of the buffer: a part of what decides the batches (an `ActivationSource`'s `spec`)."""
+    stream = {key: value for key, value in spec["stream"].items() if key not in NOT_OF_A_FILL}
+    return {**spec, "stream": stream}
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,14 @@
-"""The rows of a decoder as training data of a meta-dictionary (Leask et al. 2025).
+"""The rows of a decoder as a source: training data of a dictionary of dictionaries (Leask et al. 2025, meta-SAEs).
 
 Shapes: N rows, d = d_model, B rows in a batch.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,7 +17,9 @@ from torch.nn.functional import normalize
 
 from core.batch import Batch
 from core.errors import UserError
+from core.runtime import Runtime
 from core.seeding import generator
+from core.streams.source import Source
 
 Sampling = Literal["shuffled", "replacement", "frequency"]
 NAMED = 5  # zero rows that an error names
@@ -75,6 +80,53 @@ class DecoderRows:
         assert self.weights is not None
         drawn = torch.rand(self.batch_size, generator=g, dtype=torch.float64)
         return torch.searchsorted(self.weights.cumsum(0), drawn).clamp_(max=n - 1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DecoderRowSource(Source):
+    """Rows `[N, d]`, for `n_steps` batches of `batch_size`.
+
+    rows            unit directions (`directions`)
+    sampling, seed  which rows a batch has: `DecoderRows`
+    weights         `[N]`, for `sampling: frequency`; else of no effect
+    """
+
+    rows: Tensor
+    n_steps: int
+    batch_size: int
+    sampling: Sampling
+    seed: int
+    calibration_batches: int
+    batches_per_chunk: int
+    weights: Tensor | None = None
+
+    @property
+    def n_batches(self) -> int:
+        return self.n_steps
+
+    @cached_property
+    def batches_spec(self) -> dict[str, Any]:
+        weighted = self.sampling == "frequency" and self.weights is not None
+        names = ("n_steps", "batch_size", "sampling", "seed", "calibration_batches", "batches_per_chunk")
+        return {
+            "rows": digest(self.rows),
+            "n_rows": len(self.rows),
+            "weights": digest(self.weights) if weighted and self.weights is not None else None,
+            **{name: getattr(self, name) for name in names},
+        }
+
+    def open(self, run: Runtime) -> DecoderRows:
+        rows = self.rows.to(run.device)
+        return DecoderRows(rows, self.batch_size, self.sampling, self.seed, self.weights)
+
+
+def digest(*tensors: Tensor) -> str:
+    """SHA-256 of shapes, dtypes and entries."""
+    state = hashlib.sha256()
+    for tensor in tensors:
+        state.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).numpy().tobytes())
+    return state.hexdigest()
 
 
 def directions(W_dec: Tensor, name: str) -> Tensor:

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 
 from core.batch import Batch
-from core.streams.activations import Stream
+from core.streams.source import Stream
 
 
 class Chunk(list[Batch]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from pytorch_lightning.callbacks import Callback
 from core.batch import Batch
 from core.methods.base import DictionaryMethod
 from core.methods.together import Fleet
+from core.runtime import Runtime
 from core.streams.module import ActivationData
-from core.training import TokenProgress, make_trainer
+from core.training import Work, fit
 
 
 class RepeatedBatches:
@@ -49,7 +49,7 @@ def built(settings: Mapping[str, Any], device: torch.device, **changes: Any) -> 
     return method.to(device)
 
 
-def fit(
+def fit_fleet(
     cfg: DictConfig,
     methods: Sequence[DictionaryMethod],
     batches: Sequence[Batch],
@@ -61,7 +61,5 @@ def fit(
     n_batches, rows = n_chunks * batches_per_chunk, len(batches[0].x)
     data = ActivationData(RepeatedBatches(batches), n_batches, batches_per_chunk)
     fleet = Fleet(methods, data, cfg.logging.log_every_steps)
-    progress = TokenProgress(cfg.name, n_batches * rows, batches_per_chunk * rows, cfg.logging.quiet_seconds)
-    folder = Path(cfg.output_dir) / "logs"
-    trainer = make_trainer(cfg, folder, cfg.name, data.n_chunks, [progress, callback])
-    trainer.fit(fleet, datamodule=data)
+    work = Work(cfg.name, n_batches * rows, batches_per_chunk * rows)
+    fit(Runtime.of(cfg), fleet, data, data.n_chunks, cfg.name, work, checkpoints=None, callbacks=[callback])

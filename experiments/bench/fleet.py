@@ -10,19 +10,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 import torch
 from hydra import compose
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from core.artifacts import Store
 from core.bench import hardware, resolve_device, save_table, threads
 from core.fleet import KIND, Request, load_or_train, prefetch
 from core.methods.saved import load_dictionary
 from core.models.language_model import load_language_model
+from core.runtime import Runtime
+from core.streams.activation_source import ActivationSource
 from hydra_plugins.blocks_sweeper.sweeper import cells_of
 
 
@@ -31,16 +34,16 @@ def run(cfg: DictConfig) -> dict[str, float]:
     requests = requests_of_grid(cfg)
     warm_up(requests[0])
     with threads(cfg.threads), tempfile.TemporaryDirectory() as folder:
-        settings = {name: in_store(cfg, Path(folder) / name) for name in ("together", "alone")}
-        together = wall_seconds(lambda: prefetch(requests, settings["together"]))
-        alone = wall_seconds(lambda: one_by_one(requests, settings["alone"]))
-        difference = largest_difference(requests, *(Store(one.artifacts_dir) for one in settings.values()))
+        runs = {name: replace(Runtime.of(cfg), artifacts_dir=f"{folder}/{name}") for name in ("together", "alone")}
+        together = wall_seconds(lambda: prefetch(requests, runs["together"]))
+        alone = wall_seconds(lambda: one_by_one(requests, runs["alone"]))
+        difference = largest_difference(requests, *(Store(one.artifacts_dir) for one in runs.values()))
         device = resolve_device(cfg.trainer.accelerator)
         note = hardware(device, torch.get_num_threads())
     if difference != 0 and device.type == "cpu":
         raise RuntimeError(f"Trained together and alone, dictionaries differ by {difference:.2g} of their entries.")
     print(f"fleet {together:.1f} s, one by one {alone:.1f} s: {alone / together:.2f} times faster", file=sys.stderr)
-    n_tokens = sum(request.stream["n_tokens"] for request in requests)
+    n_tokens = sum(request.source.n_batches * request.source.batch_size for request in requests)
     rows = [
         {"way": way, "s": seconds, "dictionaries": len(requests), "tokens/s over all": n_tokens / seconds}
         for way, seconds in (("fleet", together), ("one by one", alone))
@@ -71,15 +74,9 @@ def requests_of_grid(cfg: DictConfig) -> list[Request]:
 
 def warm_up(request: Request) -> None:
     """Harvest the text and load the model once, so that neither way pays for what both find on disk."""
-    load_language_model(OmegaConf.create(request.model))
-    next(instantiate(request.data).documents("train", request.seed))
-
-
-def in_store(cfg: DictConfig, folder: Path) -> DictConfig:
-    """The configuration with an artifact store of its own."""
-    changed = cfg.copy()
-    changed.artifacts_dir = str(folder)
-    return changed
+    assert isinstance(request.source, ActivationSource)
+    load_language_model(request.source.model)
+    next(instantiate(request.source.data).documents("train", request.source.seed))
 
 
 def wall_seconds(task: Callable[[], object]) -> float:
@@ -88,9 +85,9 @@ def wall_seconds(task: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def one_by_one(requests: Sequence[Request], cfg: DictConfig) -> None:
+def one_by_one(requests: Sequence[Request], run: Runtime) -> None:
     for request in requests:
-        load_or_train(request, cfg)
+        load_or_train(request, run)
 
 
 def largest_difference(requests: Sequence[Request], first: Store, second: Store) -> float:

@@ -19,7 +19,7 @@ from pytorch_lightning.callbacks import Callback
 
 from core.batch import Batch
 from core.bench import Clock, Task, alternate, hardware, resolve_device, save_table, threads
-from experiments.bench.common import built, fit
+from experiments.bench.common import built, fit_fleet
 from experiments.bench.peers import product, structured_rows
 
 CURVES = "scaling.parquet"
@@ -99,7 +99,7 @@ def one_fleet(cfg: DictConfig, n: int, device: torch.device) -> dict[str, Any]:
     batches = structured_rows(2 * f.shape.batch_size, f.shape.d_model, cfg.seed).to(device).split(f.shape.batch_size)
     methods = [built(cfg.step, device, **shape_of(f.shape), seed=seed) for seed in range(n)]
     times = ChunkTimes(device)
-    fit(cfg, methods, [Batch(x) for x in batches], f.warmup + f.chunks, f.batches_per_chunk, times)
+    fit_fleet(cfg, methods, [Batch(x) for x in batches], f.warmup + f.chunks, f.batches_per_chunk, times)
     seconds = statistics.median(times.seconds[f.warmup :]) / f.batches_per_chunk
     rate = n * f.shape.batch_size / seconds
     print(f"fleet of {n}: {rate:,.0f} rows/s", file=sys.stderr)

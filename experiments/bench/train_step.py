@@ -36,7 +36,7 @@ from core.bench import (
 from core.methods.base import DictionaryMethod
 from core.methods.optimizer import ClippingAdam
 from experiments.bench import peers
-from experiments.bench.common import built, fit
+from experiments.bench.common import built, fit_fleet
 from experiments.common import plain
 
 TRAFFIC_BYTES = 36  # per parameter and step, fp32: Adam reads 4 tensors and writes 3, a product reads the weights, the
@@ -286,7 +286,7 @@ def lightning_overhead(cfg: DictConfig, dict_size: int, device: torch.device) ->
     method, twin = (built(cfg.methods.batchtopk, device, dict_size=dict_size) for _ in range(2))
     x = peers.structured_rows(2 * cfg.batch_size, cfg.d_model, cfg.seed).to(device)
     bare = BareChunks(twin, device, cfg.lightning.warmup)
-    fit(cfg, [method], [Batch(part) for part in x.split(cfg.batch_size)], n_chunks, size, bare)
+    fit_fleet(cfg, [method], [Batch(part) for part in x.split(cfg.batch_size)], n_chunks, size, bare)
     times = Times({"in_fit": bare.in_fit, "bare": bare.bare})
     ratio = times.ratio("in_fit", "bare")
     print(f"Lightning: {ratio.value - 1:.2%} [{ratio.low - 1:.2%}, {ratio.high - 1:.2%}]", file=sys.stderr)

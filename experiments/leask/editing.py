@@ -27,7 +27,7 @@ from core.analysis.editing import (
     entity_latents,
     the_latent,
 )
-from core.analysis.meta_sae import MetaRequest, VarianceExplained, decompose, train_meta
+from core.analysis.meta_sae import VarianceExplained, decompose, meta_request, trained_metas
 from core.errors import UserError
 from core.fleet import Request
 from core.methods.base import DictionaryMethod
@@ -35,6 +35,7 @@ from core.methods.batchtopk import BatchTopK
 from core.metrics.statistics import bootstrap_interval
 from core.models.finetune import fine_tuned
 from core.models.language_model import LanguageModel
+from core.runtime import Runtime
 from core.seeding import generator
 from core.streams.decoder_rows import directions
 from core.text.facts import Facts
@@ -50,6 +51,12 @@ def dictionaries(cfg: DictConfig) -> list[Request]:
     return requests(planted(cfg))
 
 
+def later_dictionaries(cfg: DictConfig) -> Iterator[list[Request]]:
+    """What the fleet trains once the dictionary is there."""
+    cfg = planted(cfg)
+    yield [meta_dictionary(cfg, trained(cfg))]
+
+
 def run(cfg: DictConfig) -> dict[str, float]:
     """For pairs of entities, every edit of A's decoder row that removes meta-latents of A and adds some of B: which
     subsets of attributes become B's while the others stay A's. Beside it: swapping the two latents, random directions
@@ -63,7 +70,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     known, knowledge = what_it_knows(lm, asked, facts)
     n_prompts = cfg.editing.prompts_per_attribute
     found = entity_latents(method, lm, cfg.stream.site, asked, cfg.editing.min_coverage, cfg.editing.min_specificity)
-    meta = meta_dictionary(cfg, method)
+    [meta] = trained_metas([meta_dictionary(cfg, method)], Runtime.of(cfg), method.W_dec.device)
     chosen = trios(cfg, facts, [entity for entity in facts.entities if found[entity]], known)
     compositions = composed_of(cfg, meta, method, {name: latent for name, latent in found.items() if latent})
     editor = Editor(method, lm, cfg.stream.site, cfg.editing.splice, cfg.editing.rows_per_forward)
@@ -91,24 +98,20 @@ def planted(cfg: DictConfig) -> DictConfig:
     if not made(cfg.facts).statements:
         return cfg
     changed = cfg.copy()
-    changed.model.source = str(fine_tuned(cfg, plain(cfg.model), made(cfg.data), plain(cfg.planting)))
+    changed.model.source = str(fine_tuned(Runtime.of(cfg), plain(cfg.model), made(cfg.data), plain(cfg.planting)))
     changed.model.name = f"{cfg.model.name} with planted facts"
     return changed
 
 
-def meta_dictionary(cfg: DictConfig, method: DictionaryMethod) -> BatchTopK:
-    """Trained on the directions of all decoder rows but those of dead latents, which are where chance put them."""
+def meta_dictionary(cfg: DictConfig, method: DictionaryMethod) -> Request:
+    """The request for one that is trained on the directions of all decoder rows but those of dead latents, which are where chance put them."""
     m = cfg.meta
     if m.min_firing_rate is not None or m.sampling == "frequency":
         raise UserError(
             "leask_editing takes all decoder rows alike: meta.min_firing_rate=null and meta.sampling=shuffled."
         )
     rows = learned_rows(method)
-    request = MetaRequest(
-        rows, plain(m.method), m.n_steps, m.batch_size, m.sampling, m.seed, m.calibration_batches,
-        m.batches_per_chunk, cfg.trainer.precision,
-    )  # fmt: skip
-    return train_meta(request, cfg)
+    return meta_request(plain(m), rows, cfg.trainer.precision)
 
 
 def learned_rows(method: DictionaryMethod) -> Tensor:

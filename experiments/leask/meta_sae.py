@@ -5,7 +5,7 @@ Shapes: N rows, d = d_model, M meta-latents; "small" and "base" are two dictiona
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,19 @@ from torch import Tensor
 
 from core.analysis import directions as geometry
 from core.analysis.meta_sae import (
-    MetaRequest,
     VarianceExplained,
     decompose,
+    meta_request,
     null_rows,
     replaced_decoder,
     score,
-    train_meta,
+    trained_metas,
 )
 from core.errors import UserError
 from core.fleet import Request
 from core.methods.base import DictionaryMethod
 from core.methods.batchtopk import BatchTopK
+from core.runtime import Runtime
 from core.streams.decoder_rows import directions, random_directions
 from experiments.common import plain, requests, stored, trained, write_told
 from experiments.leask.meta_rows import Rows, family_rows, rows_of, strongest
@@ -80,16 +81,43 @@ def member(cfg: DictConfig, place: int) -> dict[str, Any]:
     return {**plain(cfg.method), **plain(cfg.family[place])}
 
 
-def run(cfg: DictConfig) -> dict[str, float]:
-    """Train a meta-dictionary and one on random directions of the same shape; compare. Claims: leask/meta-*."""
+def later_dictionaries(cfg: DictConfig) -> Iterator[list[Request]]:
+    """What the fleet trains once the family is there: the meta-dictionaries, then encoders for decoders put in the place
+    of theirs."""
+    family, rows = family_of(cfg)
+    requests_of_cell = wanted(cfg, rows)
+    yield requests_of_cell
+    if cfg.detail and cfg.rows == "base":
+        meta, _ = trained_metas(requests_of_cell, Runtime.of(cfg), rows.directions.device)
+        yield [request for _, request in replacements(cfg, meta, rows, directions_of(cfg, family)).values()]
+
+
+def family_of(cfg: DictConfig) -> tuple[dict[int, DictionaryMethod], Rows]:
+    """The dictionaries that the cell looks at, by their place, and the rows that a meta-dictionary is trained on."""
     check(cfg)
     family = {place: trained(cfg, member(cfg, place)) for place in needed(cfg)}
     check_family(family)
-    rows = rows_of(cfg, cfg.base, family[cfg.base]) if cfg.rows == "base" else family_rows(cfg, family)
+    return family, rows_of(cfg, cfg.base, family[cfg.base]) if cfg.rows == "base" else family_rows(cfg, family)
+
+
+def directions_of(cfg: DictConfig, family: Mapping[int, DictionaryMethod]) -> dict[int, Tensor]:
+    """The rows of every dictionary of the family."""
+    return {place: rows_of(cfg, place, method).directions for place, method in family.items()}
+
+
+def wanted(cfg: DictConfig, rows: Rows) -> list[Request]:
+    """The cell's meta-dictionary, and that of random directions."""
+    meta, precision = plain(cfg.meta), cfg.trainer.precision
     null = null_rows(rows.directions, cfg.seed)
-    real = MetaRequest.of(cfg.meta, rows.directions, cfg.trainer.precision, rows.frequency)
-    meta = train_meta(real, cfg)
-    null_meta = train_meta(MetaRequest.of(cfg.meta, null, cfg.trainer.precision, rows.frequency), cfg)
+    return [meta_request(meta, W, precision, rows.frequency) for W in (rows.directions, null)]
+
+
+def run(cfg: DictConfig) -> dict[str, float]:
+    """Train a meta-dictionary and one on random directions of the same shape; compare. Claims: leask/meta-*."""
+    family, rows = family_of(cfg)
+    null = null_rows(rows.directions, cfg.seed)
+    real, of_null = wanted(cfg, rows)
+    meta, null_meta = trained_metas([real, of_null], Runtime.of(cfg), rows.directions.device)
     found = score(meta, rows.directions).metrics() | score(null_meta, null).metrics("_null")
     metrics = {"n_rows": float(len(null)), "threshold": float(meta.threshold), **found, **excess(found)}
     if rows.frequency is not None and cfg.rows == "base":
@@ -97,7 +125,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     if cfg.rows == "family":
         metrics |= splits(cfg, meta, rows, family)
     if cfg.detail and cfg.rows == "base":
-        others = {place: rows_of(cfg, place, method).directions for place, method in family.items()}
+        others = directions_of(cfg, family)
         sizes = {place: method.dict_size for place, method in family.items()}
         metrics |= similarity(cfg, meta, null_meta, others, sizes) | pursuit(cfg, rows, others)
         metrics |= replacement(cfg, meta, rows, others)
@@ -170,25 +198,35 @@ def pursuit(cfg: DictConfig, rows: Rows, others: Mapping[int, Tensor]) -> dict[s
 
 
 def replacement(cfg: DictConfig, meta: BatchTopK, rows: Rows, others: Mapping[int, Tensor]) -> dict[str, float]:
-    """Variance explained with other decoder rows: the nearest latents of the smallest dictionaries, and random
-    directions; both with the encoder as it is, and trained for them (`_tuned`)."""
+    """Variance explained with other decoder rows, with the encoder as it is, and trained for them (`_tuned`)."""
+    wanted_here = replacements(cfg, meta, rows, others)
+    tuned = trained_metas([request for _, request in wanted_here.values()], Runtime.of(cfg), rows.directions.device)
+    explained = {}
+    for (key, (as_it_is, _)), learned in zip(wanted_here.items(), tuned, strict=True):
+        explained[f"ve_{key}"] = score(as_it_is, rows.directions).batch.centred
+        explained[f"ve_{key}_tuned"] = score(learned, rows.directions).batch.centred
+    replaced, random = explained["ve_replaced_tuned"], explained["ve_random_decoder_tuned"]
+    whole = score(meta, rows.directions).batch.centred
+    return {**explained, "replaced_above_random": replaced - random, "replaced_below_meta": whole - replaced}
+
+
+def replacements(
+    cfg: DictConfig, meta: BatchTopK, rows: Rows, others: Mapping[int, Tensor]
+) -> dict[str, tuple[BatchTopK, Request]]:
+    """The meta-dictionary with other decoder rows, and the request for an encoder trained for them: the nearest latents
+    of the smallest dictionaries, and random directions."""
     pool = torch.cat([others[place] for place in range(cfg.n_replacing)])
     W = directions(meta.W_dec, "meta")
     candidates = {
         "replaced": pool[geometry.max_cosines(W, pool)[1]],
         "random_decoder": random_directions(W.shape[0], W.shape[1], cfg.seed).to(W.device),
     }
-    found = {}
-    for key, decoder in candidates.items():
-        as_it_is = replaced_decoder(meta, decoder)
-        tuned = train_meta(
-            MetaRequest.of(cfg.meta, rows.directions, cfg.trainer.precision, rows.frequency, as_it_is), cfg
-        )
-        found[f"ve_{key}"] = score(as_it_is, rows.directions).batch.centred
-        found[f"ve_{key}_tuned"] = score(tuned, rows.directions).batch.centred
-    replaced, random = found["ve_replaced_tuned"], found["ve_random_decoder_tuned"]
-    whole = score(meta, rows.directions).batch.centred
-    return {**found, "replaced_above_random": replaced - random, "replaced_below_meta": whole - replaced}
+    settings, precision = plain(cfg.meta), cfg.trainer.precision
+    changed = {key: replaced_decoder(meta, decoder) for key, decoder in candidates.items()}
+    return {
+        key: (other, meta_request(settings, rows.directions, precision, rows.frequency, other))
+        for key, other in changed.items()
+    }
 
 
 def splits(cfg: DictConfig, meta: BatchTopK, rows: Rows, family: Mapping[int, DictionaryMethod]) -> dict[str, float]:

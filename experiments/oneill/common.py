@@ -25,10 +25,10 @@ from core.stacked.coders import Coder
 from core.stacked.inference import fista, hard_top_k, log_codes, nnls, relu_codes
 from core.stacked.l0 import l0_oracle
 from core.stacked.objectives import KnownCodes, Reconstruction, random_dictionary
-from core.stacked.runs import train
 from core.synthetic.sparse_codes import Problem, SparseCodes
 from experiments.oneill import costs
 from experiments.oneill.outcome import Curve, Outcome, Scores, leave, timed
+from experiments.oneill.training import train
 
 FOUND = 0.5  # a true code whose correlation with its unit is below it counts as lost
 ACTIVE = 1e-4  # a code above it counts as active: codes that are exponentials are never zero

@@ -24,11 +24,11 @@ from core.metrics.recovery import UnmatchedCorrelationSums
 from core.stacked.coders import Coder
 from core.stacked.inference import fista
 from core.stacked.objectives import KnownSparseCodes
-from core.stacked.runs import train
 from core.synthetic.large_sparse_codes import LargeSparseCodes
 from core.synthetic.sparse_codes import SparseCodes
 from experiments.oneill.common import ACTIVE, recovered
 from experiments.oneill.outcome import Outcome, Scores, leave, timed
+from experiments.oneill.training import train
 
 GB = 1e9
 

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from core.artifacts import Store, content_key
 from core.metrics.language import Trigram, by_tag, score_texts, total, xz_bits_per_byte
 from core.models.pretrain import Pretraining, RowData, token_stream, train_tokenizer
+from core.runtime import Runtime
 from core.text.bundled import BundledText
 from core.text.harvest import TAGS
-from core.training import Checkpoints, TokenProgress, make_trainer
+from core.training import Work, fit
 from experiments.common import plain
 
 
@@ -42,13 +43,9 @@ def train(cfg: DictConfig, source: BundledText, tokens: Any, vocab_size: int) ->
     data = RowData(tokens, n_ctx, rows, cfg.seed)
     decisive = {name: plain(cfg.lm[name]) for name in ("architecture", "optimiser", "rows_per_step", "n_tokens")}
     identity = {**decisive, "corpus": source.spec, "tokens": len(tokens), "seed": cfg.seed}
-    checkpoints = Checkpoints(
-        Store(cfg.artifacts_dir).path("pretraining", identity), cfg.trainer.checkpoint_every_seconds
-    )
-    progress = TokenProgress("language model", n_steps * n_ctx * rows, n_ctx * rows, cfg.logging.quiet_seconds)
-    name = f"{cfg.name}-{content_key(identity)}"
-    trainer = make_trainer(cfg, Path(cfg.output_dir) / "logs", name, n_steps, [progress, checkpoints])
-    checkpoints.fit(trainer, module, data)
+    work = Work("language model", n_steps * n_ctx * rows, n_ctx * rows)
+    checkpoints = Store(cfg.artifacts_dir).path("pretraining", identity)
+    fit(Runtime.of(cfg), module, data, n_steps, f"{cfg.name}-{content_key(identity)}", work, checkpoints)
     return module
 
 

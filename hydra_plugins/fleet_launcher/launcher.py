@@ -108,9 +108,13 @@ class FleetLauncher(BasicLauncher):
         module = import_module(pending[0].module)
         if not hasattr(module, "dictionaries"):
             return
-        from core.fleet import prefetch
+        from core.fleet import prefetch, prefetch_rounds
+        from core.runtime import Runtime
 
-        prefetch([request for cfg in pending for request in module.dictionaries(cfg)], pending[0])
+        run = Runtime.of(pending[0])
+        prefetch([request for cfg in pending for request in module.dictionaries(cfg)], run)
+        if hasattr(module, "later_dictionaries"):
+            prefetch_rounds([module.later_dictionaries(cfg) for cfg in pending], run)
 
 
 def _n_processes(pending: Sequence[DictConfig]) -> int:

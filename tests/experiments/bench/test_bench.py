@@ -27,7 +27,7 @@ from experiments.bench import peers
 from experiments.bench import scaling as bench_scaling
 from experiments.bench import stream as bench_stream
 from experiments.bench import train_step as bench_train_step
-from experiments.bench.common import RepeatedBatches, built, fit
+from experiments.bench.common import RepeatedBatches, built, fit_fleet
 from hydra_plugins.blocks_sweeper.sweeper import cells_of
 from reports import compare, figures
 from reports.collect import read_cells
@@ -155,7 +155,7 @@ def test_lightning_and_the_bare_loop_do_the_same_work(tmp_path):
     method, twin = (built(cfg.methods.batchtopk, CPU, dict_size=64) for _ in range(2))
     batches = [Batch(x) for x in peers.structured_rows(2 * 64, cfg.d_model, 0).split(64)]
     bare = bench_train_step.BareChunks(twin, CPU, warmup=1)
-    fit(cfg, [method], batches, 3, 4, bare)
+    fit_fleet(cfg, [method], batches, 3, 4, bare)
     assert method.n_updates == twin.n_updates == 12 and len(bare.bare) == len(bare.in_fit) == 2
     assert all(torch.equal(a, b) for a, b in zip(method.parameters(), twin.parameters(), strict=True))
 

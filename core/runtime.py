@@ -1,0 +1,78 @@
+"""Where a run keeps its files and on what it computes: all that training needs of a configuration beside what it trains.
+
+None of it decides a number but `precision`, which is a part of every request (`core.fleet.Request`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """The group `cache`: where activations are kept on disk, and how much space they may take."""
+
+    dir: str
+    max_gb: float
+    keep_free_gb: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """The settings of `trainer`, `logging` and `cache`, and the folders.
+
+    name        of the experiment; curves and logs are called after it
+    processes   among which the dictionaries of a sweep are split: a number, or `auto`
+    log_every_steps, quiet_seconds  optimiser steps between logged values; seconds between progress lines
+    """
+
+    name: str
+    artifacts_dir: str
+    output_dir: str
+    accelerator: str
+    precision: str
+    checkpoint_every_seconds: float
+    processes: int | str
+    logger: str
+    log_every_steps: int
+    quiet_seconds: float
+    cache: Cache | None = None
+
+    @classmethod
+    def of(cls, cfg: Any) -> Runtime:
+        """From a whole configuration."""
+        trainer: Mapping[str, Any] = cfg.trainer
+        cache = None if cfg.cache.dir is None else Cache(**{str(key): value for key, value in cfg.cache.items()})
+        return cls(
+            name=cfg.name,
+            artifacts_dir=str(cfg.artifacts_dir),
+            output_dir=str(cfg.output_dir),
+            accelerator=trainer["accelerator"],
+            precision=trainer["precision"],
+            checkpoint_every_seconds=trainer["checkpoint_every_seconds"],
+            processes=trainer["processes"],
+            logger=cfg.logging.logger,
+            log_every_steps=cfg.logging.log_every_steps,
+            quiet_seconds=cfg.logging.quiet_seconds,
+            cache=cache,
+        )
+
+    @property
+    def logs(self) -> Path:
+        return Path(self.output_dir) / "logs"
+
+    @property
+    def device(self) -> torch.device:
+        return resolve_device(self.accelerator)
+
+
+def resolve_device(accelerator: str) -> torch.device:
+    """The device behind Lightning's name of an accelerator (`auto`, `cpu`, `gpu`, `cuda`)."""
+    if accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda")
+    return torch.device("cpu")

@@ -1,0 +1,122 @@
+"""A language model's activations at one site as a source: text, tokens, forward passes, shuffling, and a disk cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from core import distributed
+from core.errors import UserError
+from core.models.identity import model_identity
+from core.models.language_model import load_language_model
+from core.models.loading import chosen_device
+from core.runtime import Runtime
+from core.seeding import derived_seed
+from core.streams.activations import ActivationStream
+from core.streams.cache import CachedStream, Shards, fill_spec
+from core.streams.source import Source, Stream
+from core.text.rows import RowStream
+
+IN_THE_SPEC = (
+    "site", "n_tokens", "n_ctx", "packing", "max_document_tokens", "batch_size", "buffer_tokens", "buffer_dtype",
+    "rows_per_forward", "batches_per_chunk", "calibration_batches",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ActivationSource(Source):
+    """Activations of `model` on the text of `data`; `batch_size` counts tokens.
+
+    site                 `resid_pre.8` and the like (`core.models.sites`)
+    n_tokens             of the training, rounded up to whole batches
+    n_ctx, packing, max_document_tokens  how text becomes rows (`core.text.rows`)
+    buffer_tokens, buffer_dtype          the shuffle buffer (`core.streams.activations`)
+    rows_per_forward     rows that go through the model at a time
+    seed                 which text is drawn, and how it is shuffled
+    model, data          plain configurations of the groups of these names
+    """
+
+    unit = "tokens"
+
+    site: str
+    n_tokens: int
+    n_ctx: int
+    packing: Any
+    max_document_tokens: int | None
+    batch_size: int
+    buffer_tokens: int
+    buffer_dtype: str
+    rows_per_forward: int
+    batches_per_chunk: int
+    calibration_batches: int
+    seed: int
+    model: dict[str, Any]
+    data: dict[str, Any]
+    devices: int = 1
+
+    @property
+    def n_batches(self) -> int:
+        return -(-self.n_tokens // self.batch_size)
+
+    @cached_property
+    def batches_spec(self) -> dict[str, Any]:
+        return {
+            "stream": {name: getattr(self, name) for name in IN_THE_SPEC},
+            "model": model_identity(self.model),
+            "data": instantiate(self.data).spec,
+            "seed": self.seed,
+            **({"devices": self.devices} if self.devices > 1 else {}),
+        }
+
+    def open(self, run: Runtime) -> Stream:
+        """Computed by the language model; with a cache, read from disk as far as it is there, and written where not."""
+        if run.cache is None:
+            return self.live()
+        shards = Shards(run.cache.dir, fill_spec(self.spec), run.cache.max_gb, run.cache.keep_free_gb)
+        sizes = {name: getattr(self, name) for name in ("batch_size", "buffer_tokens", "n_ctx", "buffer_dtype")}
+        n_batches = self.n_batches + self.calibration_batches
+        return CachedStream(shards, self.live, sizes, n_batches, chosen_device(self.model["device"]))
+
+    def live(self, rank: int | None = None) -> ActivationStream:
+        """Computed by the language model; with several devices, the part of one rank, or of this process's own.
+
+        Of every W blocks of `rows_per_forward` rows each rank takes one.
+        """
+        rank, n = distributed.rank() if rank is None else rank, self.devices
+        seed = self.seed if n == 1 else derived_seed(self.seed, "rank", rank)
+        lm = load_language_model(DictConfig(self.model))
+        rows = RowStream(
+            instantiate(self.data),
+            lm.tokenizer,
+            "train",
+            self.seed,
+            self.n_ctx,
+            self.packing,
+            self.max_document_tokens,
+            rank,
+            n,
+        )
+        return ActivationStream(
+            lm,
+            self.site,
+            rows,
+            distributed.share("stream.batch_size", self.batch_size, n),
+            distributed.share("stream.buffer_tokens", self.buffer_tokens, n),
+            self.rows_per_forward,
+            seed,
+            getattr(torch, self.buffer_dtype),
+        )
+
+    def check_devices(self) -> None:
+        n = self.devices
+        distributed.share("stream.batch_size", self.batch_size, n)
+        if self.buffer_tokens % (n * self.n_ctx):
+            raise UserError(
+                f"stream.buffer_tokens ({self.buffer_tokens:,}) must be a multiple of stream.n_ctx ({self.n_ctx}) "
+                f"times trainer.devices ({n}): each device gets whole rows."
+            )
