@@ -128,11 +128,9 @@ def load_or_train_all(requests: Sequence[Request], run: Runtime) -> list[Diction
     """
     store = Store(run.artifacts_dir)
     for group in _missing(requests, store).values():
-        failed = {
-            key: _failed_here[run.artifacts_dir, key] for key in group if (run.artifacts_dir, key) in _failed_here
-        }
-        failed = failed or train_together(list(group.values()), run)
-        for error in failed.values():
+        places = [(run.artifacts_dir, key) for key in group]
+        failed = [_failed_here[place] for place in places if place in _failed_here]
+        for error in failed or train_together(list(group.values()), run).values():
             raise error
     return [load_dictionary(store.path(KIND, request.spec)) for request in requests]
 

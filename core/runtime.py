@@ -1,4 +1,4 @@
-"""Where a run keeps its files and on what it computes: all that training needs of a configuration beside what it trains.
+"""Where a run keeps its files and on what it computes: what training needs beside what it trains.
 
 None of it decides a number but `precision`, which is a part of every request (`core.fleet.Request`).
 """

@@ -80,8 +80,10 @@ def stored(cfg: DictConfig, spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_told(cfg: DictConfig, name: str, told: Mapping[str, Any]) -> None:
-    """`<name>.json` in the cell's folder: what is to be kept of a dictionary."""
-    write_atomically(Path(cfg.cell_folder) / f"{name}.json", json.dumps(told, indent=1))
+    """`<name>.json` in the cell's folder: what is to be kept of a dictionary. Nothing before the cell has a folder, as
+    when the fleet collects what it will ask for."""
+    if cfg.cell_folder is not None:
+        write_atomically(Path(cfg.cell_folder) / f"{name}.json", json.dumps(told, indent=1))
 
 
 def _loaded(method: dict[str, Any]) -> tuple[DictionaryMethod, dict[str, Any]]:

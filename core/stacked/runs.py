@@ -147,8 +147,8 @@ def train(
     name         curves go to `<output_dir>/logs/<name>`
     checkpoints  the folder of those of this training, removed when it has ended
 
-    Raises UserError if `log_every` does not divide `steps`, NonFiniteLoss, and Interrupted after SIGINT or SIGTERM, with
-    a checkpoint.
+    Raises UserError if `log_every` does not divide `steps`, NonFiniteLoss, and, after SIGINT or SIGTERM, Interrupted
+    with a checkpoint.
     """
     s = schedule
     if s.steps % s.log_every:

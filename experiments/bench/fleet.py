@@ -20,7 +20,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from core.artifacts import Store
-from core.bench import hardware, resolve_device, save_table, threads
+from core.bench import Entry, hardware, resolve_device, save_table, threads
 from core.fleet import KIND, Request, load_or_train, prefetch
 from core.methods.saved import load_dictionary
 from core.models.language_model import load_language_model
@@ -44,7 +44,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         raise RuntimeError(f"Trained together and alone, dictionaries differ by {difference:.2g} of their entries.")
     print(f"fleet {together:.1f} s, one by one {alone:.1f} s: {alone / together:.2f} times faster", file=sys.stderr)
     n_tokens = sum(request.source.n_batches * request.source.batch_size for request in requests)
-    rows = [
+    rows: list[dict[str, Entry]] = [
         {"way": way, "s": seconds, "dictionaries": len(requests), "tokens/s over all": n_tokens / seconds}
         for way, seconds in (("fleet", together), ("one by one", alone))
     ]

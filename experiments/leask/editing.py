@@ -104,7 +104,8 @@ def planted(cfg: DictConfig) -> DictConfig:
 
 
 def meta_dictionary(cfg: DictConfig, method: DictionaryMethod) -> Request:
-    """The request for one that is trained on the directions of all decoder rows but those of dead latents, which are where chance put them."""
+    """One that is trained on the directions of all decoder rows but those of dead latents, which chance put where they
+    are."""
     m = cfg.meta
     if m.min_firing_rate is not None or m.sampling == "frequency":
         raise UserError(

@@ -82,8 +82,7 @@ def member(cfg: DictConfig, place: int) -> dict[str, Any]:
 
 
 def later_dictionaries(cfg: DictConfig) -> Iterator[list[Request]]:
-    """What the fleet trains once the family is there: the meta-dictionaries, then encoders for decoders put in the place
-    of theirs."""
+    """What the fleet trains once the family is there: the meta-dictionaries, then encoders for other decoders."""
     family, rows = family_of(cfg)
     requests_of_cell = wanted(cfg, rows)
     yield requests_of_cell
