@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 import run as runner
 from core.fleet import Request
+from core.runtime import Runtime
+from core.streams.activation_source import ActivationSource
 from core.text.documents import CountedDocuments, Document, Split, split_of
 from reports.collect import Cell, read_cells
 
@@ -88,7 +89,7 @@ def words_data(words: WordSource, tmp_path_factory: pytest.TempPathFactory) -> d
 SMALL_STREAM = {
     "site": "resid_pre.1", "n_tokens": 1536, "n_ctx": 16, "packing": "concat", "max_document_tokens": 64,
     "batch_size": 64, "buffer_tokens": 512, "buffer_dtype": "float32", "rows_per_forward": 8, "batches_per_chunk": 4,
-    "calibration_batches": 3,
+    "calibration_batches": 3, "seed": 0,
 }  # fmt: skip
 
 
@@ -120,24 +121,25 @@ def small_request(tiny_model: dict[str, Any], words_data: dict[str, Any]) -> Cal
     """Makes the request for a method on the tiny model, 24 batches of 64; keywords change the stream."""
 
     def request(method: dict[str, Any], devices: int = 1, **stream: Any) -> Request:
-        return Request(method, {**SMALL_STREAM, **stream}, tiny_model, words_data, "32-true", 0, devices)
+        settings = {**SMALL_STREAM, **stream}
+        return Request(method, ActivationSource(**settings, model=tiny_model, data=words_data, devices=devices))
 
     return request
 
 
 @pytest.fixture(scope="session")
-def bare_cfg() -> Callable[..., DictConfig]:
-    """Makes what training asks of a configuration, with a store `<folder>/<name>`; keywords change `trainer`."""
+def runtime() -> Callable[..., Runtime]:
+    """Makes what training needs beside a request, with a store `<folder>/<name>`; keywords change it."""
 
-    def cfg(folder: Path, name: str, **trainer: Any) -> DictConfig:
-        quiet = {"accelerator": "cpu", "precision": "32-true", "checkpoint_every_seconds": 0, "processes": 1}
-        return OmegaConf.create({
-            "name": name, "artifacts_dir": str(folder / name), "output_dir": str(folder / "outputs"),
-            "trainer": {**quiet, **trainer},
-            "logging": {"logger": "none", "quiet_seconds": 1000, "log_every_steps": 50},
-        })  # fmt: skip
+    def make(folder: Path, name: str, **changes: Any) -> Runtime:
+        quiet: dict[str, Any] = {
+            "accelerator": "cpu", "precision": "32-true", "checkpoint_every_seconds": 0, "processes": 1,
+            "logger": "none", "log_every_steps": 50, "quiet_seconds": 1000,
+        }  # fmt: skip
+        places = {"name": name, "artifacts_dir": str(folder / name), "output_dir": str(folder / "outputs")}
+        return Runtime(**places, **{**quiet, **changes})
 
-    return cfg
+    return make
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from core import distributed, fleet
@@ -22,6 +21,8 @@ from core.fleet import KIND, Request, load_or_train, train_together
 from core.kernels.across import mask_of_batchtopk, select_global_batchtopk
 from core.kernels.select import mask_of_largest
 from core.methods.saved import load_dictionary
+from core.runtime import Runtime
+from core.streams.activation_source import ActivationSource
 from core.workers import Task, run_tasks
 
 COMMON = {
@@ -56,21 +57,21 @@ METHODS = {
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory, bare_cfg: Any, small_request: Any):
-    """(configuration for a store of its own, request maker)."""
+def setting(tmp_path_factory: pytest.TempPathFactory, runtime: Any, small_request: Any):
+    """(runtime with a store of its own, by name; request maker)."""
     folder = tmp_path_factory.mktemp("ranks")
-    return lambda name: bare_cfg(folder, name, processes="auto"), small_request
+    return lambda name, **changes: runtime(folder, name, **{"processes": "auto", **changes}), small_request
 
 
-def weights(request: Request, cfg: DictConfig) -> dict[str, Tensor]:
-    return load_dictionary(Store(cfg.artifacts_dir).path(KIND, request.spec)).state_dict()
+def weights(request: Request, run: Runtime) -> dict[str, Tensor]:
+    return load_dictionary(Store(run.artifacts_dir).path(KIND, request.spec)).state_dict()
 
 
 class JoinedStream:
     """The ranks' batches one after the other, as one batch."""
 
-    def __init__(self, request: Request) -> None:
-        self.streams = [fleet.open_stream(request, rank) for rank in range(request.devices)]
+    def __init__(self, source: ActivationSource) -> None:
+        self.streams = [source.live(rank) for rank in range(source.devices)]
         self.device = self.streams[0].device
 
     def __iter__(self) -> Iterator[Batch]:
@@ -83,15 +84,15 @@ class JoinedStream:
         return {}
 
 
-def train_joined(requests: list[Request], cfg: DictConfig) -> None:
+def train_joined(requests: list[Request], run: Runtime) -> None:
     """In this process, on the global batches of several ranks."""
     methods, _ = fleet._build(requests)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fleet, "training_stream", lambda request, cfg: JoinedStream(request))
-        fleet._train(requests, methods, Store(cfg.artifacts_dir), cfg)
+        patch.setattr(ActivationSource, "open", lambda self, run: JoinedStream(self))
+        fleet._train(requests, methods, Store(run.artifacts_dir), run)
 
 
-def assert_trained_alike(request: Request, one: DictConfig, other: DictConfig) -> None:
+def assert_trained_alike(request: Request, one: Runtime, other: Runtime) -> None:
     """Equal to rounding after a whole training, and counters exactly."""
     a, b = weights(request, one), weights(request, other)
     assert a.keys() == b.keys()
@@ -100,31 +101,31 @@ def assert_trained_alike(request: Request, one: DictConfig, other: DictConfig) -
 
 
 @pytest.fixture(scope="module")
-def ranks(setting) -> DictConfig:
+def ranks(setting) -> Runtime:
     """Every method's dictionary, trained by two ranks without interruption."""
-    cfg, request = setting
-    assert train_together([request(method, 2) for method in METHODS.values()], cfg("ranks")) == {}
-    return cfg("ranks")
+    run, request = setting
+    assert train_together([request(method, 2) for method in METHODS.values()], run("ranks")) == {}
+    return run("ranks")
 
 
 @pytest.mark.slow
 def test_two_ranks_train_what_one_process_trains_on_the_same_global_batches(setting, ranks):
-    cfg, request = setting
+    run, request = setting
     requests = [request(method, 2) for method in METHODS.values()]
-    train_joined(requests, cfg("joined"))
+    train_joined(requests, run("joined"))
     assert any((weights(one, ranks)["tokens_since_fired"] >= 64).any() for one in requests)  # AuxK takes part
     for one in requests:
-        assert_trained_alike(one, ranks, cfg("joined"))
+        assert_trained_alike(one, ranks, run("joined"))
 
 
 @pytest.mark.slow
 def test_three_ranks_train_what_one_process_trains_on_the_same_global_batches(setting):
-    cfg, request = setting
+    run, request = setting
     requests = [request(METHODS[name], 3, batch_size=96, buffer_tokens=768) for name in ("batchtopk", "relu_l1")]
-    assert train_together(requests, cfg("ranks")) == {}
-    train_joined(requests, cfg("joined three"))
+    assert train_together(requests, run("ranks")) == {}
+    train_joined(requests, run("joined three"))
     for one in requests:
-        assert_trained_alike(one, cfg("ranks"), cfg("joined three"))
+        assert_trained_alike(one, run("ranks"), run("joined three"))
 
 
 def test_ranks_see_different_rows_which_together_are_all_rows(setting):
@@ -132,7 +133,8 @@ def test_ranks_see_different_rows_which_together_are_all_rows(setting):
     alone, shared = request(TOPK, 1), request(TOPK, 2, rows_per_forward=4)
 
     def rows(one: Request, rank: int, n: int) -> set[tuple[int, ...]]:
-        stream = fleet.open_stream(one, rank).rows
+        assert isinstance(one.source, ActivationSource)
+        stream = one.source.live(rank).rows
         return {tuple(row.tolist()) for row in stream.next_rows(n)}
 
     halves = [rows(shared, rank, 12) for rank in range(2)]
@@ -233,9 +235,8 @@ def rank_stopped_after(chunk: int, how: str, rank: int, *arguments: Any) -> dict
     return fleet.train_rank(rank, *arguments)
 
 
-def run_ranks(requests: list[Request], cfg: DictConfig, folder: Path, chunk: int, how: str) -> list[Any]:
-    plain = OmegaConf.to_container(cfg)
-    arguments = (str(folder / f"meeting-{how}"), False, requests, plain)
+def run_ranks(requests: list[Request], run: Runtime, folder: Path, chunk: int, how: str) -> list[Any]:
+    arguments = (str(folder / f"meeting-{how}"), False, requests, run)
     tasks = [
         Task(f"rank {rank}", "tests.test_distributed:rank_stopped_after", (chunk, how, rank, *arguments))
         for rank in range(2)
@@ -246,29 +247,29 @@ def run_ranks(requests: list[Request], cfg: DictConfig, folder: Path, chunk: int
 
 @pytest.mark.slow
 def test_ranks_that_are_stopped_go_on_to_the_same_bits(setting, ranks, tmp_path):
-    cfg, request = setting
+    run, request = setting
     requests = sorted((request(METHODS[name], 2) for name in ("batchtopk", "jumprelu")), key=lambda r: r.key)
     with pytest.raises(Exception, match=r"SIGTERM|143"):
-        run_ranks(requests, cfg("stopped"), tmp_path, 3, "SIGTERM")
-    [checkpoint] = Path(cfg("stopped").artifacts_dir).rglob("*.ckpt")
+        run_ranks(requests, run("stopped"), tmp_path, 3, "SIGTERM")
+    [checkpoint] = Path(run("stopped").artifacts_dir).rglob("*.ckpt")
     assert int(checkpoint.stem) == 4
-    assert train_together(requests, cfg("stopped")) == {}
+    assert train_together(requests, run("stopped")) == {}
     for one in requests:
-        a, b = weights(one, ranks), weights(one, cfg("stopped"))
+        a, b = weights(one, ranks), weights(one, run("stopped"))
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.slow
 def test_what_stops_one_rank_stops_all_and_a_dictionary_that_diverges_stops_alone(setting, ranks, tmp_path):
-    cfg, request = setting
+    run, request = setting
     with pytest.raises(FloatingPointError, match="Activations are not finite"):
-        run_ranks([request(TOPK, 2)], cfg("store"), tmp_path, 2, "FloatingPointError")
+        run_ranks([request(TOPK, 2)], run("store"), tmp_path, 2, "FloatingPointError")
     wild = request({**TOPK, "lr": 1e30, "decoder_norm": "none"}, 2)
-    failed = train_together([wild, request(TOPK, 2)], cfg("store"))
+    failed = train_together([wild, request(TOPK, 2)], run("store"))
     assert failed.keys() == {wild.key} and isinstance(failed[wild.key], NonFiniteLoss)
     assert all(
         torch.equal(a, b)
-        for a, b in zip(*(weights(request(TOPK, 2), c).values() for c in (cfg("store"), ranks)), strict=True)
+        for a, b in zip(*(weights(request(TOPK, 2), c).values() for c in (run("store"), ranks)), strict=True)
     )
 
 
@@ -281,11 +282,9 @@ def test_what_stops_one_rank_stops_all_and_a_dictionary_that_diverges_stops_alon
     ],
 )
 def test_settings_that_do_not_fit_several_devices_are_named(setting, stream, trainer, named):
-    cfg, request = setting
-    configuration = cfg("unfit")
-    configuration.trainer.update(trainer)
+    run, request = setting
     with pytest.raises(UserError) as error:
-        load_or_train(request(TOPK, 2, **stream), configuration)
+        load_or_train(request(TOPK, 2, **stream), run("unfit", **trainer))
     assert all(word in str(error.value) for word in named)
 
 

@@ -2,19 +2,21 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
 
 from core import fleet
 from core.artifacts import Store
 from core.errors import NonFiniteLoss, UserError
 from core.fleet import KIND, Request, load_or_train, prefetch, train_together
 from core.methods.saved import load_dictionary
+from core.runtime import Runtime
+from core.streams.activation_source import ActivationSource
 
 COMMON = {
     "d_model": 32, "dict_size": 64, "lr": 1e-3, "betas": [0.9, 0.99], "input_norm": "token_std", "seed": 0,
@@ -36,81 +38,81 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def setting(tmp_path: Path, bare_cfg: Any, small_request: Any):
-    """(configuration for a store of its own, request maker)."""
+def setting(tmp_path: Path, runtime: Any, small_request: Any):
+    """(runtime with a store of its own, by name; request maker)."""
 
     def request(method: str, stream: dict[str, Any] | None = None, **changes: Any) -> Request:
         return small_request({**METHODS[method], **changes}, **(stream or {}))
 
-    return lambda name: bare_cfg(tmp_path, name), request
+    return lambda name, **changes: runtime(tmp_path, name, **changes), request
 
 
-def weights(request: Request, cfg: DictConfig) -> dict[str, torch.Tensor]:
-    return load_dictionary(Store(cfg.artifacts_dir).path(KIND, request.spec)).state_dict()
+def weights(request: Request, run: Runtime) -> dict[str, torch.Tensor]:
+    return load_dictionary(Store(run.artifacts_dir).path(KIND, request.spec)).state_dict()
 
 
 def test_a_dictionary_trained_in_a_fleet_equals_bitwise_the_one_trained_alone(setting):
-    cfg, request = setting
+    run, request = setting
     requests = [request(name) for name in METHODS] + [request("batchtopk", k=8)]
-    assert train_together(requests, cfg("together")) == {}
+    assert train_together(requests, run("together")) == {}
     for one in requests:
-        load_or_train(one, cfg("alone"))
-        a, b = weights(one, cfg("together")), weights(one, cfg("alone"))
+        load_or_train(one, run("alone"))
+        a, b = weights(one, run("together")), weights(one, run("alone"))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_dictionary_comes_out_the_same_whatever_the_number_of_threads_in_its_fleet(setting):
-    cfg, request = setting
+    run, request = setting
     requests = [request(name) for name in METHODS]
     for n_threads in (1, 2):
         torch.set_num_threads(n_threads)
-        train_together(requests, cfg(f"threads{n_threads}"))
+        train_together(requests, run(f"threads{n_threads}"))
         assert torch.get_num_threads() == n_threads
     for one in requests:
-        a, b = weights(one, cfg("threads1")), weights(one, cfg("threads2"))
+        a, b = weights(one, run("threads1")), weights(one, run("threads2"))
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_one_stream_serves_a_group_and_what_is_stored_is_not_trained_again(setting, monkeypatch):
-    cfg, request = setting
+    run, request = setting
     opened = []
-    original = fleet.open_stream
-    monkeypatch.setattr(fleet, "open_stream", lambda r: opened.append(r.key) or original(r))
-    load_or_train(request("topk"), cfg("store"))
-    prefetch([request(name) for name in METHODS], cfg("store"))
+    original = ActivationSource.open
+    monkeypatch.setattr(ActivationSource, "open", lambda self, run: opened.append(self) or original(self, run))
+    load_or_train(request("topk"), run("store"))
+    prefetch([request(name) for name in METHODS], run("store"))
     assert len(opened) == 2
-    prefetch([request(name) for name in METHODS], cfg("store"))
-    load_or_train(request("jumprelu"), cfg("store"))
+    prefetch([request(name) for name in METHODS], run("store"))
+    load_or_train(request("jumprelu"), run("store"))
     assert len(opened) == 2
 
 
 def test_requests_on_different_streams_train_in_different_groups(setting, monkeypatch):
-    cfg, request = setting
+    run, request = setting
     groups = []
-    monkeypatch.setattr(fleet, "train_together", lambda rs, cfg: groups.append(len(rs)) or {})
-    prefetch([request("topk"), request("batchtopk"), request("topk", {"site": "resid_pre.2"})], cfg("store"))
+    monkeypatch.setattr(fleet, "train_together", lambda rs, run: groups.append(len(rs)) or {})
+    prefetch([request("topk"), request("batchtopk"), request("topk", {"site": "resid_pre.2"})], run("store"))
     assert sorted(groups) == [1, 2]
 
 
 def test_a_method_that_cannot_be_built_leaves_the_others_alone(setting):
-    cfg, request = setting
+    run, request = setting
     bad, good = request("topk", k=65), request("topk")
-    failed = train_together([bad, good], cfg("store"))
+    failed = train_together([bad, good], run("store"))
     assert isinstance(failed[bad.key], UserError) and "method.k" in str(failed[bad.key])
-    assert failed.keys() == {bad.key} and Store(cfg("store").artifacts_dir).has(KIND, good.spec)
+    assert failed.keys() == {bad.key} and Store(run("store").artifacts_dir).has(KIND, good.spec)
     with pytest.raises(UserError, match=r"method\.k is 65"):
-        load_or_train(bad, cfg("store"))
+        load_or_train(bad, run("store"))
 
 
 def test_a_dictionary_that_diverges_stops_alone_and_is_not_stored(setting):
-    cfg, request = setting
+    run, request = setting
     wild, calm = request("topk", lr=1e30, decoder_norm="none"), request("batchtopk")
-    failed = train_together([wild, calm], cfg("store"))
+    failed = train_together([wild, calm], run("store"))
     assert isinstance(failed[wild.key], NonFiniteLoss) and "step" in str(failed[wild.key])
-    store = Store(cfg("store").artifacts_dir)
+    store = Store(run("store").artifacts_dir)
     assert store.has(KIND, calm.spec) and not store.has(KIND, wild.spec)
-    load_or_train(calm, cfg("alone"))
-    a, b = weights(calm, cfg("store")), weights(calm, cfg("alone"))
+    load_or_train(calm, run("alone"))
+    a, b = weights(calm, run("store")), weights(calm, run("alone"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -120,11 +122,10 @@ class InterruptedTrainingError(RuntimeError):
 
 @pytest.mark.parametrize("after_chunk", [1, 4])
 def test_a_stopped_fleet_goes_on_to_the_same_parameters_bit_for_bit(setting, monkeypatch, after_chunk):
-    cfg, request = setting
+    run, request = setting
     requests = [request(name) for name in METHODS]
-    assert train_together(requests, cfg("whole")) == {}
-    stopped = cfg("stopped")
-    stopped.trainer.checkpoint_every_seconds = 1e-9
+    assert train_together(requests, run("whole")) == {}
+    stopped = run("stopped", checkpoint_every_seconds=1e-9)
     original = fleet.Fleet.training_step
 
     def breaking(self: fleet.Fleet, chunk: Any, batch_idx: int) -> None:
@@ -142,23 +143,23 @@ def test_a_stopped_fleet_goes_on_to_the_same_parameters_bit_for_bit(setting, mon
     assert train_together(requests, stopped) == {}
     assert steps == list(range(after_chunk, 6))
     for one in requests:
-        a, b = weights(one, cfg("whole")), weights(one, stopped)
+        a, b = weights(one, run("whole")), weights(one, stopped)
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_stored_dictionary_computes_what_the_trained_one_did(setting):
-    cfg, request = setting
-    method = load_or_train(request("batchtopk"), cfg("store"))
+    run, request = setting
+    method = load_or_train(request("batchtopk"), run("store"))
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
-    again = load_or_train(request("batchtopk"), cfg("store"))
+    again = load_or_train(request("batchtopk"), run("store"))
     assert not again.training and float(again.threshold) > 0
     assert torch.equal(again.reconstruct(x), method.reconstruct(x))
 
 
 def test_a_manifest_may_name_only_methods_of_this_project(setting, tmp_path):
-    cfg, request = setting
-    load_or_train(request("topk"), cfg("store"))
-    folder = Store(cfg("store").artifacts_dir).path(KIND, request("topk").spec)
+    run, request = setting
+    load_or_train(request("topk"), run("store"))
+    folder = Store(run("store").artifacts_dir).path(KIND, request("topk").spec)
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in ("os.system", "core.fleet.Fleet", "core.methods.base.nn"):
         (folder / "manifest.json").write_text(json.dumps({**manifest, "class": name}))
@@ -168,9 +169,8 @@ def test_a_manifest_may_name_only_methods_of_this_project(setting, tmp_path):
         load_dictionary(tmp_path)
 
 
-def in_processes(cfg: DictConfig, n: int) -> DictConfig:
-    cfg.trainer.processes = n
-    return cfg
+def in_processes(run: Runtime, n: int) -> Runtime:
+    return replace(run, processes=n)
 
 
 @pytest.fixture
@@ -194,56 +194,56 @@ def counted(monkeypatch) -> list[list[int]]:
 
 @pytest.mark.slow
 def test_a_group_split_over_processes_comes_out_bitwise_as_in_one(setting):
-    cfg, request = setting
+    run, request = setting
     requests = [request(name) for name in METHODS] + [request("batchtopk", k=8)]
-    prefetch(requests, cfg("one"))
-    prefetch(requests, in_processes(cfg("two"), 2))
+    prefetch(requests, run("one"))
+    prefetch(requests, in_processes(run("two"), 2))
     for one in requests:
-        a, b = weights(one, cfg("one")), weights(one, cfg("two"))
+        a, b = weights(one, run("one")), weights(one, run("two"))
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_group_is_split_by_cost_and_only_what_is_missing_is_trained(setting, counted):
-    cfg, request = setting
-    load_or_train(request("topk"), cfg("store"))
-    prefetch([request("topk"), *(request("batchtopk", k=k) for k in (2, 4, 8))], in_processes(cfg("store"), 2))
+    run, request = setting
+    load_or_train(request("topk"), run("store"))
+    prefetch([request("topk"), *(request("batchtopk", k=k) for k in (2, 4, 8))], in_processes(run("store"), 2))
     assert counted == [[2, 1]]
-    prefetch([request("topk"), request("batchtopk", k=16)], in_processes(cfg("store"), 2))
+    prefetch([request("topk"), request("batchtopk", k=16)], in_processes(run("store"), 2))
     assert counted == [[2, 1]]  # one is missing, and is trained here
 
 
 def test_more_processes_than_dictionaries_is_said_once_and_uses_one_each(setting, counted, capfd):
-    cfg, request = setting
-    prefetch([request(name) for name in METHODS], in_processes(cfg("store"), 7))
+    run, request = setting
+    prefetch([request(name) for name in METHODS], in_processes(run("store"), 7))
     assert counted == [[1, 1, 1]]
     assert capfd.readouterr().err.count("trainer.processes=7: 3 serve") == 1
 
 
 def test_what_fails_in_one_process_is_told_and_leaves_the_others_dictionaries(setting, counted, monkeypatch, capfd):
-    cfg, request = setting
+    run, request = setting
     original = fleet.train_together
 
-    def one_fails(requests: Any, cfg: DictConfig) -> Any:
+    def one_fails(requests: Any, run: Runtime) -> Any:
         if any("TopK" in one.method["_target_"] and one.method["k"] == 5 for one in requests):
             raise RuntimeError("out of memory")
-        return original(requests, cfg)
+        return original(requests, run)
 
     monkeypatch.setattr(fleet, "train_together", one_fails)
     wild = request("topk", lr=1e30, decoder_norm="none")
     lost, good = request("topk", k=5), request("jumprelu")
-    prefetch([lost, good, wild], in_processes(cfg("store"), 3))
-    store = Store(cfg("store").artifacts_dir)
+    prefetch([lost, good, wild], in_processes(run("store"), 3))
+    store = Store(run("store").artifacts_dir)
     assert store.has(KIND, good.spec) and not store.has(KIND, lost.spec)
     err = capfd.readouterr().err
     assert "not trained together: out of memory" in err and "not finite" in err
     monkeypatch.setattr(fleet, "train_together", original)
     with pytest.raises(NonFiniteLoss):
-        load_or_train(wild, cfg("store"))  # known to diverge, not tried again
-    load_or_train(lost, cfg("store"))  # its cell trains it alone
+        load_or_train(wild, run("store"))  # known to diverge, not tried again
+    load_or_train(lost, run("store"))  # its cell trains it alone
 
 
 def test_a_full_disk_in_one_process_ends_the_sweep_after_the_others_have_stored_theirs(setting, counted, monkeypatch):
-    cfg, request = setting
+    run, request = setting
     full, good = request("topk"), request("jumprelu")
     put = Store.put
 
@@ -254,19 +254,18 @@ def test_a_full_disk_in_one_process_ends_the_sweep_after_the_others_have_stored_
 
     monkeypatch.setattr(Store, "put", refused)
     with pytest.raises(OSError, match="No space left"):
-        prefetch([full, good], in_processes(cfg("store"), 2))
-    assert Store(cfg("store").artifacts_dir).has(KIND, good.spec)
+        prefetch([full, good], in_processes(run("store"), 2))
+    assert Store(run("store").artifacts_dir).has(KIND, good.spec)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
 def test_a_stopped_sweep_goes_on_from_its_checkpoints_with_another_number_of_processes(
     setting, counted, monkeypatch, before, after
 ):
-    cfg, request = setting
+    run, request = setting
     requests = [request(name) for name in METHODS]
-    prefetch(requests, cfg("whole"))
-    stopped = cfg("stopped")
-    stopped.trainer.checkpoint_every_seconds = 1e-9
+    prefetch(requests, run("whole"))
+    stopped = run("stopped", checkpoint_every_seconds=1e-9)
     original = fleet.Fleet.training_step
 
     def breaking(self: fleet.Fleet, chunk: Any, batch_idx: int) -> None:
@@ -281,5 +280,5 @@ def test_a_stopped_sweep_goes_on_from_its_checkpoints_with_another_number_of_pro
     prefetch(requests, in_processes(stopped, after))
     assert set(steps) == {3, 4, 5}
     for one in requests:
-        a, b = weights(one, cfg("whole")), weights(one, stopped)
+        a, b = weights(one, run("whole")), weights(one, stopped)
         assert all(torch.equal(a[name], b[name]) for name in a)

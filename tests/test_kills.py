@@ -21,7 +21,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -32,6 +31,7 @@ from core.cells import cell_name
 from core.fleet import KIND, Request, train_together
 from core.interrupts import Interrupted, handled_by, stop_at_once
 from core.methods.base import DictionaryMethod
+from core.runtime import Runtime
 from core.streams.module import ActivationData
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -57,16 +57,16 @@ Kill = Callable[[BaseProcess], None]
 class Subject:
     """Dictionaries trained together, each life in a process of its own, in a store of their own."""
 
-    def __init__(self, folder: Path, cfg: DictConfig, requests: Sequence[Request]) -> None:
+    def __init__(self, folder: Path, run: Runtime, requests: Sequence[Request]) -> None:
         self.folder, self.requests, self.log = folder, list(requests), folder / "log"
         self.failures = folder / "failures.json"
-        self.cfg = OmegaConf.merge(cfg, {"artifacts_dir": str(folder / "store"), "output_dir": str(folder)})
+        self.run = replace(run, artifacts_dir=str(folder / "store"), output_dir=str(folder))
         self.store = Store(folder / "store")
         folder.mkdir(parents=True, exist_ok=True)
 
     def live(self, crash: str | None = None, kill: Kill | None = None) -> int:
         """One life; returns its exit code."""
-        process = server.Process(target=_live, args=(self.requests, self.cfg, self.folder, crash))
+        process = server.Process(target=_live, args=(self.requests, self.run, self.folder, crash))
         process.start()
         if kill is not None:
             kill(process)
@@ -96,7 +96,7 @@ class Subject:
         return not left
 
 
-def _live(requests: list[Request], cfg: DictConfig, folder: Path, crash: str | None) -> None:
+def _live(requests: list[Request], run: Runtime, folder: Path, crash: str | None) -> None:
     with (folder / "log").open("a") as file:
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
@@ -104,7 +104,7 @@ def _live(requests: list[Request], cfg: DictConfig, folder: Path, crash: str | N
         CRASHES[crash]()
     try:
         with handled_by(stop_at_once):
-            failed = train_together(requests, cfg)
+            failed = train_together(requests, run)
         (folder / "failures.json").write_text(json.dumps({key: str(error) for key, error in failed.items()}))
     except Interrupted as stop:
         print(stop, file=sys.stderr)
@@ -184,7 +184,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory, shared: list[str]) -> Any:
 
     def subject(name: str, place: str) -> Subject:
         chosen = [configurations[method] for method in SUBJECTS[name]]
-        return Subject(root / place.replace(" ", "_"), chosen[0], [request(one) for one in chosen])
+        return Subject(root / place.replace(" ", "_"), Runtime.of(chosen[0]), [request(one) for one in chosen])
 
     return subject
 
@@ -243,7 +243,7 @@ def test_what_a_killed_fleet_had_not_stored_goes_on_from_its_checkpoint(setting:
     assert sorted(stored) == [False, True]
     torch.set_num_threads(1)
     trained = chunks_trained(monkeypatch)
-    assert train_together([subject.requests[stored.index(False)]], subject.cfg) == {}
+    assert train_together([subject.requests[stored.index(False)]], subject.run) == {}
     assert trained == []
     assert subject.result() == whole("pair")[0] and subject.is_clean()
 
@@ -254,7 +254,7 @@ def test_one_dictionary_goes_on_alone_from_where_its_fleet_was_killed(setting: A
     torch.set_num_threads(1)
     trained = chunks_trained(monkeypatch)
     for request in subject.requests:
-        assert train_together([request], subject.cfg) == {}
+        assert train_together([request], subject.run) == {}
     assert trained == 2 * list(range(2, 16))
     assert subject.result() == whole("pair")[0] and subject.is_clean()
 
@@ -263,14 +263,14 @@ def test_a_dictionary_that_had_diverged_before_the_kill_has_still_diverged(setti
     def with_a_wild_one(place: str) -> Subject:
         calm = setting("batchtopk", place)
         wild = replace(calm.requests[0], method={**calm.requests[0].method, "lr": 1e30, "decoder_norm": "none"})
-        return Subject(calm.folder, calm.cfg, [wild, *calm.requests])
+        return Subject(calm.folder, calm.run, [wild, *calm.requests])
 
     untouched, killed = with_a_wild_one("wild"), with_a_wild_one("wild killed")
     assert untouched.live() == 0
     assert killed.live("while storing") == -signal.SIGKILL and killed.live() == 0
     failures = [json.loads(subject.failures.read_text()) for subject in (untouched, killed)]
     assert failures[0] == failures[1] and list(failures[0]) == [killed.requests[0].key]
-    calm = [Subject(subject.folder, subject.cfg, subject.requests[1:]) for subject in (untouched, killed)]
+    calm = [Subject(subject.folder, subject.run, subject.requests[1:]) for subject in (untouched, killed)]
     assert calm[0].result() == calm[1].result()
 
 
@@ -279,7 +279,7 @@ def test_training_neither_uses_nor_changes_the_global_generator(setting: Any, wh
     torch.set_num_threads(1)
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    train_together(subject.requests, subject.cfg)
+    train_together(subject.requests, subject.run)
     assert torch.equal(torch.get_rng_state(), before) and subject.result() == whole("pair")[0]
 
 
@@ -294,20 +294,18 @@ def test_a_method_resumes_exactly_with_lightnings_trainer_and_without_a_fleet(se
                 raise RuntimeError("the power fails")
 
     def fit(*callbacks: pl.Callback) -> DictionaryMethod:
-        method: DictionaryMethod = instantiate(request.method)
-        method.n_steps = request.n_batches
-        data = ActivationData(fleet.open_stream(request), request.n_batches, request.stream["batches_per_chunk"])
-        checkpoints = training.Checkpoints(tmp_path, 1e-9)
-        trainer = training.make_trainer(subject.cfg, tmp_path, "plain", data.n_chunks, [checkpoints, *callbacks])
-        checkpoints.fit(trainer, method, data)
-        method.finish([next(data.stream) for _ in range(request.stream["calibration_batches"])])
+        method, source = request.build(), request.source
+        data = ActivationData(source.open(subject.run), source.n_batches, source.batches_per_chunk)
+        work = training.Work("plain", data.n_chunks, 1, "chunks")
+        training.fit(subject.run, method, data, data.n_chunks, "plain", work, tmp_path, callbacks=callbacks)
+        method.finish([next(data.stream) for _ in range(source.calibration_batches)])
         return method
 
     with pytest.raises(RuntimeError, match="power"):
         fit(Stop())
     resumed = fit()
     [(weights, _)] = whole("batchtopk")[0].values()
-    assert resumed.n_updates == request.n_batches
+    assert resumed.n_updates == request.source.n_batches
     for name, tensor in load(weights).items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
@@ -321,10 +319,10 @@ def test_a_disk_that_is_full_when_a_dictionary_is_stored_keeps_the_checkpoint(se
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr("core.methods.saved.save_file", full)
-        train_together(subject.requests, subject.cfg)
+        train_together(subject.requests, subject.run)
     assert list(subject.store.root.rglob("*.ckpt")) and not list((subject.store.root / KIND).glob(".*"))
     trained = chunks_trained(monkeypatch)
-    assert train_together(subject.requests, subject.cfg) == {} and trained == []
+    assert train_together(subject.requests, subject.run) == {} and trained == []
     assert subject.result() == whole("batchtopk")[0] and subject.is_clean()
 
 

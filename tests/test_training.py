@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from omegaconf import OmegaConf
 
 from core import training
 from core.errors import UserError
 from core.interrupts import Interrupted
-from core.training import Checkpoints, digest_file, discard_finished, is_whole, make_trainer
+from core.runtime import Runtime
+from core.training import Checkpoints, Work, digest_file, discard_finished, is_whole, make_trainer
 
 N = 8  # chunks
 
@@ -56,13 +56,19 @@ class Numbers(pl.LightningDataModule):
         return (torch.tensor(float(number)) for number in range(done, N))
 
 
+def runtime_of(folder: Path, **changes: Any) -> Runtime:
+    settings: dict[str, Any] = {
+        "name": "walk", "artifacts_dir": str(folder), "output_dir": str(folder), "accelerator": "cpu",
+        "precision": "32-true", "checkpoint_every_seconds": 0, "processes": 1, "logger": "none", "log_every_steps": 1,
+        "quiet_seconds": 1000,
+    }  # fmt: skip
+    return Runtime(**{**settings, **changes})
+
+
 def fit(folder: Path, module: Walk, seconds: float = 1e-9, members: list[str] | None = None, seed: int = 0) -> Walk:
     torch.manual_seed(seed)
-    cfg = OmegaConf.create({
-        "trainer": {"accelerator": "cpu", "precision": "32-true"}, "logging": {"logger": "none"},
-    })  # fmt: skip
-    checkpoints = Checkpoints(folder, seconds, members or [])
-    checkpoints.fit(make_trainer(cfg, folder, "walk", N, [checkpoints]), module, Numbers())
+    run = runtime_of(folder, checkpoint_every_seconds=seconds)
+    training.fit(run, module, Numbers(), N, "walk", Work("walk", N, 1, "steps"), folder, members or [])
     return module
 
 
@@ -311,9 +317,21 @@ def test_checkpoints_of_a_larger_group_serve_and_are_removed_when_all_of_it_is_s
 def test_under_slurm_lightning_writes_and_reads_no_checkpoints_of_its_own(monkeypatch: pytest.MonkeyPatch):
     for name, value in {"NTASKS": "1", "JOB_NAME": "x", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    cfg = OmegaConf.create({
-        "trainer": {"accelerator": "cpu", "precision": "32-true"}, "logging": {"logger": "none"},
-    })  # fmt: skip
-    trainer = make_trainer(cfg, Path(), "x", 1, [])
+    trainer = make_trainer(runtime_of(Path()), "x", 1, [])
     environment: Any = trainer._accelerator_connector.cluster_environment
     assert type(environment).__name__ == "SLURMEnvironment" and not environment.auto_requeue
+
+
+def test_curves_lie_in_a_folder_named_after_the_training(tmp_path: Path):
+    run = runtime_of(tmp_path, logger="tensorboard")
+    training.fit(run, Walk(), Numbers(), N, "grid/cell", Work("walk", N, 1, "steps"), checkpoints=None)
+    [events] = tmp_path.rglob("events.out.tfevents.*")
+    assert events.parent == tmp_path / "logs" / "grid" / "cell"
+
+
+def test_curves_of_weights_and_biases_have_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(training, "find_spec", lambda _: object())
+    monkeypatch.setattr("pytorch_lightning.loggers.WandbLogger", lambda **settings: asked.append(settings))
+    make_trainer(runtime_of(tmp_path, logger="wandb"), "grid/cell", 1, [])
+    assert asked[0]["name"] == "grid/cell" and asked[0]["save_dir"] == tmp_path / "logs"

@@ -2,8 +2,8 @@
 
 `python -m experiments.bench.peers '<a Case as JSON>'` runs with the interpreter of the peers' environment, which has
 torch but not this project's other packages. A step is all that a library does per optimiser step once the batch is in
-memory: forward, loss, backward, its own clipping or projection, its own bookkeeping of dead latents and its own Adam. No
-latent is dead in so short a run. `dense` is no library but a textbook dictionary in plain PyTorch.
+memory: forward, loss, backward, its own clipping or projection, its own bookkeeping of dead latents and its own Adam.
+No latent is dead in so short a run. `dense` is no library but a textbook dictionary in plain PyTorch.
 
 Shapes: B rows in the batch, d = d_model, m = dict_size.
 """

@@ -1,6 +1,5 @@
 """Meta-SAEs: planted attributes are found, trainings are resumed and stored, figures are right by hand."""
 
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -9,25 +8,25 @@ from typing import Any
 import pytest
 import torch
 
-from core.analysis import meta_sae
+from core import fleet
 from core.analysis.directions import max_cosines
 from core.analysis.meta_sae import (
-    MetaRequest,
     VarianceExplained,
     counts,
     decompose,
     decompose_together,
+    meta_request,
     null_rows,
     replaced_decoder,
     score,
-    train_meta,
-    train_metas,
+    trained_metas,
 )
 from core.artifacts import Store
 from core.errors import NonFiniteLoss, UserError
-from core.fleet import KIND
+from core.fleet import KIND, Fleet, Request
 from core.methods.batchtopk import BatchTopK
 from core.metrics.recovery import dictionary_mcc
+from core.runtime import Runtime
 from core.seeding import generator
 from core.streams.decoder_rows import directions, random_directions
 from core.synthetic.planted import PlantedEntities
@@ -40,11 +39,27 @@ METHOD: dict[str, Any] = {
 }  # fmt: skip
 
 
-def wanted(rows: torch.Tensor, n_steps: int = 40, start: BatchTopK | None = None, **method: Any) -> MetaRequest:
-    return MetaRequest(
-        rows=rows, method={**METHOD, "d_model": rows.shape[1], **method}, n_steps=n_steps, batch_size=64,
-        sampling="shuffled", seed=0, calibration_batches=10, batches_per_chunk=8, start=start,
-    )  # fmt: skip
+def wanted(rows: torch.Tensor, n_steps: int = 40, start: BatchTopK | None = None, **method: Any) -> Request:
+    return with_meta(rows, {"n_steps": n_steps, "finetune_steps": n_steps}, start=start, **method)
+
+
+def with_meta(
+    rows: torch.Tensor, meta: dict[str, Any], weights: Any = None, start: Any = None, **method: Any
+) -> Request:
+    """A request with other settings of the group `meta`."""
+    settings = {
+        "method": {**METHOD, "d_model": rows.shape[1], **method}, "n_steps": 40, "batch_size": 64,
+        "sampling": "shuffled", "seed": 0, "calibration_batches": 10, "batches_per_chunk": 8,
+    }  # fmt: skip
+    return meta_request({**settings, **meta}, rows, weights=weights, start=start)
+
+
+def train_metas(requests: list[Request], run: Runtime) -> list[BatchTopK]:
+    return trained_metas(requests, run, torch.device("cpu"))
+
+
+def train_meta(request: Request, run: Runtime) -> BatchTopK:
+    return train_metas([request], run)[0]
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +68,8 @@ def _one_thread(_few_threads: None) -> None:
 
 
 @pytest.fixture
-def cfg(bare_cfg: Any, tmp_path: Path) -> Any:
-    return partial(bare_cfg, tmp_path)
+def run(runtime: Any, tmp_path: Path) -> Any:
+    return partial(runtime, tmp_path)
 
 
 ROWS = random_directions(200, 16, seed=5)
@@ -70,13 +85,13 @@ def recovered(meta: BatchTopK, planted: PlantedEntities) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-def test_meta_latents_of_entities_are_the_planted_attributes(cfg: Any):
+def test_meta_latents_of_entities_are_the_planted_attributes(run: Any):
     """Over eight seeds: mean cosine .84 to .87, .88 to .93 of the attributes found, .89 to .92 of the parts right."""
     planted = PlantedEntities(n_entities=600, seed=0)  # 40 attributes, 3 for each entity
     rows = directions(planted.entities, "entities")
     settings = {"lr": 3e-3, "k": 3, "decay_fraction": 0.5}
     real, null = (
-        train_meta(replace(wanted(r, 600, **settings), batch_size=200), cfg("store"))
+        train_meta(with_meta(r, {"n_steps": 600, "batch_size": 200}, **settings), run("store"))
         for r in (rows, null_rows(rows, 0))
     )
     assert recovered(real, planted)[0] > 0.8 and recovered(real, planted)[1] > 0.8
@@ -91,7 +106,7 @@ def test_meta_latents_of_entities_are_the_planted_attributes(cfg: Any):
 
 
 @pytest.mark.slow
-def test_meta_latents_of_a_trained_dictionary_are_nearer_to_the_attributes_than_those_of_random_directions(cfg: Any):
+def test_meta_latents_of_a_trained_dictionary_are_nearer_to_the_attributes_than_those_of_random_directions(run: Any):
     """Over four seeds of the dictionary and three of the meta-dictionary: mean cosine .58 to .69 (random .26 to .29);
     .15 to .6 of the attributes found (random none)."""
     planted = PlantedEntities(n_entities=200, n_attributes=20, seed=0)
@@ -108,7 +123,7 @@ def test_meta_latents_of_a_trained_dictionary_are_nearer_to_the_attributes_than_
     rows = directions(base.W_dec[fires], "base")
     settings = {"lr": 3e-3, "k": 3, "decay_fraction": 0.5, "dict_size": 30}
     real, null = (
-        train_meta(replace(wanted(r, 800, **settings), batch_size=128), cfg("store"))
+        train_meta(with_meta(r, {"n_steps": 800, "batch_size": 128}, **settings), run("store"))
         for r in (rows, null_rows(rows, 0))
     )
     found, by_chance = recovered(real, planted), recovered(null, planted)
@@ -130,10 +145,10 @@ class InterruptedTrainingError(RuntimeError):
     pass
 
 
-def test_a_stopped_training_goes_on_to_the_same_parameters_bit_for_bit(cfg: Any, monkeypatch: pytest.MonkeyPatch):
+def test_a_stopped_training_goes_on_to_the_same_parameters_bit_for_bit(run: Any, monkeypatch: pytest.MonkeyPatch):
     request = wanted(ROWS)
-    whole = train_meta(request, cfg("whole"))
-    original, steps = meta_sae.Fleet.training_step, []
+    whole = train_meta(request, run("whole"))
+    original, steps = Fleet.training_step, []
 
     def breaking(self: Any, chunk: Any, batch_idx: int) -> None:
         steps.append(batch_idx)
@@ -141,8 +156,8 @@ def test_a_stopped_training_goes_on_to_the_same_parameters_bit_for_bit(cfg: Any,
             raise InterruptedTrainingError
         original(self, chunk, batch_idx)
 
-    monkeypatch.setattr(meta_sae.Fleet, "training_step", breaking)
-    stopped = cfg("stopped", checkpoint_every_seconds=1e-9)
+    monkeypatch.setattr(Fleet, "training_step", breaking)
+    stopped = run("stopped", checkpoint_every_seconds=1e-9)
     with pytest.raises(InterruptedTrainingError):
         train_meta(request, stopped)
     assert_equal(train_meta(request, stopped), whole)
@@ -150,58 +165,57 @@ def test_a_stopped_training_goes_on_to_the_same_parameters_bit_for_bit(cfg: Any,
     assert not list(Path(stopped.artifacts_dir).glob("training/*/*"))  # nobody needs the checkpoints any more
 
 
-def test_what_is_stored_is_not_trained_again_and_another_setting_is_another_key(cfg: Any, monkeypatch):
+def test_what_is_stored_is_not_trained_again_and_another_setting_is_another_key(run: Any, monkeypatch):
     request = wanted(ROWS)
-    first = train_meta(request, cfg("store"))
-    monkeypatch.setattr(meta_sae, "_train", lambda *_: pytest.fail("trained again"))
-    assert_equal(train_meta(wanted(ROWS.clone()), cfg("store")), first)
+    first = train_meta(request, run("store"))
+    monkeypatch.setattr(fleet, "_train", lambda *_: pytest.fail("trained again"))
+    assert_equal(train_meta(wanted(ROWS.clone()), run("store")), first)
     others = [wanted(ROWS, 41), wanted(ROWS, k=5), wanted(ROWS * 0.5), wanted(ROWS, start=first)]
     assert len({request.key, *(other.key for other in others)}) == 5
-    assert not any(Store(cfg("store").artifacts_dir).has(KIND, other.spec) for other in others)
+    assert not any(Store(run("store").artifacts_dir).has(KIND, other.spec) for other in others)
 
 
-def test_trained_together_each_comes_out_as_alone(cfg: Any):
+def test_trained_together_each_comes_out_as_alone(run: Any):
     requests = [wanted(ROWS), wanted(ROWS, dict_size=20), wanted(ROWS, k=8), wanted(null_rows(ROWS, 0))]
-    for together, request in zip(train_metas(requests, cfg("together")), requests, strict=True):
-        assert_equal(together, train_meta(request, cfg("alone")))
+    for together, request in zip(train_metas(requests, run("together")), requests, strict=True):
+        assert_equal(together, train_meta(request, run("alone")))
 
 
 @pytest.mark.slow
-def test_a_decoder_that_is_given_stays_and_the_encoder_learns_to_use_it(cfg: Any):
+def test_a_decoder_that_is_given_stays_and_the_encoder_learns_to_use_it(run: Any):
     other = random_directions(40, 16, seed=9)
-    start = replaced_decoder(train_meta(wanted(ROWS, 200), cfg("store")), other)
-    tuned = train_meta(wanted(ROWS, 400, start=start), cfg("store"))
+    start = replaced_decoder(train_meta(wanted(ROWS, 200), run("store")), other)
+    tuned = train_meta(wanted(ROWS, 400, start=start), run("store"))
     torch.testing.assert_close(tuned.W_dec, other)
     assert torch.equal(tuned.b_dec, start.b_dec) and not torch.equal(tuned.W_enc, start.W_enc)
     assert score(tuned, ROWS).batch.centred > score(start, ROWS).batch.centred + 0.05
 
 
 @pytest.mark.slow
-def test_frequent_rows_are_explained_better_when_they_are_drawn_more_often(cfg: Any):
+def test_frequent_rows_are_explained_better_when_they_are_drawn_more_often(run: Any):
     weights = torch.where(torch.arange(200) < 20, 1.0, 0.01)
-    even = train_meta(wanted(ROWS, 400), cfg("store"))
-    weighted = replace(wanted(ROWS, 400), sampling="frequency", weights=weights)
-    tilted = train_meta(weighted, cfg("store"))
+    even = train_meta(wanted(ROWS, 400), run("store"))
+    weighted = with_meta(ROWS, {"n_steps": 400, "sampling": "frequency"}, weights)
+    tilted = train_meta(weighted, run("store"))
     assert score(tilted, ROWS, weights).batch.centred > score(even, ROWS, weights).batch.centred + 0.1
 
 
 # ---- what is refused
 
 
-def test_a_method_that_does_not_fit_is_refused(cfg: Any):
+def test_a_method_that_does_not_fit_is_refused():
     topk = {key: value for key, value in METHOD.items() if not key.startswith("threshold")}
-    topk["_target_"] = "core.methods.topk.TopK"
     with pytest.raises(UserError, match=r"meta\.method must be a BatchTopK, not TopK"):
-        train_meta(replace(wanted(ROWS), method=topk), cfg("store"))
+        with_meta(ROWS, {"method": {**topk, "_target_": "core.methods.topk.TopK"}})
     with pytest.raises(UserError, match="d_model is 12, but rows have 16"):
-        train_meta(wanted(ROWS, d_model=12), cfg("store"))
+        wanted(ROWS, d_model=12)
 
 
-def test_a_training_that_diverges_says_so_and_stores_nothing(cfg: Any):
+def test_a_training_that_diverges_says_so_and_stores_nothing(run: Any):
     request = wanted(ROWS, lr=1e30, decoder_norm="none")
     with pytest.raises(NonFiniteLoss):
-        train_meta(request, cfg("store"))
-    assert not Store(cfg("store").artifacts_dir).has(KIND, request.spec)
+        train_meta(request, run("store"))
+    assert not Store(run("store").artifacts_dir).has(KIND, request.spec)
 
 
 # ---- figures
@@ -221,8 +235,8 @@ def by_hand(meta: BatchTopK, codes: torch.Tensor) -> torch.Tensor:
     return codes @ meta.W_dec + meta.b_dec
 
 
-def test_scores_are_those_of_dense_arithmetic(cfg: Any):
-    meta = train_meta(wanted(ROWS, 100), cfg("store"))
+def test_scores_are_those_of_dense_arithmetic(run: Any):
+    meta = train_meta(wanted(ROWS, 100), run("store"))
     z = ((ROWS - meta.b_dec) @ meta.W_enc.T).relu()
     together = z * (z >= z.flatten().topk(4 * len(ROWS)).values[-1])
     alone = z * (z > meta.threshold)
@@ -243,8 +257,8 @@ def test_the_null_has_the_shape_of_the_rows_and_none_of_their_structure():
     assert null.shape == ROWS.shape and not torch.equal(null, ROWS) and torch.equal(null, null_rows(ROWS, 3))
 
 
-def test_another_decoder_leaves_the_rest_as_it_was(cfg: Any):
-    meta = train_meta(wanted(ROWS, 20), cfg("store"))
+def test_another_decoder_leaves_the_rest_as_it_was(run: Any):
+    meta = train_meta(wanted(ROWS, 20), run("store"))
     other = replaced_decoder(meta, random_directions(40, 16, 0))
     assert torch.equal(other.W_enc, meta.W_enc) and torch.equal(other.threshold, meta.threshold)
     assert torch.equal(other.W_dec, random_directions(40, 16, 0)) and not torch.equal(other.W_dec, meta.W_dec)

@@ -2,36 +2,37 @@
 
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf, open_dict
 
-from core.cells import cell_name
 from core.errors import NonFiniteLoss, UserError
 from core.interrupts import Interrupted
 from core.stacked import runs
 from core.stacked.coders import LinearCoder
 from core.stacked.objectives import Reconstruction, random_dictionary
-from core.stacked.runs import train
+from core.stacked.runs import Schedule, Trained
 
-ROOT = Path(__file__).parents[2]
 SEEDS, M, N = [0, 1], 4, 7
 PAUSE = 0.02  # seconds before a stop, so that a life takes some
 X = torch.randn(2, 30, M, generator=torch.Generator().manual_seed(0))
 
 
+SCHEDULE = Schedule(steps=40, lr=1e-2, log_every=10)
+
+
 @pytest.fixture
-def cfg(tmp_path: Path) -> DictConfig:
-    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        made = compose("config", overrides=["experiment=oneill_unknown", "scale=smoke", f"output_dir={tmp_path}"])
-    with open_dict(made):
-        made.cell_folder, made.steps, made.log_every, made.lr = str(tmp_path / "cell"), 40, 10, 1e-2
-        made.logging.logger = "none"
-    return made
+def trained(runtime: Any, tmp_path: Path) -> Callable[..., Trained]:
+    """Trains a coder and an objective, with checkpoints in `tmp_path / "checkpoints"`."""
+
+    def train(coder: LinearCoder, objective: Reconstruction, schedule: Schedule = SCHEDULE) -> Trained:
+        run, folder = runtime(tmp_path, "stack"), tmp_path / "checkpoints"
+        return runs.train(run, "stack/cell", folder, schedule, coder, objective, measured(coder, objective))
+
+    return train
 
 
 def parts() -> tuple[LinearCoder, Reconstruction]:
@@ -62,21 +63,20 @@ def plain_loop() -> dict[int, dict[str, torch.Tensor]]:
     return curves
 
 
-def test_training_is_the_plain_loop_and_leaves_no_checkpoint(cfg: DictConfig):
-    coder, objective = parts()
-    curves, earlier_seconds = train(cfg, coder, objective, measured(coder, objective))
+def test_training_is_the_plain_loop_and_leaves_no_checkpoint(trained: Any, tmp_path: Path):
+    curves, earlier_seconds = trained(*parts())
     assert earlier_seconds == 0
     assert_same(curves, plain_loop())
     assert not torch.equal(curves[0]["W"], curves[40]["W"]) and not torch.equal(curves[0]["D"], curves[40]["D"])
-    assert not list(Path(cfg.cell_folder).rglob("*.ckpt"))
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_stopped_after_any_chunk_and_resumed_it_comes_out_the_same(cfg: DictConfig, monkeypatch: pytest.MonkeyPatch):
+def test_stopped_after_any_chunk_and_resumed_it_comes_out_the_same(trained: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runs, "STEPS_PER_CHUNK", 5)  # two chunks between evaluations
     original = runs.StackedRuns.training_step
     left = [1, 2, 3]  # after how many chunks of a life it is told to stop
 
-    def told(self: runs.StackedRuns, chunk: range, batch_idx: int) -> None:
+    def stopping(self: runs.StackedRuns, chunk: range, batch_idx: int) -> None:
         original(self, chunk, batch_idx)
         if left:
             left[0] -= 1
@@ -85,29 +85,24 @@ def test_stopped_after_any_chunk_and_resumed_it_comes_out_the_same(cfg: DictConf
                 time.sleep(PAUSE)
                 signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(runs.StackedRuns, "training_step", told)
+    monkeypatch.setattr(runs.StackedRuns, "training_step", stopping)
     born = time.monotonic()
     for _ in range(3):
-        coder, objective = parts()
         with pytest.raises(Interrupted):
-            train(cfg, coder, objective, measured(coder, objective))
-    coder, objective = parts()
+            trained(*parts())
     started = time.monotonic()
-    trained = train(cfg, coder, objective, measured(coder, objective))
-    assert_same(trained.curves, plain_loop())
-    assert 3 * PAUSE < trained.earlier_seconds < started - born
+    outcome = trained(*parts())
+    assert_same(outcome.curves, plain_loop())
+    assert 3 * PAUSE < outcome.earlier_seconds < started - born
 
 
-def test_a_loss_that_is_not_finite_ends_the_cell(cfg: DictConfig):
+def test_a_loss_that_is_not_finite_ends_the_training(trained: Any):
     coder, objective = parts()
     coder.W_enc.data[0, 0, 0] = float("inf")
     with pytest.raises(NonFiniteLoss):
-        train(cfg, coder, objective, measured(coder, objective))
+        trained(coder, objective)
 
 
-def test_evaluations_that_miss_the_last_step_are_refused(cfg: DictConfig):
-    with open_dict(cfg):
-        cfg.log_every = 15
-    coder, objective = parts()
+def test_evaluations_that_miss_the_last_step_are_refused(trained: Any):
     with pytest.raises(UserError, match="log_every=15"):
-        train(cfg, coder, objective, measured(coder, objective))
+        trained(*parts(), Schedule(steps=40, lr=1e-2, log_every=15))

@@ -17,15 +17,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from core import fleet
 from core.artifacts import Store
 from core.batch import Batch
 from core.cells import cell_name
 from core.errors import UserError
-from core.fleet import KIND, Request, train_together
+from core.fleet import KIND, train_together
 from core.methods.saved import load_dictionary
 from core.models.language_model import LanguageModel, load_language_model
 from core.results import comparable
+from core.runtime import Cache
+from core.streams.activation_source import ActivationSource
 from core.streams.activations import ActivationStream
 from core.streams.cache import MANIFEST, CachedStream, Shards, fill_spec
 from core.text.rows import RowStream
@@ -347,7 +348,7 @@ def test_a_batch_is_a_copy_that_leaves_the_file_alone(cached):
 def test_the_key_of_a_cache_leaves_out_what_does_not_decide_a_fill():
     stream = {"site": "resid_pre.1", "n_ctx": 16, "buffer_tokens": 128, "rows_per_forward": 3}
     rest = {"n_tokens": 9, "batch_size": 32, "batches_per_chunk": 2, "calibration_batches": 1}
-    spec = {"stream": {**stream, **rest}, "model": {}, "data": {}, "precision": "32-true", "seed": 0}
+    spec = {"stream": {**stream, **rest}, "model": {}, "data": {}, "seed": 0}
     assert fill_spec(spec) == {"stream": stream, "model": {}, "data": {}, "seed": 0}
 
 
@@ -367,22 +368,23 @@ METHOD = {
 
 
 def test_a_dictionary_trained_from_the_cache_is_the_one_trained_from_the_stream(
-    tmp_path, small_request, bare_cfg, monkeypatch
+    tmp_path, small_request, runtime, monkeypatch
 ):
     request = small_request(METHOD, n_tokens=1024, buffer_tokens=256)
 
     def trained(store: str, cache: str | None) -> dict[str, torch.Tensor]:
-        cfg = OmegaConf.merge(bare_cfg(tmp_path, store), {"cache": {"dir": cache, "max_gb": 1, "keep_free_gb": 0}})
-        assert train_together([request], cfg) == {}
-        return load_dictionary(Store(cfg.artifacts_dir).path(KIND, request.spec)).state_dict()
+        kept = None if cache is None else Cache(dir=cache, max_gb=1, keep_free_gb=0)
+        run = runtime(tmp_path, store, cache=kept)
+        assert train_together([request], run) == {}
+        return load_dictionary(Store(run.artifacts_dir).path(KIND, request.spec)).state_dict()
 
     streamed = trained("streamed", None)
     written = trained("written", str(tmp_path / "cache"))
 
-    def no_lm(request: Request) -> ActivationStream:
+    def no_lm(source: ActivationSource) -> ActivationStream:
         raise LmUsedError
 
-    monkeypatch.setattr(fleet, "open_stream", no_lm)
+    monkeypatch.setattr(ActivationSource, "live", no_lm)
     read = trained("read", str(tmp_path / "cache"))
     for name, value in streamed.items():
         assert torch.equal(value, written[name]) and torch.equal(value, read[name])

@@ -260,7 +260,7 @@ def test_the_fleet_benchmark_asks_for_the_dictionaries_of_the_grid(tmp_path):
         requests = bench_fleet.requests_of_grid(cfg)
     targets = sorted(request.method["_target_"].rpartition(".")[2] for request in requests)
     assert targets == ["BatchTopK", "JumpReLU", "TopK"]
-    assert all(request.data["artifacts_dir"] == str(tmp_path) for request in requests)
+    assert all(request.source.data["artifacts_dir"] == str(tmp_path) for request in requests)
 
 
 def test_stores_differ_where_one_bit_of_a_dictionary_does(tmp_path):

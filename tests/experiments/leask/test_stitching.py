@@ -57,7 +57,7 @@ def test_the_demo_trains_two_families_on_one_stream_and_every_neighbouring_pair_
     wanted = {request.key: request for cfg in chosen for request in dictionaries(cfg)}
     sizes = sorted((r.method["_target_"].rpartition(".")[2], r.method["dict_size"]) for r in wanted.values())
     assert sizes == [(name, 192 * 2**i) for name, n in (("BatchTopK", 4), ("ReluL1", 3)) for i in range(n)]
-    assert len({json.dumps(r.stream_spec, sort_keys=True) for r in wanted.values()}) == 1
+    assert len({json.dumps(r.group_spec, sort_keys=True) for r in wanted.values()}) == 1
     assert len({(r.method["_target_"], r.method["seed"]) for r in wanted.values()}) == 7, "a seed for each member"
     assert [cfg.part for cfg in chosen].count("frankenstein") == 2
     pairs = [(cfg.small.dict_size, cfg.large.dict_size) for cfg in chosen if cfg.part == "pair"]
