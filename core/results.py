@@ -27,7 +27,7 @@ from core.cells import CHANGES_NO_NUMBER
 from core.interrupts import raise_if_interrupted
 
 RESULTS, FAILED = "results.json", "failed.json"
-IGNORED_KEYS = (*CHANGES_NO_NUMBER, "grid", "cell_folder", "module")
+IGNORED_KEYS = (*CHANGES_NO_NUMBER, "at", "grid", "cell_folder", "module")
 REPORTED_PACKAGES = ("torch", "pytorch-lightning", "transformers", "datasets", "hydra-core", "numpy", "scikit-learn")
 
 Metrics = Mapping[str, float]

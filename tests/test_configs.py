@@ -1,25 +1,28 @@
 """Every YAML composes, at every scale, and says what its head must say."""
 
 import ast
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from core.cells import cell_name
+from core.results import comparable
+from hydra_plugins.blocks_sweeper.sweeper import cells_of
+from tests.composing import CONF, ROOT, composed
 
-ROOT = Path(__file__).parents[1]
-EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
-METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml") if path.stem != "pretrained")
-DATA = sorted(path.stem for path in (ROOT / "conf/data").glob("*.yaml"))
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if path.stem != "pretrained")
+DATA = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
+KEPT = ROOT / "reports/results"
 SCALES = ("smoke", "demo", "paper")
-
-
-def composed(*overrides: str) -> DictConfig:
-    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+MAX_LINE = 160
+OLD_TABLES = {  # what differed between scales had a top-level key each when the kept results were made
+    "all_batch_sizes", "all_iterations", "all_l1", "all_log_every", "all_max_iter", "all_n", "all_n_oracle",
+    "all_read_at", "all_seeds", "all_shapes", "all_steps", "sizes",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -70,8 +73,6 @@ def test_a_misspelt_key_in_any_part_is_refused():
 
 
 def test_the_paper_grid_of_leask_batchtopk_has_the_papers_24_cells():
-    from hydra_plugins.blocks_sweeper.sweeper import cells_of
-
     cfg = composed("experiment=leask_batchtopk", "scale=paper")
     cells = [dict(pair.split("=", 1) for pair in cell) for cell in cells_of(cfg.grid.paper, [])]
     by_model = {model: [c for c in cells if c["model"] == model] for model in ("gpt2_small", "gemma2_2b")}
@@ -84,8 +85,6 @@ def test_the_paper_grid_of_leask_batchtopk_has_the_papers_24_cells():
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_cell_of_a_grid_composes_and_has_a_folder_of_its_own(scale: str):
-    from hydra_plugins.blocks_sweeper.sweeper import cells_of
-
     cfg = composed("experiment=leask_batchtopk", f"scale={scale}")
     cells = cells_of(cfg.grid[scale], [])
     for cell in cells[:: max(1, len(cells) // 6)]:
@@ -94,11 +93,50 @@ def test_every_cell_of_a_grid_composes_and_has_a_folder_of_its_own(scale: str):
 
 
 def test_the_published_pairs_can_be_scored_on_the_authors_text():
-    from hydra_plugins.blocks_sweeper.sweeper import cells_of
-
     cfg = composed("experiment=leask_stitching", "scale=paper")
     given = ["data=pile_10k", "stream.packing=per_document"]
     cells = cells_of(cfg.grid.paper, given)
     assert len(cells) == len(cells_of(cfg.grid.paper, [])) == 9 and all(set(given) < set(cell) for cell in cells)
-    found = composed("experiment=leask_stitching", "scale=paper", *cells[0])
-    assert found.data.path == "NeelNanda/pile-10k" and len(found.data.revision) == 40
+    first = composed("experiment=leask_stitching", "scale=paper", *cells[0])
+    assert first.data.path == "NeelNanda/pile-10k" and len(first.data.revision) == 40
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
+def test_no_line_of_a_yaml_is_too_long_to_read(path: Path):
+    assert [n for n, line in enumerate(path.read_text().splitlines(), 1) if len(line) > MAX_LINE] == []
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_what_differs_between_scales_stands_in_one_table(name: str):
+    raw = OmegaConf.to_container(OmegaConf.load(CONF / "experiment" / f"{name}.yaml"))
+    per_scale = [key for key, node in raw.items() if isinstance(node, dict) and set(node) >= set(SCALES)]
+    assert set(per_scale) <= {"grid"}
+    for key, row in OmegaConf.to_container(composed(f"experiment={name}", "scale=smoke").at).items():
+        assert list(row) == ["paper", "demo", "smoke"], f"at.{key}"
+
+
+def test_the_table_of_scales_is_no_setting_of_a_cell():
+    cfg = composed("experiment=oneill_theorem", "scale=smoke")
+    changed = composed("experiment=oneill_theorem", "scale=smoke", "at.steps.paper=1")
+    assert "at" in cfg and "at" not in comparable(cfg) and comparable(changed) == comparable(cfg)
+
+
+@pytest.mark.parametrize("every", [20, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", sorted(path.name for path in KEPT.iterdir() if path.is_dir()))
+def test_kept_cells_were_made_with_todays_settings(name: str, every: int):
+    for scale in (path.name for path in (KEPT / name).iterdir() if path.is_dir()):
+        grid = OmegaConf.load(CONF / "experiment" / f"{name}.yaml").get("grid", {})
+        cells = {cell_name(",".join(sorted(cell))): cell for cell in cells_of(grid.get(scale) or [{}], [])}
+        for path in sorted((KEPT / name / scale).glob("*/results.json"))[::every]:
+            cfg = composed(f"experiment={name}", f"scale={scale}", *cells[path.parent.name])
+            today, kept = flat(comparable(cfg)), flat(json.loads(path.read_text())["config"])
+            kept = {key: value for key, value in kept.items() if key.split(".")[0] not in OLD_TABLES}
+            assert {key: today.get(key, "lost") for key in kept} == kept, path.parent.name
+
+
+def flat(config: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Dotted key -> value; lists are values."""
+    pairs: dict[str, Any] = {}
+    for key, value in config.items():
+        pairs |= flat(value, f"{above}{key}.") if isinstance(value, dict) and value else {f"{above}{key}": value}
+    return pairs
