@@ -24,8 +24,7 @@ from core.fleet import KIND, Request, load_or_train
 from core.methods.base import DictionaryMethod
 from core.models.language_model import LanguageModel, load_language_model
 from core.runtime import Runtime
-from core.streams.activation_source import ActivationSource
-from core.streams.source import Source
+from core.streams.source import Source, source_of
 from core.text.rows import RowStream
 
 Made = TypeVar("Made")
@@ -49,8 +48,7 @@ def request(cfg: DictConfig, method: Any = None) -> Request:
 
 def source(cfg: DictConfig) -> Source:
     """What a cell's dictionaries are trained on."""
-    parts = {key: plain(cfg[key]) for key in ("model", "data")}
-    return ActivationSource(**plain(cfg.stream), **parts, devices=cfg.trainer.devices)
+    return source_of(plain(cfg.stream), plain(cfg), cfg.trainer.devices)
 
 
 def requests(cfg: DictConfig, *methods: Any) -> list[Request]:

@@ -42,6 +42,8 @@ class ActivationSource(Source):
     """
 
     unit = "tokens"
+    groups = ("model", "data")
+    can_share = True
 
     site: str
     n_tokens: int

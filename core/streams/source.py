@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Protocol, final
 
 import torch
+from hydra.utils import get_class
 
 from core.batch import Batch
 from core.errors import UserError
@@ -35,6 +36,8 @@ class Source(ABC):
 
     version: ClassVar[int] = 1  # raise it when a change alters the batches that the same settings give
     unit: ClassVar[str] = "rows"  # what a batch has `batch_size` of
+    groups: ClassVar[tuple[str, ...]] = ()  # groups of the configuration that it is handed, beside its own settings
+    can_share: ClassVar[bool] = False  # whether several devices can share every batch
 
     batch_size: int
     batches_per_chunk: int
@@ -56,12 +59,30 @@ class Source(ABC):
         """The stream from its beginning. Raises UserError for settings that do not fit together."""
 
     def check_devices(self) -> None:
-        """Raises UserError if `devices` cannot share the batches. Sources that can, say so in an override."""
-        if self.devices > 1:
-            raise UserError(f"trainer.devices={self.devices}: {type(self).__name__} serves one device only.")
+        """Raises UserError if the sizes cannot be divided among `devices`."""
 
     @final
     @property
     def spec(self) -> dict[str, Any]:
         """`batches_spec` with the kind of source and its version: a part of every key."""
         return {"source": type(self).__name__, "version": self.version, **self.batches_spec}
+
+
+def source_of(settings: Mapping[str, Any], cfg: Mapping[str, Any], devices: int) -> Source:
+    """The source that `settings` name (`_target_`), with the groups of the plain configuration `cfg` that it asks for.
+
+    Raises UserError for a class that is no source, for settings that it does not have, and for more devices than it can
+    serve.
+    """
+    own = dict(settings)
+    name = own.pop("_target_", None)
+    kind = get_class(name) if name else None
+    if not (isinstance(kind, type) and issubclass(kind, Source)):
+        raise UserError(f"stream._target_: {name} is no source (core.streams); choose one of conf/source.")
+    if devices > 1 and not kind.can_share:
+        raise UserError(f"trainer.devices={devices}: the batches of {kind.__name__} are served to one device only.")
+    shared = {"devices": devices} if kind.can_share else {}
+    try:
+        return kind(**own, **{group: cfg[group] for group in kind.groups}, **shared)
+    except TypeError as error:
+        raise UserError(f"stream: the settings do not fit {kind.__name__}: {error}") from error
