@@ -115,8 +115,8 @@ class ActivationSource(Source):
         )
 
     def check_devices(self) -> None:
+        super().check_devices()
         n = self.devices
-        distributed.share("stream.batch_size", self.batch_size, n)
         if self.buffer_tokens % (n * self.n_ctx):
             raise UserError(
                 f"stream.buffer_tokens ({self.buffer_tokens:,}) must be a multiple of stream.n_ctx ({self.n_ctx}) "

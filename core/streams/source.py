@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, final
 import torch
 from hydra.utils import get_class
 
+from core import distributed
 from core.batch import Batch
 from core.errors import UserError
 from core.runtime import Runtime
@@ -59,7 +60,8 @@ class Source(ABC):
         """The stream from its beginning. Raises UserError for settings that do not fit together."""
 
     def check_devices(self) -> None:
-        """Raises UserError if the sizes cannot be divided among `devices`."""
+        """Raises UserError if the batches cannot be divided among `devices`."""
+        distributed.share("stream.batch_size", self.batch_size, self.devices)
 
     @final
     @property
