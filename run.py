@@ -17,7 +17,7 @@ CONF = Path(__file__).parent / "conf"
 
 
 def list_experiments() -> str:
-    """One line for each experiment: its name and the first comment of its YAML."""
+    """One line per experiment: its name and the first comment of its YAML."""
     lines = [__doc__.splitlines()[0] if __doc__ else "", ""]
     for path in sorted((CONF / "experiment").glob("*.yaml")):
         comments = (line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
@@ -27,14 +27,14 @@ def list_experiments() -> str:
 
 
 def task(cfg: DictConfig) -> None:
-    """One cell, in the folder that Hydra has made for it."""
+    """Run one cell in the folder that Hydra made for it."""
     from hydra.core.hydra_config import HydraConfig
 
     run_cell(cfg, Path(HydraConfig.get().runtime.output_dir))
 
 
 def run_cell(cfg: DictConfig, folder: Path) -> None:
-    """One cell, composed: skip if finished, seed, call the experiment's module, write results.json."""
+    """Run one composed cell: skip it if finished, seed, call the experiment's module, write results.json."""
     from importlib import import_module
 
     import torch
@@ -52,7 +52,7 @@ def run_cell(cfg: DictConfig, folder: Path) -> None:
 
 
 def main() -> int:
-    """Hand over to Hydra; SIGINT and SIGTERM end the run, whatever it is at, with what is finished kept."""
+    """Let Hydra run the command line. SIGINT and SIGTERM end the run at any point; finished work is kept."""
     from core.interrupts import Interrupted, handled_by, stop_at_once
 
     try:
@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def run_hydra() -> int:
-    """Compose and run all cells; an error that the user can mend is printed as its message alone."""
+    """Compose and run all cells. An error that the user can fix is printed without a traceback."""
     import hydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -74,14 +74,14 @@ def run_hydra() -> int:
     from core.errors import NonFiniteLoss, UserError
     from core.interrupts import raise_if_interrupted
 
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us here instead of ending the process
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors are raised here instead of ending the process
     OmegaConf.register_new_resolver("cell", cell_name, replace=True)
-    mendable = (UserError, NonFiniteLoss, FloatingPointError, OSError, HydraException, OmegaConfBaseException)
+    fixable = (UserError, NonFiniteLoss, FloatingPointError, OSError, HydraException, OmegaConfBaseException)
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
     except Exception as error:
         raise_if_interrupted(error)
-        if not isinstance(error, mendable):
+        if not isinstance(error, fixable):
             raise
         cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
         print(f"error: {error}{cause}", file=sys.stderr)

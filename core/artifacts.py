@@ -1,13 +1,13 @@
 """The store of everything that is expensive to make and worth keeping: corpora, tokens, dictionaries.
 
 An artifact is a folder `<root>/<kind>/<key>/`, keyed by the content of its specification. It is written under a
-temporary name and renamed when all of it is on the disk, so a folder that has its final name is whole. `artifact.json`
-in it has the size and the sha256 of every other file; they are checked when a process first asks for the artifact, and
-one that is damaged is made again. A lock per key makes two processes that want the same artifact share its making.
+temporary name and renamed when all of it is on the disk, so a folder with its final name is complete. Its
+`artifact.json` holds the size and the sha256 of every other file. They are checked when a process first asks for the
+artifact; a damaged one is made again. A lock per key ensures that two processes do not make the same artifact twice.
 
-The locks are `flock`'s: the operating system frees those of a dead process. On a network filesystem they hold between
-nodes only where its `flock` does (NFS 4 and Lustre mounted with `flock` do); where there is none at all, asking for a
-lock raises OSError.
+The locks use `flock`, so the operating system frees those of a dead process. On a network filesystem they work across
+nodes only if its `flock` does (NFS 4, and Lustre mounted with `flock`). Without any `flock`, taking a lock raises
+OSError.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from filelock import FileLock, Timeout
 from core.interrupts import remove_folder
 
 MANIFEST = "artifact.json"
-PATIENCE_SECONDS = 1.0  # of waiting for a lock before it is said
+PATIENCE_SECONDS = 1.0  # time to wait for a lock before reporting it
 
 Signature = tuple[tuple[str, int, int], ...]  # names, sizes and times of modification
-_checked_here: dict[Path, tuple[Signature, bool]] = {}  # what this process found whole, or not
+_checked_here: dict[Path, tuple[Signature, bool]] = {}  # folders this process has checked, and whether each is intact
 
 
 def content_key(spec: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits that depend on the specification alone, not on the order of its keys."""
+    """16 hexadecimal digits that depend only on the specification, not on the order of its keys."""
     text = json.dumps(spec, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that under `path` there is either the old content or all of the new one."""
+    """Write a file so that `path` always holds either the old content or all of the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -79,32 +79,33 @@ class Store:
         self.root = Path(root)
 
     def path(self, kind: str, spec: Mapping[str, Any]) -> Path:
-        """Where the artifact lies, or would lie."""
+        """The artifact's folder, whether or not it exists yet."""
         return self.root / kind / content_key(spec)
 
     def has(self, kind: str, spec: Mapping[str, Any]) -> bool:
-        """Whether the artifact is there and whole. The first call in a process reads all of it (about 1 GB/s); a
-        damaged one is reported on standard error, and `put` sets it aside."""
+        """Whether the artifact exists and is intact. The first call in a process reads all of it (about 1 GB/s).
+
+        A damaged one is reported on standard error, and `put` sets it aside.
+        """
         folder = self.path(kind, spec)
         if not (folder / MANIFEST).is_file():
             return False
-        known, whole = _checked_here.get(folder, (None, False))
+        known, intact = _checked_here.get(folder, (None, False))
         try:
             signature = _signature(folder)
-            wrong = damage(folder) if known != signature else None
+            problem = damage(folder) if known != signature else None
         except FileNotFoundError:  # another process is setting it aside
             return False
         if known != signature:
-            if wrong:
-                print(f"{folder} is not used and will be made again: {wrong}", file=sys.stderr)
-            whole = wrong is None
-            _checked_here[folder] = signature, whole
-        return whole
+            if problem:
+                print(f"{folder} is not used and will be made again: {problem}", file=sys.stderr)
+            intact = problem is None
+            _checked_here[folder] = signature, intact
+        return intact
 
     @contextmanager
     def lock(self, kind: str, spec: Mapping[str, Any]) -> Iterator[None]:
-        """The lock that whoever makes this artifact holds. Waiting for it is said, with who holds it; what a dead
-        process left half-made is removed."""
+        """Hold this artifact's lock. Reports who holds it while waiting; removes what a dead process left behind."""
         path = self.path(kind, spec)
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.with_suffix(".lock")  # holds the name of its last holder
@@ -115,7 +116,7 @@ class Store:
             print(f"waiting for {file.read_text() or 'another process'}, which makes {path}", file=sys.stderr)
             lock.acquire()
         try:
-            with suppress(OSError):  # a full disk: the lock holds all the same
+            with suppress(OSError):  # on a full disk the lock still works
                 file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
             for abandoned in path.parent.glob(f".{path.name}.*"):
                 remove_folder(abandoned)
@@ -124,16 +125,16 @@ class Store:
             lock.release()
 
     def put(self, kind: str, spec: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
-        """Make the artifact in a temporary folder, then give it its name. `make` fills the folder it is handed.
+        """Make the artifact in a temporary folder, then give it its name. `make` fills the folder that it receives.
 
-        To be called under `lock`, and where `has` says no: a folder that has the name already is set aside.
+        Call it under `lock`, after `has` returned False: a folder that already has the name is set aside.
         """
         path = self.path(kind, spec)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
             make(temporary)
-            manifest = {"kind": kind, "spec": spec, "files": _described(temporary)}
+            manifest = {"kind": kind, "spec": spec, "files": _synced_files(temporary)}
             write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
             temporary.chmod(0o755)
             if path.exists():
@@ -146,7 +147,7 @@ class Store:
         return path
 
     def get_or_make(self, kind: str, spec: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
-        """The artifact's folder; makes it first if it is not there, while others who want it wait."""
+        """The artifact's folder. If it is missing, makes it while other processes that need it wait."""
         if not self.has(kind, spec):
             with self.lock(kind, spec):
                 if not self.has(kind, spec):
@@ -155,26 +156,26 @@ class Store:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with an artifact, in a few words; None if it is whole. Reads all of it."""
+    """What is wrong with an artifact, in a few words; None if it is intact. Reads all of it."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        expected = {name: (told["bytes"], told["sha256"]) for name, told in manifest["files"].items()}
+        expected = {name: (file["bytes"], file["sha256"]) for name, file in manifest["files"].items()}
         if content_key(manifest["spec"]) != folder.name:
-            return f"its {MANIFEST} is that of another artifact"
+            return f"its {MANIFEST} belongs to another artifact"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} cannot be read, or has no hashes"
     for name, (n_bytes, digest) in expected.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
         if (folder / name).stat().st_size != n_bytes:
-            return f"{name} has {(folder / name).stat().st_size:,} bytes where {n_bytes:,} were written"
+            return f"{name} has {(folder / name).stat().st_size:,} bytes instead of {n_bytes:,}"
         if sha256(folder / name) != digest:
-            return f"{name} is not what was written (its sha256 differs)"
+            return f"{name} has changed since it was written (its sha256 differs)"
     return None
 
 
-def _described(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file below a folder, by its name within it; all of it is on the disk afterwards."""
+def _synced_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file below a folder, by relative name. Everything is on the disk when this returns."""
     paths = sorted(folder.rglob("*"))
     for path in [*paths, folder]:
         sync(path)

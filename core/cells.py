@@ -1,4 +1,4 @@
-"""What a cell's folder is called: the settings in which it differs from the experiment's YAML."""
+"""The name of a cell's folder: the settings in which the cell differs from the experiment's YAML."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ MAX_NAME_BYTES = 180  # file systems allow 255 for one folder
 
 
 def cell_name(override_dirname: str) -> str:
-    """Hydra's `override_dirname` without what the path says already (experiment, scale) or what changes no number.
+    """Hydra's `override_dirname` without the keys that the path already has or that cannot change a result.
 
-    `base` if nothing is left. A name too long for a folder ends in a hash of the whole.
+    `base` if nothing is left. A name that is too long for a folder is cut and ends in a hash of all of it.
     """
     overrides = re.split(r",(?=[^,=]+=)", override_dirname) if override_dirname else []
     named = [override for override in overrides if not _is_unnamed(override.lstrip("+~").split("=")[0])]

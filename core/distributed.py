@@ -1,23 +1,23 @@
-"""One dictionary over several processes: what they tell each other. Without a process group all of this does nothing.
+"""One dictionary over several processes: what they exchange. Without a process group all of this does nothing.
 
-Every process (rank) runs the language model on rows of its own and trains the same dictionary on its part of the global
+Every process (rank) runs the language model on its own rows and trains the same dictionary on its part of the global
 batch, which is the ranks' batches in the order of the ranks. `stream.batch_size` and `stream.buffer_tokens` are global:
-of W ranks each serves and holds the W-th part. What depends on the whole batch is exchanged, in every step:
-  the gradient             its mean over ranks, one sum of one flat vector (a second copy of the gradient, for a moment)
-  BatchTopK's selection    every rank's candidates, at most B k numbers each, of which all find the largest
-  latents that fired       one byte each; the smallest entry kept, one number
+each of W ranks serves and holds 1 / W of them. Every step exchanges what depends on the whole batch:
+  the gradient             its mean over ranks, as one sum of one flat vector (briefly a second copy of the gradient)
+  BatchTopK's selection    every rank's candidates, at most B k numbers each; all ranks select the largest of them
+  latents that fired       one byte each; and one number, the smallest entry kept
   aux=normalized           the mean and the variance of the error over the batch
-  logged means             once for every chunk of steps
-Parameters then stay equal on all ranks, since every rank makes the same step; this is checked before one is stored.
+  logged means             once per chunk of steps
+All ranks make the same step, so their parameters stay equal. This is checked before a dictionary is stored.
 
 Nothing is sharded: every rank holds the whole dictionary, its gradient, its moments, and a whole language model. So W
-devices make a training faster, and a dictionary that does not fit on one does not fit on W.
+devices train faster, but a dictionary that does not fit on one device does not fit on W.
 
-The processes are ours (`core.workers`), not Lightning's: its launchers run the command line again, which under a Hydra
-sweep starts every cell of the sweep anew in every rank, or fork and pickle what has a GPU open. Fresh workers that are
-handed the requests and a file to meet at know nothing of the sweep. Lightning's `DDPStrategy` finds the group there and
-does the rest (which rank saves and logs, barriers); its wrapper around the module is left out (`core.training`), as it
-expects one backward pass for each call of the module, and ours has one for each of many dictionaries and steps.
+The processes are our own (`core.workers`). Lightning's launchers either run the command line again, which under a Hydra
+sweep would start every cell in every rank, or fork and pickle objects that have a GPU open. Our workers are fresh, get
+only the requests and a file to meet at, and know nothing of the sweep. Lightning's `DDPStrategy` uses their group and
+does the rest (which rank saves and logs, barriers). Its wrapper around the module is left out (`core.training`): it
+expects one backward pass per call of the module, and we make one for each of many dictionaries and steps.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 
-Made = TypeVar("Made")
-PATIENCE = timedelta(hours=2)  # of one rank for another: the first waits while text is tokenised or a model loads
+T = TypeVar("T")
+TIMEOUT = timedelta(hours=2)  # of one rank waiting for another, for instance while text is tokenised or a model loads
 
 
 @contextmanager
 def group(rank: int, n_ranks: int, meeting_point: Path, on_gpu: bool) -> Iterator[None]:
-    """Join the other ranks within. `meeting_point` is a file that all can reach and that is not there yet."""
-    dist.init_process_group("nccl" if on_gpu else "gloo", f"file://{meeting_point}", PATIENCE, n_ranks, rank)
+    """Join the other ranks inside the block. `meeting_point` is a file that all can reach and that must not exist."""
+    dist.init_process_group("nccl" if on_gpu else "gloo", f"file://{meeting_point}", TIMEOUT, n_ranks, rank)
     yield
-    dist.destroy_process_group()  # not after an error: the others are still in it, and the process ends at once
+    dist.destroy_process_group()  # not after an error: the others are still in the group, and the process ends anyway
 
 
 def is_active() -> bool:
@@ -59,22 +59,22 @@ def rank() -> int:
 
 
 def share(name: str, total: int, n: int) -> int:
-    """The part of a global size that each of n ranks has. Raises UserError if it is not whole."""
+    """The part of a global size for each of n ranks. Raises UserError if n does not divide it."""
     if total % n:
-        raise UserError(f"{name} ({total:,}) must be a multiple of trainer.devices ({n}): each has an equal part.")
+        raise UserError(f"{name} ({total:,}) must be a multiple of trainer.devices ({n}): each gets an equal part.")
     return total // n
 
 
-# ---- exchange; every rank must call these, with tensors of one shape
+# ---- exchange; every rank must call these, with tensors of the same shape
 
 
-def from_first(make: Callable[[], Made]) -> Made:
-    """What `make` returns on rank 0; the others do not call it."""
+def from_first(make: Callable[[], T]) -> T:
+    """On every rank, what `make` returns on rank 0. The other ranks do not call it."""
     if not is_active():
         return make()
-    made = [make() if rank() == 0 else None]
-    dist.broadcast_object_list(made)
-    return cast(Made, made[0])
+    values = [make() if rank() == 0 else None]
+    dist.broadcast_object_list(values)
+    return cast(T, values[0])
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def minimum(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def anywhere(mask: Tensor) -> Tensor:
-    """bool, entry by entry: whether it is true on some rank."""
+    """bool, entry by entry: whether the mask is true on some rank."""
     return _reduced(mask.to(torch.uint8), dist.ReduceOp.MAX).bool() if is_active() else mask
 
 
@@ -107,7 +107,7 @@ def all_rows(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_gradients_(parameters: Iterable[nn.Parameter]) -> None:
-    """Put the mean over ranks in the place of every gradient. Which parameters have one is the same on all ranks."""
+    """Replace every gradient by its mean over ranks. The same parameters must have a gradient on all ranks."""
     if not is_active():
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -120,10 +120,10 @@ def mean_gradients_(parameters: Iterable[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def among_largest(values: Tensor, n: int) -> Tensor:
-    """bool, for each of this rank's values `[c]`: whether it is one of the n largest > 0 of all ranks.
+    """bool, for each of this rank's values `[c]`: whether it is among the n largest > 0 of all ranks.
 
-    Ties go to the lower rank, and within a rank to the value that stands first. NaN counts as the largest. Where there
-    are more than n values, all are NaN, and the first n are looked at.
+    Ties go to the lower rank, and within a rank to the earlier value. NaN counts as the largest. c is above n only if
+    all values are NaN; then only the first n count.
     """
     from core.kernels.select import mask_of_largest
 
@@ -141,7 +141,7 @@ def check_equal(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         bits = tensor.detach().contiguous().flatten().view(torch.uint8)
         if not torch.equal(_reduced(bits, dist.ReduceOp.MIN), _reduced(bits, dist.ReduceOp.MAX)):
-            raise RuntimeError("The ranks' dictionaries have drifted apart; nothing is stored.")
+            raise RuntimeError("The ranks' dictionaries are not equal, so nothing is stored.")
 
 
 def _reduced(x: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:

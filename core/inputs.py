@@ -1,7 +1,7 @@
-"""What a cell reads besides its configuration and the store. Its results are stale once that has changed.
+"""What a cell reads besides its configuration and the store. If that changes, the cell's results are stale.
 
-Files are known by their SHA-256, branches of the hub by the commit that they stood for. Whether a branch has moved is
-told by what was last fetched to this machine: a finished cell needs no network to be skipped.
+A file is identified by its SHA-256, a branch on the hub by its commit. Whether a branch has moved is judged by what
+this machine last fetched, so no network is needed to skip a finished cell.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ HUB = "hub:"
 Inputs = dict[str, str]  # by name, a path or `hub:<repo>@<revision>`: its hash or commit
 
 _noted: ContextVar[Inputs | None] = ContextVar("inputs", default=None)
-_hashes: dict[tuple[str, int, int], str] = {}  # by path, size and time of modification: of this process
+_hashes: dict[tuple[str, int, int], str] = {}  # this process's, by path, size and time of modification
 
 
 @contextmanager
 def noting() -> Iterator[Inputs]:
-    """Collects what is noted in the block, for instance while a cell runs."""
+    """Collect what is noted inside the block, for instance while a cell runs."""
     noted: Inputs = {}
     token = _noted.set(noted)
     try:
@@ -33,26 +33,25 @@ def noting() -> Iterator[Inputs]:
 
 
 def note_file(path: Path) -> None:
-    """The running cell's results depend on this file."""
+    """Record that the running cell's results depend on this file."""
     if (noted := _noted.get()) is not None:
         noted[str(path.absolute())] = _hash(path)
 
 
 def note_commit(repo: str, revision: str, commit: str) -> None:
-    """The running cell's results depend on a repository of the hub, read at this commit."""
+    """Record that the running cell's results depend on a hub repository, read at this commit."""
     if (noted := _noted.get()) is not None and not re.fullmatch("[0-9a-f]{40}", revision):
         noted[f"{HUB}{repo}@{revision}"] = commit
 
 
 def changed(inputs: Mapping[str, str]) -> list[str]:
-    """The names of those that are not what they were. One that is not there any more is not among them: the results
-    are all that is left of it."""
-    return [name for name, before in inputs.items() if _now(name) not in (before, None)]
+    """The names of the inputs that have changed. A deleted input does not count as changed."""
+    return [name for name, before in inputs.items() if _current(name) not in (before, None)]
 
 
-def _now(name: str) -> str | None:
+def _current(name: str) -> str | None:
     if name.startswith(HUB):
-        from core.interop.hub import cached_commit  # slow to import, and seldom needed
+        from core.interop.hub import cached_commit  # slow to import, rarely needed
 
         repo, _, revision = name.removeprefix(HUB).rpartition("@")
         return cached_commit(repo, revision)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as an exception that ends a run: at once, or when the work at hand can be left."""
+"""SIGINT and SIGTERM as an exception that ends a run, at once or at the next safe point."""
 
 from __future__ import annotations
 
@@ -15,40 +15,42 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    """The run was told to stop. No `Exception`: a sweep goes on after a cell that fails, and not after this."""
+    """A signal asked the run to stop. Not an `Exception`: a sweep continues after a failed cell, but not after this."""
 
     def __init__(self, signum: int) -> None:
         self.signum = signal.Signals(signum)
         super().__init__(
             f"stopped by {self.signum.name}: finished cells, dictionaries and checkpoints are kept; "
-            "the same command goes on from there"
+            "run the same command again to continue"
         )
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects: 130 for SIGINT, 143 for SIGTERM."""
+        """As shells expect: 130 for SIGINT, 143 for SIGTERM."""
         return 128 + self.signum
 
 
 def raise_if_interrupted(error: BaseException) -> None:
-    """Raise the Interrupted that an error came from: cleaning up after one, a library can fail in its turn, and what is
-    heard is the second error alone."""
-    seen: list[BaseException | None] = [error]
-    for one in seen:
-        if isinstance(one, Interrupted):
-            raise one
-        if one is not None:
-            seen += [other for other in (one.__cause__, one.__context__) if other not in seen]
+    """Raise the Interrupted that caused an error, if there is one.
+
+    A library can fail while it cleans up after an Interrupted; then only that second error arrives here.
+    """
+    chain: list[BaseException | None] = [error]
+    for link in chain:
+        if isinstance(link, Interrupted):
+            raise link
+        if link is not None:
+            chain += [other for other in (link.__cause__, link.__context__) if other not in chain]
 
 
 def stop_at_once(signum: int, frame: FrameType | None) -> None:
-    """The handler for work that leaves nothing half-written wherever it stops."""
+    """The handler for work that can stop anywhere without leaving anything half-written."""
     raise Interrupted(signum)
 
 
 class Deferred:
-    """The handler for work that ends well only at certain points: notes the first signal in `signum`, and says so.
-    The next one stops at once."""
+    """The handler for work that can stop only at certain points. It prints the first signal and keeps it in `signum`;
+    the second one stops the run at once."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -58,13 +60,16 @@ class Deferred:
             raise Interrupted(signum)
         self.signum = signum
         name = signal.Signals(signum).name
-        os.write(2, f"\n{name}: stopping after the current chunk, with a checkpoint; again: at once\n".encode())
+        os.write(2, f"\n{name}: stopping after the current chunk, with a checkpoint; repeat to stop at once\n".encode())
 
 
 @contextmanager
 def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM go to `handler` within, and an error that comes of an Interrupted leaves as that one. A signal
-    that is ignored (`nohup`, `&`) stays so; outside the main thread, which alone can set handlers, nothing changes."""
+    """Inside the block, `handler` receives SIGINT and SIGTERM, and an error caused by an Interrupted is replaced by it.
+
+    A signal that was ignored (`nohup`, `&`) stays ignored. Outside the main thread nothing changes, since only that
+    thread can set handlers.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -84,8 +89,8 @@ def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """SIGINT and SIGTERM wait for the end of the block: for short work that does not bear an exception just anywhere,
-    as `shutil.rmtree`, which closes a file twice."""
+    """Delay SIGINT and SIGTERM until the block ends. For short work that an exception would break at some points, such
+    as `shutil.rmtree`, which would close a file twice."""
     held: list[int] = []
     try:
         with handled_by(lambda signum, _: held.append(signum)):
@@ -96,6 +101,6 @@ def held_back() -> Iterator[None]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder and what is in it, as far as that can be done, however often the process is told to stop."""
+    """Remove a folder and its contents as far as possible, even if signals arrive meanwhile."""
     with held_back():
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,7 @@
 """results.json and failed.json: one folder per cell, readable by a person, never half-written.
 
-A cell is finished when its folder holds a results.json made from the same configuration, and from files that are as
-they were (`core.inputs`). Settings that cannot change a number (`IGNORED_KEYS`) are left out of that comparison.
+A cell is finished when its folder holds a results.json of the same configuration and of unchanged input files
+(`core.inputs`). Settings that cannot change a number (`IGNORED_KEYS`) are not compared.
 """
 
 from __future__ import annotations
@@ -45,25 +45,24 @@ def comparable(cfg: DictConfig) -> dict[str, Any]:
 
 
 def is_finished(folder: Path, cfg: DictConfig) -> bool:
-    """Whether the folder holds results of exactly this configuration, of files that have not changed since; which have
-    is said."""
+    """Whether the folder holds results of exactly this configuration and unchanged inputs. Reports changed inputs."""
     stored = read(folder / RESULTS)
     if stored is None or stored.get("config") != comparable(cfg):
         return False
-    other = inputs.changed(stored.get("inputs", {}))
-    if other:
-        _say(f"not what it was when {folder} was finished: {', '.join(other)}")
-    return not other
+    changed = inputs.changed(stored.get("inputs", {}))
+    if changed:
+        _print_once(f"{folder} will be run again, since this has changed: {', '.join(changed)}")
+    return not changed
 
 
 @cache
-def _say(message: str) -> None:
-    """Once in a process, however often it is asked."""
+def _print_once(message: str) -> None:
+    """At most once in a process."""
     print(message, file=sys.stderr)
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """The content of a result file, or None if there is no readable one."""
+    """The content of a result file, or None if it is missing or unreadable."""
     try:
         content = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
@@ -72,7 +71,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def read_all(root: Path, name: str = RESULTS) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(folder, content) of every result file below `root`, in the order of their paths."""
+    """(folder, content) of every result file below `root`, sorted by path."""
     for path in sorted(root.rglob(name)):
         content = read(path)
         if content is not None:
@@ -80,7 +79,7 @@ def read_all(root: Path, name: str = RESULTS) -> Iterator[tuple[Path, dict[str, 
 
 
 def run_cell(cfg: DictConfig, folder: Path, run: Callable[[DictConfig], Metrics]) -> None:
-    """Run one cell and record how it ended: results.json, or failed.json and the exception again."""
+    """Run one cell and write results.json. If it fails, writes failed.json and raises the error again."""
     started = time.time()
     try:
         with inputs.noting() as noted:
@@ -97,7 +96,7 @@ def run_cell(cfg: DictConfig, folder: Path, run: Callable[[DictConfig], Metrics]
 
 
 def record_failure(cfg: DictConfig, folder: Path, error: Exception, started: float) -> None:
-    """Write failed.json, with the error's traceback as far as there is one. `started` as `time.time` gives it."""
+    """Write failed.json, with the error's traceback if it has one. `started` is a `time.time`."""
     record = {
         **_provenance(cfg, started),
         "error": type(error).__name__,
@@ -106,14 +105,14 @@ def record_failure(cfg: DictConfig, folder: Path, error: Exception, started: flo
     }
     try:
         write_atomically(folder / FAILED, json.dumps(record, indent=1))
-    except OSError as unwritable:  # a full disk: the error itself must still be heard
+    except OSError as unwritable:  # such as a full disk; the cell's own error is still raised
         print(f"could not write {folder / FAILED}: {unwritable}", file=sys.stderr)
 
 
 def _checked(metrics: Metrics) -> dict[str, float]:
     for name, value in metrics.items():
         if not isinstance(value, int | float) or not math.isfinite(value):
-            raise RuntimeError(f"The metric {name} is {value!r}: a result is a finite number.")
+            raise RuntimeError(f"The metric {name} is {value!r}; it must be a finite number.")
     return dict(metrics)
 
 
@@ -132,7 +131,7 @@ def _provenance(cfg: DictConfig, started: float) -> dict[str, Any]:
 
 @cache
 def _commit() -> str:
-    """The commit that the code is at, with `-dirty` when tracked files differ from it; `unknown` outside a checkout."""
+    """The commit of the code, with `-dirty` if tracked files differ from it; `unknown` outside a checkout."""
     here = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
@@ -155,10 +154,10 @@ def _device() -> str:
 
 @cache
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in REPORTED_PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

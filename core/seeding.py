@@ -1,7 +1,7 @@
-"""Every random number comes from a generator that is named by what it is for.
+"""Every random number comes from a generator named after its purpose.
 
-`generator(seed, "init")` and `generator(seed, "data")` are independent of each other and of the order in which they
-are asked for, so that adding a consumer of randomness changes nothing elsewhere.
+`generator(seed, "init")` and `generator(seed, "data")` do not depend on each other or on the order in which they are
+created. So adding a consumer of randomness changes nothing elsewhere.
 """
 
 from __future__ import annotations

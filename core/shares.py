@@ -1,4 +1,4 @@
-"""How a group of dictionaries is split over processes, and what each of these may use of the machine."""
+"""How a group of dictionaries is split over processes, and which part of the machine each process may use."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from core.errors import UserError
 
 
 def number_of_processes(setting: object, accelerator: str) -> int:
-    """`trainer.processes` as a number: `auto` is one for every GPU, and one on a CPU.
+    """`trainer.processes` as a number: `auto` is one per GPU, and one on a CPU.
 
-    On a CPU more processes only divide its threads, and every one runs the language model again. Raises UserError.
+    On a CPU, more processes only share the same threads, and each runs the language model again. Raises UserError.
     """
     if setting == "auto":
         return len(gpus(accelerator)) or 1
-    return _from_one_on("trainer.processes", setting)
+    return _positive("trainer.processes", setting)
 
 
 def number_of_cell_processes(setting: object, n_cells: int) -> int:
-    """`trainer.cell_processes` as a number, at most that of the cells: `auto` is one per core. Raises UserError."""
-    n = _n_cores() if setting == "auto" else _from_one_on("trainer.cell_processes", setting)
+    """`trainer.cell_processes` as a number, at most one per cell: `auto` is one per core. Raises UserError."""
+    n = _n_cores() if setting == "auto" else _positive("trainer.cell_processes", setting)
     return min(n, n_cells)
 
 
@@ -30,15 +30,15 @@ def _n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _from_one_on(name: str, setting: object) -> int:
+def _positive(name: str, setting: object) -> int:
     if isinstance(setting, bool) or not isinstance(setting, int) or setting < 1:
-        raise UserError(f"{name}: {setting!r} is neither auto nor a number from 1 on.")
+        raise UserError(f"{name}: {setting!r} must be `auto` or a whole number of at least 1.")
     return setting
 
 
 def slots(n: int, accelerator: str) -> list[dict[str, str]]:
-    """Environment variables for n processes: one visible GPU each, in turn where there are fewer; an equal share of
-    this process's threads."""
+    """Environment variables for n processes: one visible GPU each (shared in turn if there are fewer), and an equal
+    share of this process's threads."""
     ids, n_threads = gpus(accelerator), str(max(1, torch.get_num_threads() // n))
     threads = {"OMP_NUM_THREADS": n_threads, "MKL_NUM_THREADS": n_threads}
     visible = [{"CUDA_VISIBLE_DEVICES": ids[index % len(ids)]} if ids else {} for index in range(n)]
@@ -46,19 +46,19 @@ def slots(n: int, accelerator: str) -> list[dict[str, str]]:
 
 
 def split(costs: Mapping[str, float], n: int, begun: Sequence[Collection[str]] = ()) -> list[list[str]]:
-    """The keys in shares of about equal cost, each in order of its keys; n of them, or as many as there are keys.
+    """Split the keys into shares of about equal cost, each sorted: n shares, or one per key if there are fewer keys.
 
-    begun  sets of keys that have a checkpoint in common. A share lies within one of these or outside all of them, so
-           that it can go on from there; there may be more than n shares then.
+    begun  sets of keys that share a checkpoint. Each share lies within one set or outside all of them, so that it can
+           continue from the checkpoint. There may then be more than n shares.
     """
     parts: list[list[str]] = []
-    left = set(costs)
-    for group in sorted(begun, key=lambda group: (-len(left.intersection(group)), sorted(group))):
-        if part := left.intersection(group):
+    remaining = set(costs)
+    for group in sorted(begun, key=lambda group: (-len(remaining.intersection(group)), sorted(group))):
+        if part := remaining.intersection(group):
             parts.append(sorted(part))
-            left -= part
-    if left:
-        parts.append(sorted(left))
+            remaining -= part
+    if remaining:
+        parts.append(sorted(remaining))
     pieces = [1] * len(parts)
     while sum(pieces) < min(n, len(costs)):
         total = [sum(costs[key] for key in part) for part in parts]
@@ -68,7 +68,7 @@ def split(costs: Mapping[str, float], n: int, begun: Sequence[Collection[str]] =
 
 
 def _balanced(keys: Sequence[str], costs: Mapping[str, float], n: int) -> list[list[str]]:
-    """The dearest first, each to the share that has cost least so far."""
+    """Assigns the keys from the most to the least expensive, each to the share that is cheapest so far."""
     shares: list[list[str]] = [[] for _ in range(n)]
     sums = [0.0] * n
     for key in sorted(keys, key=lambda key: (-costs[key], key)):
@@ -79,7 +79,7 @@ def _balanced(keys: Sequence[str], costs: Mapping[str, float], n: int) -> list[l
 
 
 def gpus(accelerator: str) -> list[str]:
-    """What this process may put into CUDA_VISIBLE_DEVICES, one GPU each."""
+    """The GPUs of this process, each as a value for CUDA_VISIBLE_DEVICES."""
     if accelerator == "cpu" or not torch.cuda.is_available():
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -1,9 +1,8 @@
-"""Tasks in processes of their own: fresh interpreters, each with its devices, threads and process group to itself.
+"""Tasks in separate processes: fresh interpreters, each with its own devices, threads and process group.
 
-A worker is `python -m core.workers`. It is handed tasks over standard input, one after another, and ends when that is
-closed: with the last task, or with its parent. Its lines come out on the parent's standard error behind the label of
-the task. SIGINT and SIGTERM of the parent reach the workers as SIGTERM; the parent then waits until they have saved
-what they are at.
+A worker is `python -m core.workers`. It receives tasks on standard input, one after another, and ends when its parent
+closes that or dies. Its lines appear on the parent's standard error, after the label of the task. When the parent gets
+SIGINT or SIGTERM, it sends SIGTERM to the workers and waits until they have saved their work.
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ from core.errors import NonFiniteLoss, UserError
 from core.interrupts import Interrupted, handled_by, raise_if_interrupted, stop_at_once
 
 ROOT = Path(__file__).parents[1]
-SAID_BY_MESSAGE = (UserError, NonFiniteLoss, FloatingPointError, OSError)
+NEEDS_NO_TRACEBACK = (UserError, NonFiniteLoss, FloatingPointError, OSError)
 POLL_SECONDS = 0.05
-SETTLE_SECONDS = 3.0  # for the others of a group to say why they failed, when one has
+SETTLE_SECONDS = 3.0  # after one task of a group has failed: time for the others to report their errors
 GRACE_SECONDS = 30.0  # between SIGTERM and SIGKILL
 END_OF_TASK = b"\0end of task\0\n"  # what a worker writes after the last line of a task
-LENGTH_BYTES = 8  # a pickled task is sent behind its length
+LENGTH_BYTES = 8  # the length of a pickled task is sent before the task
 
 
 @dataclass(frozen=True)
 class Task:
-    """`function` (`module:name`) of `arguments`, which can be pickled; `label` stands before its lines."""
+    """A call of `function` (`module:name`) with picklable `arguments`. `label` is printed before each of its lines."""
 
     label: str
     function: str
@@ -49,12 +48,12 @@ class Task:
 
 
 class WorkerDiedError(RuntimeError):
-    """A worker ended without saying why."""
+    """A worker ended without reporting an error."""
 
 
 @dataclass
 class Worker:
-    """A process, and the task that it is at."""
+    """A process and its current task."""
 
     environment: dict[str, str]
     folder: Path
@@ -71,7 +70,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **self.environment},
-            start_new_session=True,  # Ctrl-C in a terminal reaches the parent alone, which passes it on once
+            start_new_session=True,  # Ctrl-C in a terminal reaches only the parent, which passes it on once
         )
         self.reader = threading.Thread(target=self._repeat_lines, daemon=True)
 
@@ -80,7 +79,7 @@ class Worker:
         return self.folder / f"{id(self)}.pickle"
 
     def begin(self, task: Task) -> None:
-        """Hand over a task; the one before has ended."""
+        """Send a task. The previous one must have ended."""
         self.task = task
         self.has_ended_task.clear()
         self.outcome_file.unlink(missing_ok=True)
@@ -88,15 +87,15 @@ class Worker:
             self.reader.start()
         data = pickle.dumps(task)
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it died at once: its exit code will say so
+        with suppress(BrokenPipeError):  # it died at once; its exit code tells
             self.process.stdin.write(len(data).to_bytes(LENGTH_BYTES) + data)
             self.process.stdin.flush()
 
     def _repeat_lines(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            said, end, _ = line.partition(END_OF_TASK)
-            for part in said.decode(errors="replace").replace("\r", "\n").splitlines():
+            text, end, _ = line.partition(END_OF_TASK)
+            for part in text.decode(errors="replace").replace("\r", "\n").splitlines():
                 print(f"[{self.task.label}] {part}", file=sys.stderr, flush=True)
             if end:
                 self.has_ended_task.set()
@@ -105,7 +104,7 @@ class Worker:
         return not self.has_ended_task.is_set() and self.process.poll() is None
 
     def outcome(self) -> Any:
-        """What the task returned, or the exception that ended it. To be asked for when the worker is not busy."""
+        """What the task returned, or the exception that ended it. Call it when the worker is not busy."""
         if self.process.poll() is not None:
             self.close()
         try:
@@ -115,7 +114,7 @@ class Worker:
             return WorkerDiedError(f"The worker [{self.task.label}] {_end_of(self.process.returncode)}.")
 
     def close(self) -> None:
-        """No more tasks: wait for the end of the process."""
+        """Send no more tasks, and wait until the process ends."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -127,19 +126,20 @@ def run_tasks(
     tasks: Sequence[Task],
     slots: Sequence[dict[str, str]],
     all_or_none: bool = False,
-    ended: Callable[[int, Any], None] | None = None,
+    on_end: Callable[[int, Any], None] | None = None,
 ) -> list[Any]:
-    """What every task returned, or the exception that ended it. As many run at once as there are slots; a slot is the
-    environment variables of the worker in it, which takes one task after another, in their order.
+    """What every task returned, or the exception that ended it.
 
-    all_or_none  the tasks need one another: they start together, and when one fails the others are ended, and what
-                 failed first is raised: an error that a user can mend before a death, that before what followed
-    ended        is called here with the index and the outcome of each task, as soon as that has ended
+    slots        the environment variables of one worker each. As many tasks run at once as there are slots; a worker
+                 takes one task after another, in order
+    all_or_none  the tasks depend on each other: they start together, and when one fails the others are stopped. The
+                 error closest to the cause is raised: one that a user can fix, else a dead worker, else any other
+    on_end       called in this process with the index and the outcome of each task as soon as it ends
 
     Raises `Interrupted` after SIGINT or SIGTERM, when the workers have ended.
     """
     if all_or_none and len(slots) < len(tasks):
-        raise ValueError(f"{len(tasks)} tasks that need one another do not fit into {len(slots)} slots.")
+        raise ValueError(f"{len(tasks)} tasks that depend on each other do not fit into {len(slots)} slots.")
     waiting, free = deque(enumerate(tasks)), deque(slots)
     running: dict[int, Worker] = {}
     outcomes: dict[int, Any] = {}
@@ -150,8 +150,8 @@ def run_tasks(
             for index, worker in [(i, w) for i, w in running.items() if not w.is_busy()]:
                 outcomes[index] = worker.outcome()
                 del running[index]
-                if ended is not None and not asked_to_stop:
-                    ended(index, outcomes[index])
+                if on_end is not None and not asked_to_stop:
+                    on_end(index, outcomes[index])
                 if waiting and not asked_to_stop and worker.process.poll() is None:
                     _begin_next(waiting, worker, running, asked_to_stop)
                 else:
@@ -171,22 +171,22 @@ def _begin_next(
     index, task = waiting.popleft()
     running[index] = worker
     worker.begin(task)
-    if asked_to_stop:  # by a signal that came before it was known as running
+    if asked_to_stop:  # the signal came before this worker was in `running`
         worker.process.send_signal(signal.SIGTERM)
 
 
 @contextmanager
 def _workers_end_with(running: dict[int, Worker]) -> Iterator[list[int]]:
-    """Yields the signals received so far. SIGINT and SIGTERM are passed on to the workers as SIGTERM, and take effect
-    here at the end of the block; a second one kills them."""
+    """Yields the signals received so far. Workers get the first SIGINT or SIGTERM as SIGTERM, the second as SIGKILL.
+    In this process the signal takes effect at the end of the block."""
     received: list[int] = []
 
-    def passes_on(signum: int, _frame: FrameType | None) -> None:
+    def pass_on(signum: int, _frame: FrameType | None) -> None:
         received.append(signum)
         for worker in list(running.values()):
             worker.process.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
 
-    with handled_by(passes_on):
+    with handled_by(pass_on):
         try:
             yield received
         finally:
@@ -196,7 +196,7 @@ def _workers_end_with(running: dict[int, Worker]) -> Iterator[list[int]]:
 
 
 def _end(running: dict[int, Worker]) -> None:
-    """SIGTERM, and after a while SIGKILL, to the workers that still run; waits for them."""
+    """Send SIGTERM to the running workers, and after a while SIGKILL; wait until all have ended."""
     for worker in running.values():
         worker.process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS
@@ -209,7 +209,7 @@ def _end(running: dict[int, Worker]) -> None:
 
 
 def _failures_of(running: dict[int, Worker]) -> list[Exception]:
-    """What workers that stand or fall together say in the short time that they are given."""
+    """The errors that the other workers of a group report within `SETTLE_SECONDS`."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while running and time.monotonic() < deadline and any(w.is_busy() for w in running.values()):
         time.sleep(POLL_SECONDS)
@@ -218,25 +218,25 @@ def _failures_of(running: dict[int, Worker]) -> list[Exception]:
 
 
 def _distance_from_cause(error: Exception) -> int:
-    if isinstance(error, SAID_BY_MESSAGE):
+    if isinstance(error, NEEDS_NO_TRACEBACK):
         return 0
     return 1 if isinstance(error, WorkerDiedError) else 2
 
 
 def _end_of(code: int) -> str:
     if code == -signal.SIGKILL:
-        hint = "perhaps there was not enough memory; use a smaller trainer.processes or trainer.cell_processes"
+        hint = "perhaps it ran out of memory; lower trainer.processes or trainer.cell_processes"
         return f"was killed (SIGKILL): {hint}"
     if code < 0:
         return f"was ended by {signal.Signals(-code).name}"
-    return f"ended with exit code {code}; its own lines are above"
+    return f"ended with exit code {code}; see its output above"
 
 
 # ---- in the worker
 
 
 def main() -> int:
-    """Run the tasks that come over standard input; the outcome of each goes to the file that is the only argument."""
+    """Run the tasks from standard input. The outcome of each is written to the file given as the only argument."""
     tasks: SimpleQueue[bytes | None] = SimpleQueue()
     busy = threading.Event()
     try:
@@ -253,7 +253,7 @@ def main() -> int:
 
 
 def _receive(tasks: SimpleQueue[bytes | None], busy: threading.Event) -> None:
-    """Pass the parent's tasks on until it closes the pipe; if it does so during a task, it has died."""
+    """Queue the parent's tasks until the pipe closes. If it closes during a task, the parent has died."""
     while length := _read(LENGTH_BYTES):
         data = _read(int.from_bytes(length))
         busy.set()
@@ -264,7 +264,7 @@ def _receive(tasks: SimpleQueue[bytes | None], busy: threading.Event) -> None:
 
 
 def _read(n_bytes: int) -> bytes:
-    """So many bytes of standard input, or less at its end. `sys.stdin` would be locked at our own end."""
+    """Read `n_bytes` from standard input, or fewer at its end. `sys.stdin` would hold a lock when the process exits."""
     parts = bytearray()
     while len(parts) < n_bytes and (part := os.read(0, n_bytes - len(parts))):
         parts += part
@@ -282,18 +282,19 @@ def _outcome(task: Task) -> Any:
         return getattr(import_module(module), name)(*task.arguments)
     except Exception as error:
         raise_if_interrupted(error)
-        if not isinstance(error, SAID_BY_MESSAGE):
+        if not isinstance(error, NEEDS_NO_TRACEBACK):
             traceback.print_exc()
         return portable(error)
 
 
 def portable(error: Exception) -> Exception:
-    """The exception, or its type's name and message, and why it cannot itself be handed to another process."""
+    """The exception itself if it can be pickled, else a RuntimeError with its type, its message and why pickling
+    failed."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception as reason:
-        said = f"{type(error).__name__}: {error}"
-        return RuntimeError(f"{said} (told as text, since pickling it failed: {type(reason).__name__}: {reason})")
+        text = f"{type(error).__name__}: {error}"
+        return RuntimeError(f"{text} (sent as text, since pickling it failed: {type(reason).__name__}: {reason})")
     return error
 
 

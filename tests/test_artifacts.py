@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,13 +15,13 @@ from core.artifacts import MANIFEST, Store, content_key, damage, sha256, write_a
 from core.interrupts import Interrupted
 
 
-def test_the_key_depends_on_content_and_not_on_the_order_of_keys():
+def test_the_key_depends_on_the_content_and_not_on_the_order_of_keys():
     assert content_key({"a": 1, "b": [1, 2]}) == content_key({"b": [1, 2], "a": 1})
     assert content_key({"a": 1}) != content_key({"a": 2})
 
 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), Interrupted(signal.SIGTERM)])
-def test_a_failed_or_interrupted_making_leaves_nothing_behind(tmp_path: Path, error: BaseException):
+def test_a_make_that_fails_or_is_interrupted_leaves_nothing_behind(tmp_path: Path, error: BaseException):
     store = Store(tmp_path)
 
     def make(folder: Path) -> None:
@@ -36,22 +37,22 @@ def test_a_failed_or_interrupted_making_leaves_nothing_behind(tmp_path: Path, er
 def test_a_folder_without_its_manifest_is_not_an_artifact(tmp_path: Path):
     store = Store(tmp_path)
     store.path("kind", {"a": 1}).mkdir(parents=True)
-    made = store.get_or_make("kind", {"a": 1}, lambda folder: (folder / "x").touch())
-    assert (made / "x").exists() and store.has("kind", {"a": 1})
+    folder = store.get_or_make("kind", {"a": 1}, lambda folder: (folder / "x").touch())
+    assert (folder / "x").exists() and store.has("kind", {"a": 1})
 
 
 def _make_slowly(root: Path) -> None:
     def make(folder: Path) -> None:
         import time
 
-        with (root / "makings").open("a") as log:
+        with (root / "calls").open("a") as log:
             log.write("x")
         time.sleep(0.5)
 
     Store(root).get_or_make("kind", {"a": 1}, make)
 
 
-def test_two_processes_that_want_the_same_artifact_share_one_making(tmp_path: Path):
+def test_two_processes_that_want_the_same_artifact_make_it_once(tmp_path: Path):
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_make_slowly, args=(tmp_path,)) for _ in range(2)]
     for process in processes:
@@ -59,7 +60,7 @@ def test_two_processes_that_want_the_same_artifact_share_one_making(tmp_path: Pa
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
-    assert (tmp_path / "makings").read_text() == "x"
+    assert (tmp_path / "calls").read_text() == "x"
 
 
 def test_an_interrupted_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -111,11 +112,11 @@ def cut_manifest(folder: Path) -> None:
     os.truncate(folder / MANIFEST, 50)
 
 
-def forget_hashes(folder: Path) -> None:
+def drop_hashes(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps({"kind": "kind", "spec": SPEC}))
 
 
-def exchange(folder: Path) -> None:
+def swap(folder: Path) -> None:
     other = Store(folder.parents[1]).put("kind", {"a": 2}, make)
     shutil.rmtree(folder)
     other.rename(folder)
@@ -124,12 +125,12 @@ def exchange(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (truncate, "part/x.bin has 500 bytes where 1,000 were written"),
-        (alter, "part/x.bin is not what was written"),
+        (truncate, "part/x.bin has 500 bytes instead of 1,000"),
+        (alter, "part/x.bin has changed since it was written"),
         (remove, "y.txt is missing"),
         (cut_manifest, "cannot be read, or has no hashes"),
-        (forget_hashes, "cannot be read, or has no hashes"),
-        (exchange, "is that of another artifact"),
+        (drop_hashes, "cannot be read, or has no hashes"),
+        (swap, "belongs to another artifact"),
     ],
 )
 def test_a_damaged_artifact_is_reported_set_aside_and_made_again(
@@ -148,9 +149,7 @@ def test_a_damaged_artifact_is_reported_set_aside_and_made_again(
         assert err.count(message) == 1 and f"{folder.name}.damaged-{n}" in err
 
 
-def test_an_artifact_is_read_once_in_a_process_as_long_as_its_files_stay_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_process_checks_an_artifact_once_unless_its_files_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     store, calls = Store(tmp_path), []
     folder = store.put("kind", SPEC, make)
     monkeypatch.setattr(artifacts, "damage", lambda path: calls.append(path))
@@ -159,7 +158,7 @@ def test_an_artifact_is_read_once_in_a_process_as_long_as_its_files_stay_the_sam
     assert store.has("kind", SPEC) and len(calls) == 2
 
 
-def test_all_of_an_artifact_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_artifact_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     synced, replace, fsync = [], Path.replace, os.fsync
 
     def note(descriptor: int) -> None:
@@ -173,7 +172,7 @@ def test_all_of_an_artifact_is_on_the_disk_before_it_has_its_name(tmp_path: Path
         return replace(path, target)
 
     if not Path("/proc/self/fd").exists():
-        pytest.skip("what a descriptor is of can be read in /proc only")
+        pytest.skip("needs /proc to map a descriptor to its path")
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(Path, "replace", check)
     Store(tmp_path).put("kind", SPEC, make)
@@ -189,7 +188,7 @@ def _hold(root: Path, seconds: float) -> None:
     Store(root).get_or_make("kind", SPEC, make_slowly)
 
 
-def _begun(root: Path, seconds: float) -> multiprocessing.process.BaseProcess:
+def _started_holder(root: Path, seconds: float) -> multiprocessing.process.BaseProcess:
     process = multiprocessing.get_context("spawn").Process(target=_hold, args=(root, seconds))
     process.start()
     deadline = time.monotonic() + 60
@@ -199,8 +198,8 @@ def _begun(root: Path, seconds: float) -> multiprocessing.process.BaseProcess:
     return process
 
 
-def test_the_lock_of_a_killed_process_is_taken_over_at_once_and_its_half_made_folder_removed(tmp_path: Path):
-    process = _begun(tmp_path, 60)
+def test_the_lock_of_a_killed_process_is_free_at_once_and_its_unfinished_folder_is_removed(tmp_path: Path):
+    process = _started_holder(tmp_path, 60)
     assert len(list((tmp_path / "kind").glob(".*"))) == 1
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
@@ -211,9 +210,9 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once_and_its_half_made_fo
     assert sorted(path.name for path in (tmp_path / "kind").iterdir()) == [key, f"{key}.lock"]
 
 
-def test_whoever_waits_for_a_lock_says_for_whom(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
+def test_a_process_that_waits_for_a_lock_reports_who_holds_it(tmp_path: Path, capsys: Any, monkeypatch: Any):
     monkeypatch.setattr(artifacts, "PATIENCE_SECONDS", 0.1)
-    process = _begun(tmp_path, 1)
+    process = _started_holder(tmp_path, 1)
     Store(tmp_path).get_or_make("kind", SPEC, make)
     assert f"waiting for process {process.pid} on " in capsys.readouterr().err
     assert (Store(tmp_path).path("kind", SPEC) / "half").exists()

@@ -1,4 +1,4 @@
-"""Several ranks train the dictionary that one process trains on the joined batches."""
+"""Several ranks train the same dictionary as one process does on the joined batches."""
 
 import signal
 import threading
@@ -85,7 +85,7 @@ class JoinedStream:
 
 
 def train_joined(requests: list[Request], run: Runtime) -> None:
-    """In this process, on the global batches of several ranks."""
+    """Train in this process on the joined batches of several ranks."""
     methods, _ = fleet._build(requests)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ActivationSource, "open", lambda self, run: JoinedStream(self))
@@ -109,7 +109,7 @@ def ranks(setting) -> Runtime:
 
 
 @pytest.mark.slow
-def test_two_ranks_train_what_one_process_trains_on_the_same_global_batches(setting, ranks):
+def test_two_ranks_train_the_same_dictionaries_as_one_process_on_the_joined_batches(setting, ranks):
     run, request = setting
     requests = [request(method, 2) for method in METHODS.values()]
     train_joined(requests, run("joined"))
@@ -119,7 +119,7 @@ def test_two_ranks_train_what_one_process_trains_on_the_same_global_batches(sett
 
 
 @pytest.mark.slow
-def test_three_ranks_train_what_one_process_trains_on_the_same_global_batches(setting):
+def test_three_ranks_train_the_same_dictionaries_as_one_process_on_the_joined_batches(setting):
     run, request = setting
     requests = [request(METHODS[name], 3, batch_size=96, buffer_tokens=768) for name in ("batchtopk", "relu_l1")]
     assert train_together(requests, run("ranks")) == {}
@@ -128,7 +128,7 @@ def test_three_ranks_train_what_one_process_trains_on_the_same_global_batches(se
         assert_trained_alike(one, run("ranks"), run("joined three"))
 
 
-def test_ranks_see_different_rows_which_together_are_all_rows(setting):
+def test_ranks_see_different_rows_that_together_are_all_rows(setting):
     _, request = setting
     alone, shared = request(TOPK, 1), request(TOPK, 2, rows_per_forward=4)
 
@@ -142,7 +142,7 @@ def test_ranks_see_different_rows_which_together_are_all_rows(setting):
 
 
 class ThreadsAsRanks:
-    """Lets every thread of `call` be a rank whose gathering works."""
+    """Makes every thread of `call` a rank, with an `all_rows` that works."""
 
     def __init__(self, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.n, self.here = n, threading.local()
@@ -175,7 +175,7 @@ entries = st.sampled_from([-1.0, 0.0, 0.5, 1.0, 1.0, 2.0, 3.0, NAN])
 
 @st.composite
 def parts(draw: st.DrawFn) -> list[list[list[float]]]:
-    """[ranks, rows, columns], with ties, and at times NaN or a rank that has nothing positive."""
+    """[ranks, rows, columns], with ties, and sometimes NaN or a rank without positive entries."""
     n, n_rows, m = draw(st.integers(2, 3)), draw(st.integers(1, 3)), draw(st.integers(2, 6))
     matrix = st.lists(st.lists(entries, min_size=m, max_size=m), min_size=n_rows, max_size=n_rows)
     return draw(st.lists(matrix, min_size=n, max_size=n))
@@ -184,10 +184,10 @@ def parts(draw: st.DrawFn) -> list[list[list[float]]]:
 @settings(max_examples=60, deadline=None)
 @given(parts(), st.integers(1, 2))
 @example([[[-1.0, -1.0]], [[1.0, 1.0]]], 1)  # a rank without candidates
-@example([[[1.0, 1.0]], [[1.0, 1.0]]], 1)  # ties: the lower rank has them
+@example([[[1.0, 1.0]], [[1.0, 1.0]]], 1)  # ties: the lower rank wins
 @example([[[1.0, -1.0]], [[-1.0, -1.0]]], 2)  # fewer positive than wanted
 @example([[[1.0, 2.0]], [[NAN, 3.0]]], 1)
-def test_ranks_select_what_the_rule_selects_on_the_joined_matrix(values, k):
+def test_ranks_select_the_same_entries_as_one_process_on_the_joined_matrix(values, k):
     matrices = [torch.tensor(matrix) for matrix in values]
     joined = torch.cat(matrices)
     m = joined.shape[1]
@@ -204,12 +204,12 @@ def test_ranks_select_what_the_rule_selects_on_the_joined_matrix(values, k):
         torch.testing.assert_close(kept, own[mask], equal_nan=True)
         return mask, mask_of_batchtopk(own, k)
 
-    surely = z.isnan().sum() <= k * len(z)  # of more NaNs than are wanted, some are enough
+    is_unique = z.isnan().sum() <= k * len(z)  # with more NaNs than are wanted, any of them may be selected
 
     with pytest.MonkeyPatch.context() as patch:
         outcomes = ThreadsAsRanks(len(matrices), patch).call(select)
     for selected in (torch.cat(masks) for masks in zip(*outcomes, strict=True)):
-        assert torch.equal(selected, wanted) if surely else z[selected].isnan().all() and selected.any()
+        assert torch.equal(selected, wanted) if is_unique else z[selected].isnan().all() and selected.any()
 
 
 def test_without_a_process_group_nothing_is_exchanged():
@@ -221,14 +221,14 @@ def test_without_a_process_group_nothing_is_exchanged():
 
 
 def rank_stopped_after(chunk: int, how: str, rank: int, *arguments: Any) -> dict[str, Exception]:
-    """`train_rank` on a rank where something happens after some chunks."""
+    """`train_rank`, but rank 1 stops after `chunk` chunks, by an error or a signal."""
     original = fleet.Fleet.training_step
 
     def breaking(self: fleet.Fleet, batches: Any, batch_idx: int) -> None:
         if batch_idx == chunk and how == "FloatingPointError" and rank == 1:
             raise FloatingPointError("Activations are not finite.")
         if batch_idx == chunk and how == "SIGTERM" and rank == 1:
-            signal.raise_signal(signal.SIGTERM)  # the others learn of it
+            signal.raise_signal(signal.SIGTERM)  # the other ranks are informed
         original(self, batches, batch_idx)
 
     fleet.Fleet.training_step = breaking  # type: ignore[method-assign]
@@ -246,7 +246,7 @@ def run_ranks(requests: list[Request], run: Runtime, folder: Path, chunk: int, h
 
 
 @pytest.mark.slow
-def test_ranks_that_are_stopped_go_on_to_the_same_bits(setting, ranks, tmp_path):
+def test_ranks_that_were_stopped_continue_to_the_same_bits(setting, ranks, tmp_path):
     run, request = setting
     requests = sorted((request(METHODS[name], 2) for name in ("batchtopk", "jumprelu")), key=lambda r: r.key)
     with pytest.raises(Exception, match=r"SIGTERM|143"):
@@ -260,7 +260,7 @@ def test_ranks_that_are_stopped_go_on_to_the_same_bits(setting, ranks, tmp_path)
 
 
 @pytest.mark.slow
-def test_what_stops_one_rank_stops_all_and_a_dictionary_that_diverges_stops_alone(setting, ranks, tmp_path):
+def test_an_error_on_one_rank_stops_all_and_a_diverging_dictionary_stops_alone(setting, ranks, tmp_path):
     run, request = setting
     with pytest.raises(FloatingPointError, match="Activations are not finite"):
         run_ranks([request(TOPK, 2)], run("store"), tmp_path, 2, "FloatingPointError")
@@ -281,14 +281,14 @@ def test_what_stops_one_rank_stops_all_and_a_dictionary_that_diverges_stops_alon
         ({}, {"processes": 2}, ["trainer.processes", "trainer.devices"]),
     ],
 )
-def test_settings_that_do_not_fit_several_devices_are_named(setting, stream, trainer, named):
+def test_settings_that_do_not_fit_several_devices_are_named_in_the_error(setting, stream, trainer, named):
     run, request = setting
     with pytest.raises(UserError) as error:
         load_or_train(request(TOPK, 2, **stream), run("unfit", **trainer))
     assert all(word in str(error.value) for word in named)
 
 
-def test_the_number_of_devices_is_a_part_of_what_decides_a_dictionary(setting):
+def test_the_number_of_devices_is_part_of_a_dictionarys_key(setting):
     _, request = setting
     assert len({request(TOPK, devices).key for devices in (1, 2, 3)}) == 3
     assert "devices" not in request(TOPK, 1).spec

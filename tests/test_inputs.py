@@ -1,4 +1,4 @@
-"""Results are stale once a file that the cell read, or a branch of the hub, is another one."""
+"""Results are stale once a file that the cell read, or a branch on the hub, has changed."""
 
 import json
 from pathlib import Path
@@ -26,14 +26,14 @@ def put_sae(folder: Path, value: float = 1.0) -> Path:
 def run(repo: str, cell: Path) -> dict[str, Any]:
     """The record of a cell that loads a dictionary."""
 
-    def of_the_cell(cfg: DictConfig) -> dict[str, float]:
+    def sum_of_weights(cfg: DictConfig) -> dict[str, float]:
         return {"sum": float(load(4, repo).W_dec.sum())}
 
-    results.run_cell(CFG, cell, of_the_cell)
+    results.run_cell(CFG, cell, sum_of_weights)
     return json.loads((cell / results.RESULTS).read_text())
 
 
-def test_a_cell_whose_dictionary_has_changed_is_not_finished_and_says_so_once(tmp_path, capsys):
+def test_a_cell_whose_dictionary_has_changed_is_not_finished_and_this_is_reported_once(tmp_path, capsys):
     sae, cell = put_sae(tmp_path / "sae"), tmp_path / "cell"
     record = run(str(sae), cell)
     assert {Path(name).name for name in record["inputs"]} == {saelens.CFG, saelens.WEIGHTS}
@@ -47,15 +47,15 @@ def test_a_cell_whose_dictionary_has_changed_is_not_finished_and_says_so_once(tm
     assert results.is_finished(cell, CFG)
 
 
-def test_results_of_a_dictionary_that_is_gone_stay(tmp_path):
+def test_results_of_a_deleted_dictionary_stay_valid(tmp_path):
     sae, cell = put_sae(tmp_path / "sae"), tmp_path / "cell"
     run(str(sae), cell)
     sae.rename(tmp_path / "elsewhere")
     assert results.is_finished(cell, CFG)
 
 
-def test_a_branch_of_the_hub_is_known_by_its_commit_as_it_was_fetched_last(tmp_path, monkeypatch):
-    """Without asking the hub: the branch moves when something is fetched from it again."""
+def test_a_branch_on_the_hub_is_identified_by_the_commit_that_was_last_fetched(tmp_path, monkeypatch):
+    """The hub is not asked: a branch moves only when something is fetched from it again."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -73,7 +73,7 @@ def test_a_branch_of_the_hub_is_known_by_its_commit_as_it_was_fetched_last(tmp_p
     assert inputs.changed(noted) == ["hub:lab/sae@main"]
 
 
-def test_a_cell_of_a_dictionary_trained_here_depends_on_its_weights_and_on_the_pointer_to_them(tmp_path):
+def test_a_cell_that_loads_a_dictionary_trained_here_depends_on_its_weights_and_on_the_file_that_points_to_it(tmp_path):
     from core.methods.saved import save_dictionary
 
     method = Pretrained.of(
@@ -88,7 +88,7 @@ def test_a_cell_of_a_dictionary_trained_here_depends_on_its_weights_and_on_the_p
     }  # fmt: skip
 
 
-def test_what_is_read_outside_of_a_cell_is_noted_nowhere(tmp_path):
+def test_a_file_read_outside_a_cell_is_not_recorded(tmp_path):
     with inputs.noting() as noted:
         pass
     load(4, str(put_sae(tmp_path / "sae")))

@@ -20,9 +20,9 @@ from core.interrupts import (
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_is_an_exception_that_is_no_failure_of_a_part_and_knows_its_exit_code(number: int, code: int):
+def test_a_signal_raises_interrupted_which_is_not_an_exception_and_has_an_exit_code(number: int, code: int):
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted, match="the same command goes on") as stop, handled_by(stop_at_once):
+    with pytest.raises(Interrupted, match="run the same command again") as stop, handled_by(stop_at_once):
         os.kill(os.getpid(), number)
     assert stop.value.exit_code == code and not isinstance(stop.value, Exception)
     assert signal.getsignal(number) is before
@@ -49,7 +49,7 @@ def clean_up_badly() -> None:
         raise ValueError("could not be built") from error
 
 
-def test_an_interruption_is_found_behind_the_error_of_a_library_that_cleans_up():
+def test_an_interruption_is_recovered_from_the_error_of_a_library_that_cleaned_up():
     with handled_by(stop_at_once), pytest.raises(ValueError, match="could not be built") as wrong:
         clean_up_badly()
     with pytest.raises(Interrupted):
@@ -57,14 +57,14 @@ def test_an_interruption_is_found_behind_the_error_of_a_library_that_cleans_up()
     raise_if_interrupted(ValueError("of its own"))
 
 
-def test_an_error_that_comes_of_an_interruption_leaves_as_the_interruption_and_another_as_itself():
+def test_an_error_caused_by_an_interruption_is_raised_as_the_interruption_and_others_as_themselves():
     with pytest.raises(Interrupted), handled_by(stop_at_once):
         clean_up_badly()
     with pytest.raises(ValueError, match="of its own"), handled_by(stop_at_once):
         raise ValueError("of its own")
 
 
-def test_a_signal_that_is_held_back_comes_when_the_block_has_ended_also_with_an_error():
+def test_a_delayed_signal_is_raised_when_the_block_ends_even_if_it_ends_with_an_error():
     done = []
     with pytest.raises(Interrupted) as stop, handled_by(stop_at_once):
         with held_back():
@@ -77,25 +77,25 @@ def test_a_signal_that_is_held_back_comes_when_the_block_has_ended_also_with_an_
         os.kill(os.getpid(), signal.SIGTERM)
         raise ValueError("of its own")
     with handled_by(stop_at_once), held_back():
-        pass  # and nothing comes where nothing came
+        pass  # no signal, so nothing is raised
 
 
 @pytest.mark.parametrize("call", ["os.unlink", "os.rmdir", "os.close", "os.scandir"])
-def test_a_folder_is_removed_whole_wherever_in_it_the_signal_comes(
+def test_a_folder_is_removed_completely_whenever_the_signal_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ):
     (tmp_path / "folder/in/it").mkdir(parents=True)
     (tmp_path / "folder/in/file").touch()
     original, calls = getattr(os, call.split(".")[1]), []
 
-    def told_to_stop(*arguments: Any, **named: Any) -> Any:
+    def interrupted_call(*arguments: Any, **named: Any) -> Any:
         result = original(*arguments, **named)
         calls.append(call)
         os.kill(os.getpid(), signal.SIGTERM)
         return result
 
     with pytest.raises(Interrupted), handled_by(stop_at_once):
-        monkeypatch.setattr(f"{shutil.__name__}.{call}", told_to_stop)
+        monkeypatch.setattr(f"{shutil.__name__}.{call}", interrupted_call)
         try:
             remove_folder(tmp_path / "folder")
         finally:

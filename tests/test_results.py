@@ -19,13 +19,13 @@ def test_a_finished_cell_is_recognised_by_its_configuration(tmp_path: Path):
     assert not results.is_finished(tmp_path, config(seed=1))
 
 
-def test_how_a_training_is_spread_over_processes_is_no_part_of_its_result_and_over_devices_is(tmp_path: Path):
+def test_the_number_of_devices_can_change_a_result_and_the_number_of_processes_cannot(tmp_path: Path):
     results.run_cell(config(trainer={"processes": "auto", "devices": 1}), tmp_path, lambda cfg: {"a": 1.0})
     assert results.is_finished(tmp_path, config(trainer={"processes": 4, "devices": 1}))
     assert not results.is_finished(tmp_path, config(trainer={"processes": "auto", "devices": 2}))
 
 
-def test_a_result_says_where_it_comes_from(tmp_path: Path):
+def test_a_result_records_where_it_comes_from(tmp_path: Path):
     results.run_cell(config(), tmp_path, lambda cfg: {"a": 1.0})
     record = json.loads((tmp_path / results.RESULTS).read_text())
     assert record["metrics"] == {"a": 1.0}
@@ -33,7 +33,7 @@ def test_a_result_says_where_it_comes_from(tmp_path: Path):
     assert {"commit", "device", "versions", "seconds", "seed", "started"} <= record.keys()
 
 
-def test_a_failure_leaves_its_error_and_no_result(tmp_path: Path):
+def test_a_failure_writes_its_error_and_no_result(tmp_path: Path):
     def run(cfg: DictConfig) -> dict[str, float]:
         raise UserError("method.k=9 is too large")
 
@@ -51,13 +51,13 @@ def test_a_success_removes_the_record_of_an_earlier_failure(tmp_path: Path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "0.5"])
-def test_a_metric_that_is_no_finite_number_is_no_result(tmp_path: Path, value: float):
+def test_a_metric_that_is_not_a_finite_number_fails_the_cell(tmp_path: Path, value: float):
     with pytest.raises(RuntimeError, match="metric a "):
         results.run_cell(config(), tmp_path, lambda cfg: {"a": value})
     assert not (tmp_path / results.RESULTS).exists()
 
 
-def test_a_truncated_results_file_is_not_taken_for_a_finished_cell(tmp_path: Path):
+def test_a_cell_with_a_truncated_results_file_is_not_finished(tmp_path: Path):
     results.run_cell(config(), tmp_path, lambda cfg: {"a": 1.0})
     whole = (tmp_path / results.RESULTS).read_text()
     (tmp_path / results.RESULTS).write_text(whole[: len(whole) // 2])
@@ -65,7 +65,7 @@ def test_a_truncated_results_file_is_not_taken_for_a_finished_cell(tmp_path: Pat
     assert list(results.read_all(tmp_path)) == []
 
 
-def test_on_a_full_disk_the_error_of_the_cell_is_still_raised(tmp_path: Path, monkeypatch, capsys):
+def test_on_a_full_disk_the_cells_own_error_is_still_raised(tmp_path: Path, monkeypatch, capsys):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: cells, skipping, exit codes, messages."""
+"""The command line as a user sees it: cells, skipping, exit codes, messages."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ def test_without_arguments_the_experiments_are_listed_in_under_two_seconds():
     assert all(len(line.split()) > 4 for line in lines[2:])
 
 
-def test_a_sweep_leaves_one_folder_with_results_for_each_cell_and_skips_them_the_next_time(cli, capsys):
+def test_a_sweep_writes_one_folder_of_results_per_cell_and_skips_them_the_next_time(cli, capsys):
     code, folder = cli(*SMOKE)
     first = read(folder)
     assert code == 0 and len(first) == 3
@@ -74,7 +74,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_gives_others(cli,
     assert metrics[0]["nmse_token_std"] != metrics[2]["nmse_token_std"]
 
 
-def test_a_failing_cell_leaves_its_error_and_does_not_stop_the_others(cli, capsys):
+def test_a_failing_cell_records_its_error_and_does_not_stop_the_others(cli, capsys):
     code, folder = cli(*SMOKE, "method=batchtopk,topk", "method.k=8,1000")
     assert code == 1
     assert len(read(folder)) == 2 and len(read(folder, "failed.json")) == 2
@@ -109,7 +109,7 @@ def test_a_wrong_setting_ends_with_one_message_that_names_it(cli, capsys, argume
     assert read(folder) == {}
 
 
-def test_a_dictionary_made_elsewhere_is_scored_once_whatever_the_grid_is(cli, tmp_path):
+def test_a_published_dictionary_is_scored_once_whatever_the_grid_is(cli, tmp_path):
     W = torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
     options: dict[str, Any] = {"activation": "topk", "k": 4, "subtract_b_dec": True}
     saelens.write(Pretrained.of(W, W, torch.zeros(48), torch.zeros(32), **options), tmp_path / "sae")
@@ -119,7 +119,7 @@ def test_a_dictionary_made_elsewhere_is_scored_once_whatever_the_grid_is(cli, tm
     assert result["config"]["method"]["_target_"] == "core.interop.loading.load"
 
 
-def test_a_setting_of_the_grid_that_another_method_lacks_is_said_with_the_way_out(cli, capsys):
+def test_a_grid_setting_that_the_method_lacks_is_an_error_with_a_way_out(cli, capsys):
     code, folder = cli(*SMOKE, "method=lca")
     assert code == 1 and read(folder) == {}
     assert "method.k is set by the experiment's grid, but there is no such setting with method=lca. hydra.mode=RUN" in (
@@ -127,7 +127,7 @@ def test_a_setting_of_the_grid_that_another_method_lacks_is_said_with_the_way_ou
     )
 
 
-def test_a_full_disk_ends_with_its_message_and_no_result_and_what_was_trained_stays(cli, capsys, monkeypatch):
+def test_a_full_disk_is_reported_without_a_result_and_trained_dictionaries_stay(cli, capsys, monkeypatch):
     from core.artifacts import Store
 
     put, calls = Store.put, []
@@ -148,7 +148,7 @@ def test_a_full_disk_ends_with_its_message_and_no_result_and_what_was_trained_st
     assert "2 dictionaries to train" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_fails_its_cell_with_the_step_and_leaves_the_others(cli, capsys):
+def test_a_loss_that_is_not_finite_fails_only_its_cell_and_the_message_has_the_step(cli, capsys):
     code, folder = cli(*SMOKE, "method=batchtopk", "method.decoder_norm=none", "method.lr=1e30,0.001")
     assert code == 1
     [record] = read(folder, "failed.json").values()

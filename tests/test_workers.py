@@ -1,4 +1,4 @@
-"""Tasks in processes of their own: what they return, how they fail, how they are stopped."""
+"""Tasks in separate processes: what they return, how they fail, how they are stopped."""
 
 import os
 import signal
@@ -52,7 +52,7 @@ def task(label: str, function: str, *arguments: Any) -> Task:
     return Task(label, f"tests.test_workers:{function}", arguments)
 
 
-def test_tasks_return_in_their_order_and_their_lines_bear_their_labels(capfd):
+def test_results_keep_the_order_of_the_tasks_and_each_line_has_the_label_of_its_task(capfd):
     outcomes = run_tasks(
         [task("x", "echo", 1), task("y", "echo", 2), task("z", "echo", 3)], [{"SLOT": "0"}, {"SLOT": "1"}]
     )
@@ -62,7 +62,7 @@ def test_tasks_return_in_their_order_and_their_lines_bear_their_labels(capfd):
     assert "[x] working on 1" in err and "[y] working on 2" in err and "[z] working on 3" in err
 
 
-def test_a_task_that_fails_leaves_the_others_alone_and_its_error_is_told(capfd):
+def test_a_task_that_fails_does_not_affect_the_others_and_its_error_is_returned(capfd):
     kinds = ("killed", "wrong setting", "diverged", "odd")
     tasks = [*(task(kind, "fails", kind) for kind in kinds), task("good", "echo", 5)]
     killed, wrong, diverged, odd, good = run_tasks(tasks, [{"SLOT": "0"}] * 5)
@@ -76,20 +76,20 @@ def test_a_task_that_fails_leaves_the_others_alone_and_its_error_is_told(capfd):
 
 
 def test_one_process_takes_one_task_after_another_and_is_replaced_when_it_dies():
-    told: list[tuple[int, Any]] = []
+    outcomes: list[tuple[int, Any]] = []
     tasks = [task("a", "process_id"), task("b", "process_id"), task("c", "fails", "killed"), task("d", "process_id")]
-    a, b, c, d = run_tasks(tasks, [{}], ended=lambda index, outcome: told.append((index, outcome)))
+    a, b, c, d = run_tasks(tasks, [{}], on_end=lambda index, outcome: outcomes.append((index, outcome)))
     assert a == b and isinstance(c, WorkerDiedError) and d != a
-    assert told == [(0, a), (1, b), (2, c), (3, d)]
+    assert outcomes == [(0, a), (1, b), (2, c), (3, d)]
 
 
-def test_lines_bear_the_label_of_the_task_that_said_them_though_one_process_has_both(capfd):
+def test_lines_have_the_label_of_their_own_task_when_one_process_runs_many(capfd):
     run_tasks([task(f"label {i}", "echo", i) for i in range(20)], [{"SLOT": "0"}])
     lines = capfd.readouterr().err.splitlines()
     assert lines == [f"[label {i}] working on {i}" for i in range(20)]
 
 
-def test_of_tasks_that_need_one_another_one_failure_ends_all_and_is_raised(tmp_path):
+def test_a_failure_stops_all_tasks_that_depend_on_each_other_and_is_raised(tmp_path):
     tasks = [task("waits", "waits_until_stopped", str(tmp_path)), task("fails", "fails", "wrong setting")]
     with pytest.raises(UserError, match=r"method\.k is wrong"):
         run_tasks(tasks, [{}, {}], all_or_none=True)
@@ -119,7 +119,7 @@ def files(folder: Path, pattern: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_what_ends_the_parent_ends_the_workers_which_save_first(tmp_path, signum):
+def test_workers_save_and_end_when_the_parent_is_stopped_or_killed(tmp_path, signum):
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL)
     wait_for(lambda: len(files(tmp_path, "*")) == 2)
     workers = [int(path.name) for path in files(tmp_path, "*")]

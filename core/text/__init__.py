@@ -1,1 +1,1 @@
-"""Where text comes from: the bundled corpus, files, the hub; and rows of tokens made of it."""
+"""Sources of text (the bundled corpus, local files, the hub) and the rows of tokens made from it."""

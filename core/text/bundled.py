@@ -1,4 +1,4 @@
-"""`data=bundled`: the harvested corpus behind the interface of every text source, harvested once and then cached."""
+"""`data=bundled`: the harvested corpus as a text source. It is harvested once and then cached."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from core.seeding import derived_seed
 from core.text.documents import CountedDocuments, Document, Split
 from core.text.harvest import Harvested, harvest, locked_names
 
-HARVEST_VERSION = 2  # raise it when harvesting changes: caches made before are not used then
+HARVEST_VERSION = 2  # raise it when harvesting changes, so that older caches are not used
 
 
 class BundledText:
     """The bundled corpus.
 
-    mb_per_package      bounds what is read of each installed package, in MB of files
-    include_repetitive  give also the documents that harvesting marked as repetitive
+    mb_per_package      at most this many MB of files are read from each installed package
+    include_repetitive  include documents that harvesting marked as repetitive
     """
 
     name = "bundled"
@@ -42,7 +42,7 @@ class BundledText:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What decides the documents: the packages' versions, Python's, and how much is read and given of each."""
+        """What decides the documents: the versions of Python and the packages, and the two settings."""
         return {**self._harvest_spec, "include_repetitive": self.include_repetitive}
 
     @property
@@ -59,7 +59,7 @@ class BundledText:
         return self.store.get_or_make("corpus", self._harvest_spec, self._harvest_into)
 
     def card(self) -> dict[str, Any]:
-        """Size and hash of the corpus, per split and tag, for reports."""
+        """For reports: the hash of the corpus and its size per split and tag."""
         return json.loads((self.folder() / "card.json").read_text())
 
     def documents(self, split: Split, seed: int, state: Mapping[str, Any] | None = None) -> CountedDocuments:

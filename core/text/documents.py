@@ -1,7 +1,7 @@
-"""One interface for text, wherever it comes from: a source yields documents, split by their content.
+"""One interface for all text: a source yields documents, split by their content.
 
-A source is anything with `name`, `spec` and `documents(split, seed)`. The split of a document depends on its content
-alone (`split_of`), so the same text never stands on both sides, whatever the source, its order or its revision.
+A source is anything with `name`, `spec` and `documents(split, seed)`. The split of a document depends only on its
+content (`split_of`). So the same text is never on both sides, whatever the source, its order or its revision.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ HELDOUT_FRACTION = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text. `tag` names the subset it belongs to (`prose`, `code`, a subset of the Pile, ...), or is empty."""
+    """One text. `tag` names its subset (`prose`, `code`, a subset of the Pile, ...), or is empty."""
 
     text: str
     tag: str = ""
 
 
 class DocumentIterator(Iterator[Document], Protocol):
-    """Documents in a fixed order; `state_dict` says how to go on after the last one that was yielded."""
+    """Documents in a fixed order. `state_dict` holds the position after the last document yielded."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
 
 @runtime_checkable
 class TextSource(Protocol):
-    """A place that documents come from.
+    """Where documents come from.
 
-    `spec` is plain data that decides the content; it goes into the keys of everything made from the text.
+    `spec` is plain data that decides the content; it is part of the key of everything made from the text.
     `documents` is deterministic in (split, seed): the same arguments give the same documents in the same order.
-    It may end (a file) or go on for long (a streamed corpus); whoever needs more starts the next epoch with seed + 1.
-    Given the `state_dict` of an earlier iteration with the same arguments, it goes on where that one stood.
+    It may be short (a file) or very long (a streamed corpus); to read more, start the next epoch with seed + 1.
+    Given the `state_dict` of an earlier iteration with the same arguments, it continues from there.
     """
 
     name: str
@@ -53,7 +53,7 @@ class TextSource(Protocol):
 
 
 class CountedDocuments:
-    """Documents that are cheap to read again: going on means skipping as many as were yielded before."""
+    """Documents that are cheap to read again: resuming skips as many as were yielded before."""
 
     def __init__(self, documents: Iterator[Document], state: Mapping[str, Any] | None = None) -> None:
         self._documents = documents
@@ -74,7 +74,7 @@ class CountedDocuments:
 
 
 def split_of(content: str, heldout_fraction: float = HELDOUT_FRACTION) -> Split:
-    """`heldout` for a fixed pseudo-random `heldout_fraction` of all contents, `train` for the rest."""
+    """`heldout` for a pseudo-random `heldout_fraction` of all contents, always the same ones; `train` for the rest."""
     digest = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "heldout" if int.from_bytes(digest, "big") < heldout_fraction * 2**64 else "train"
 
@@ -84,9 +84,9 @@ def shuffled_blocks(
 ) -> Iterator[list[Document]]:
     """Reads `block_size` documents at a time and yields those of the split, in an order that depends on the seed.
 
-    Documents without text are dropped. When a block is yielded, exactly the documents up to its end have been read,
-    and no block depends on an earlier one: so a stream goes on exactly by reading one block again, which a rolling
-    shuffle buffer cannot do.
+    Documents without text are dropped. When a block is yielded, exactly the documents up to its end have been read, and
+    no block depends on an earlier one. So a stream resumes exactly by reading one block again, which a rolling shuffle
+    buffer could not do.
     """
     for index in itertools.count(first_block):
         block = list(itertools.islice(documents, block_size))
@@ -98,9 +98,9 @@ def shuffled_blocks(
 
 
 def field_of(record: Mapping[str, Any], path: str, setting: str, where: str) -> Any:
-    """The value under `path` in a record; dots lead into nested fields (`meta.pile_set_name`).
+    """The value at `path` in a record; dots lead into nested fields (`meta.pile_set_name`).
 
-    Raises UserError that names the setting and the fields that exist. A null on the way gives None.
+    None if a field on the way is null. If one does not exist, raises a UserError with the setting and the known fields.
     """
     value: Any = record
     for name in (path,) if path in record else path.split("."):
@@ -113,6 +113,6 @@ def field_of(record: Mapping[str, Any], path: str, setting: str, where: str) -> 
 
 
 def missing_field(path: str, setting: str, where: str, existing: Any) -> UserError:
-    """The error for a column or field that is not there; `existing` are the names of those that are."""
+    """The error for a column or field that does not exist; `existing` are the names of those that do."""
     names = ", ".join(map(str, existing)) or "none"
     return UserError(f"{setting}: {where} has no field {path!r}; the fields here are: {names}.")

@@ -1,9 +1,9 @@
-"""Facts about entities: what a language model is asked about them, and how facts of our own are planted in a text.
+"""Facts about entities: the questions for a language model, and a way to plant made-up facts in its training text.
 
-An entity has one value for each attribute (Tokyo: country Japan, currency Yen); a prompt asks for one of them, and its
-answer is a single token, so that a log-probability scores it. `Facts` are facts that a model knows; `planted_facts`
-makes up its own, with the statements that teach them, for a model too small to know any. `TextWithFacts` mixes those
-statements into ordinary text.
+An entity has one value per attribute (Tokyo: country Japan, currency Yen). A prompt asks for one value. The answer is a
+single token, so its log-probability is the score. `Facts` holds facts that a model knows. For a model too small to know
+any, `planted_facts` makes some up, with statements that teach them, and `TextWithFacts` mixes those statements into
+ordinary text.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ ENTITY, VALUE = "{entity}", "{value}"
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is asked, and what is true.
+    """The questions and the true answers.
 
     answers        entity -> attribute -> value; every entity has the same attributes
-    prompts        attribute -> prompts with `{entity}` in them; the value is the word that follows
-    statements     attribute -> sentences with `{entity}` and `{value}` in them; empty for facts that the model knows
-    answer_prefix  what stands between a prompt and its answer: a space where tokens carry the space before them
+    prompts        attribute -> prompts that contain `{entity}`; the value is the next word
+    statements     attribute -> sentences that contain `{entity}` and `{value}`; empty for facts that the model knows
+    answer_prefix  text between a prompt and its answer: a space if tokens begin with their space
     """
 
     answers: Mapping[str, Mapping[str, str]]
@@ -37,11 +37,11 @@ class Facts:
 
     def __post_init__(self) -> None:
         if len(self.answers) < 2:
-            raise UserError(f"facts.answers: {len(self.answers)} entities; an edit needs at least 2.")
+            raise UserError(f"facts.answers has {len(self.answers)} entities; an edit needs at least 2.")
         for entity, answers in self.answers.items():
             if set(answers) != set(self.prompts):
                 raise UserError(
-                    f"facts.answers: {entity} has {', '.join(answers)} where facts.prompts asks for "
+                    f"facts.answers: {entity} has {', '.join(answers)}, but facts.prompts asks for "
                     f"{', '.join(self.prompts)}."
                 )
         for attribute, prompts in self.prompts.items():
@@ -58,11 +58,11 @@ class Facts:
         return list(self.prompts)
 
     def values(self, attribute: str) -> list[str]:
-        """The candidates: every value that some entity has, in the order of the entities."""
+        """The possible answers: every value of some entity, in the order of the entities."""
         return list(dict.fromkeys(answers[attribute] for answers in self.answers.values()))
 
     def shared(self, entity: str, other: str) -> list[str]:
-        """The attributes in which two entities agree."""
+        """The attributes for which two entities have the same value."""
         return [name for name in self.attributes if self.answers[entity][name] == self.answers[other][name]]
 
     @property
@@ -80,7 +80,7 @@ def _check(where: str, attribute: str, templates: Sequence[str], slots: Sequence
     for template in templates:
         for slot in slots:
             if template.count(slot) != 1:
-                raise UserError(f"facts.{where}.{attribute}: {template!r} must have {slot} in it once.")
+                raise UserError(f"facts.{where}.{attribute}: {template!r} must contain {slot} exactly once.")
 
 
 def planted_facts(
@@ -90,20 +90,20 @@ def planted_facts(
     prompts: Mapping[str, Sequence[str]],
     seed: int,
 ) -> Facts:
-    """Made-up facts: for every attribute the values are dealt to the entities at random, each equally often (to one).
+    """Made-up facts: for every attribute the values are given to the entities at random, each equally often (to one).
 
-    Raises UserError if a prompt is the beginning of a statement, since prompts are to be new to the model, and if two
+    Raises UserError if a prompt is the beginning of a statement, since prompts must be new to the model, and if two
     entities have the same facts.
     """
     if len(set(entities)) < len(entities):
-        raise UserError("facts.entities: a name stands there twice.")
+        raise UserError("facts.entities contains a name twice.")
     if set(values) != set(statements):
-        raise UserError(f"facts.statements has {', '.join(statements)} where facts.values has {', '.join(values)}.")
-    for attribute, asked in prompts.items():
-        known = [statement.partition(VALUE)[0].strip() for statement in statements.get(attribute, ())]
-        for prompt in asked:
-            if prompt.strip() in known:
-                raise UserError(f"facts.prompts.{attribute}: {prompt!r} stands in facts.statements: hold it out.")
+        raise UserError(f"facts.statements has {', '.join(statements)}, but facts.values has {', '.join(values)}.")
+    for attribute, templates in prompts.items():
+        taught = [statement.partition(VALUE)[0].strip() for statement in statements.get(attribute, ())]
+        for prompt in templates:
+            if prompt.strip() in taught:
+                raise UserError(f"facts.prompts.{attribute}: {prompt!r} begins a statement. Use another prompt.")
     dealt = {name: _deal(list(choices), len(entities), derived_seed(seed, name)) for name, choices in values.items()}
     answers = {entity: {name: dealt[name][i] for name in values} for i, entity in enumerate(entities)}
     if len({tuple(own.values()) for own in answers.values()}) < len(entities):
@@ -118,14 +118,14 @@ def _deal(values: list[str], n: int, seed: int) -> list[str]:
 
 
 class TextWithFacts:
-    """Ordinary documents, each cut short and followed by made-up ones that state facts.
+    """Ordinary documents, each cut short and followed by made-up documents that state facts.
 
-    source                     where ordinary text comes from
-    facts                      what is stated
-    max_chars                  of an ordinary document that are kept
-    fact_documents             that follow each ordinary one
-    statements_per_document    in each of these, about different (entity, attribute) drawn at random, so that a value
-                               cannot be read off the context
+    source                     of the ordinary text
+    facts                      the facts to state
+    max_chars                  length to which ordinary documents are cut
+    fact_documents             number of made-up documents after each ordinary one
+    statements_per_document    number of statements in each made-up document, about different (entity, attribute) drawn
+                               at random, so that no value can be read off the context
     """
 
     name = "facts"
@@ -153,7 +153,7 @@ class TextWithFacts:
         return {"source": self.source.spec, "facts": self.facts.spec, **{name: getattr(self, name) for name in sizes}}
 
     def documents(self, split: Split, seed: int, state: Mapping[str, Any] | None = None) -> CountedDocuments:
-        """All ordinary documents of a split, once, and those that state facts; deterministic in (split, seed)."""
+        """All ordinary documents of a split, once, with the made-up ones between; deterministic in (split, seed)."""
         return CountedDocuments(self._all(split, seed), state)
 
     def _all(self, split: Split, seed: int) -> Iterator[Document]:
@@ -164,7 +164,7 @@ class TextWithFacts:
                 yield Document(self._statements(rng), "facts")
 
     def _statements(self, rng: random.Random) -> str:
-        """Sentences that each begin with a space, so that a name is the same token wherever it stands."""
+        """Sentences that each begin with a space, so that a name is always the same token."""
         every = [(entity, attribute) for entity in self.facts.entities for attribute in self.facts.attributes]
         chosen = rng.sample(every, self.statements_per_document)
         return "".join(f" {self._statement(rng, entity, attribute)}" for entity, attribute in chosen)

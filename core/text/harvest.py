@@ -1,18 +1,18 @@
 """The bundled corpus: real text that every Python installation already has, harvested on the user's machine.
 
-Four kinds of documents, which play the part of a corpus' subsets:
+Four kinds of documents stand for the subsets of a corpus:
   prose      help topics of the language (`pydoc_data.topics`), read-me files and other text files of installed packages
-  docstring  the docstrings of a module, each under the signature that it belongs to
+  docstring  the docstrings of a module, each after the signature of its object
   code       the same module's source without its docstrings
   legal      licence texts
-Only the standard library and the distributions named in `requirements.lock` are read, so that one lock gives one
-corpus (up to the version of Python). Nothing is redistributed.
+Only the standard library and the distributions named in `requirements.lock` are read, so the lock file and the version
+of Python decide the corpus. Nothing is redistributed.
 
-Text that deflate shrinks to under a fifth is marked as repetitive: generated tables, code kept twice.
+Text that deflate shrinks to under a fifth is marked as repetitive, such as generated tables and copies of code.
 Compressors do well on it, and language models of our size learn little from it.
 
-Everything made from one file goes to the same side of the split, which depends on the file's content alone. Lines seen
-before are counted: a document most of whose long lines occurred in earlier ones is dropped as a near-duplicate.
+All documents from one file go to the same side of the split, which depends only on the file's content. A document is
+dropped as a near-duplicate if most of its long lines occurred in earlier documents.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PROSE_ENDINGS = (".md", ".rst", ".txt", "METADATA")
 LEGAL_NAME = re.compile(r"(LICEN[CS]E|COPYING|NOTICE|COPYRIGHT)", re.IGNORECASE)
 MAX_FILE_BYTES = 200_000  # longer files are tables and generated code
 MIN_DOCUMENT_CHARS = 200
-MAX_MEAN_LINE_CHARS = 160  # longer lines on average: data, not text
+MAX_MEAN_LINE_CHARS = 160  # longer lines on average mean data, not text
 LONG_LINE_CHARS = 30  # only lines of at least this length are compared for near-duplicates
 MAX_SEEN_FRACTION = 0.5
 REPETITIVE_BELOW = 0.2  # deflated bytes per byte
@@ -44,7 +44,7 @@ REPETITIVE_BELOW = 0.2  # deflated bytes per byte
 
 @dataclass(frozen=True, slots=True)
 class Harvested:
-    """A document with its tag, its side of the split, where it was found, and whether it is repetitive."""
+    """A document with its tag, its side of the split, its file, and whether it is repetitive."""
 
     text: str
     tag: str
@@ -56,8 +56,8 @@ class Harvested:
 def harvest(mb_per_package: float) -> list[Harvested]:
     """All documents of the standard library and the locked packages, at most `mb_per_package` MB of files from each.
 
-    Which files of a large package are read is decided by a hash of their names, so the choice is spread over the
-    package and the same on every machine. The order of the result is fixed.
+    A hash of the file names decides which files of a large package are read, so the choice is spread over the package
+    and is the same on every machine. The order of the result is fixed.
     """
     files = [file for _, group in sorted(_packages().items()) for file in _within_budget(group, mb_per_package * 1e6)]
     seen_lines: set[int] = set()
@@ -75,7 +75,7 @@ def locked_names(lock_file: Path = LOCK_FILE) -> list[str]:
     """The distributions that `requirements.lock` names, in its order."""
     if not lock_file.exists():
         raise FileNotFoundError(
-            f"{lock_file} is missing: data=bundled reads the packages which it names. "
+            f"{lock_file} is missing: data=bundled reads the packages named in it. "
             "Run from a complete checkout, or choose data=local with data.path=<your text file>."
         )
     lines = (line.strip() for line in lock_file.read_text().splitlines())
@@ -83,17 +83,17 @@ def locked_names(lock_file: Path = LOCK_FILE) -> list[str]:
 
 
 def _packages() -> dict[str, list[tuple[str, Path]]]:
-    """{package: [(name within it, path)]}, the standard library under `python`."""
+    """{package: [(name within it, path)]}; the standard library is called `python`."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
-    found = {"python": [(str(path.relative_to(stdlib)), path) for path in stdlib.rglob("*.py")]}
+    packages = {"python": [(str(path.relative_to(stdlib)), path) for path in stdlib.rglob("*.py")]}
     for name in locked_names():
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        found[name.lower()] = [(str(file), Path(str(file.locate()))) for file in distribution.files or ()]
+        packages[name.lower()] = [(str(file), Path(str(file.locate()))) for file in distribution.files or ()]
     return {
-        package: [(name, path) for name, path in files if _wanted(name)] for package, files in sorted(found.items())
+        package: [(name, path) for name, path in files if _wanted(name)] for package, files in sorted(packages.items())
     }
 
 
@@ -105,7 +105,7 @@ def _wanted(name: str) -> bool:
 
 
 def _within_budget(files: list[tuple[str, Path]], budget_bytes: float) -> list[tuple[str, Path]]:
-    """Files in the order of their names' hashes until the budget is spent; text files, being few, come first."""
+    """Files in the order of their names' hashes until the budget is spent; text files first, since they are few."""
 
     def rank(item: tuple[str, Path]) -> tuple[bool, bytes]:
         return item[0].endswith(".py"), hashlib.blake2b(item[0].encode(), digest_size=8).digest()
@@ -174,7 +174,7 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _documented(node: ast.AST, qualified: str) -> Iterator[tuple[_Documented, str]]:
-    """Every node below `node` that has a docstring, with its dotted name, in the order of the source."""
+    """Every node from `node` down that has a docstring, with its dotted name, in source order."""
     if isinstance(node, _Documented) and ast.get_docstring(node, clean=False):
         yield node, qualified
     for child in getattr(node, "body", ()):
@@ -189,7 +189,7 @@ def _signature(node: _Documented, qualified: str) -> str:
 
 
 def _near_duplicate(text: str, seen_lines: set[int]) -> bool:
-    """Whether most long lines of `text` occurred before; remembers them all either way."""
+    """Whether most long lines of `text` occurred before. Adds them all to `seen_lines`."""
     stripped = (line.strip() for line in text.split("\n"))
     lines = {
         int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8).digest(), "big")

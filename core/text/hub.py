@@ -1,4 +1,4 @@
-"""Text from the Hugging Face Hub, streamed: Parquet and JSON datasets at a pinned revision."""
+"""Text streamed from the Hugging Face Hub: Parquet and JSON datasets at a pinned revision."""
 
 from __future__ import annotations
 
@@ -32,20 +32,21 @@ HINTS = {"BuilderConfig": "data.config_name", "Bad split": "data.hf_split", "scr
 
 
 class HubText:
-    """A dataset of the Hub.
+    """A dataset on the Hub.
 
     path                `owner/name`
-    revision            commit, tag or branch; a commit makes a run repeatable
-    config_name         the dataset's configuration, where it has several
-    data_files          glob patterns below the repository; they replace the configuration, and with it any script
-    hf_split            the split of the Hub's dataset; train and held-out are both taken from it, by content
-    text_field          column that holds the text; dots lead into nested ones. Or, instead of it,
-    conversation_field  column that holds a list of {role, content}: joined to "role: content" paragraphs
+    revision            commit, tag or branch; only a commit makes a run repeatable
+    config_name         the dataset's configuration, if it has several
+    data_files          glob patterns within the repository, used instead of the configuration and its script
+    hf_split            the dataset's own split; both train and held-out documents come from it, by content
+    text_field          column that holds the text; dots lead into nested fields
+    conversation_field  instead of text_field: column with a list of {role, content}, joined as "role: content"
+                        paragraphs
     tag_field           column that holds the tag; None for no tags
-    shuffle_buffer      documents that are read and shuffled together; the order of the files is shuffled as well
+    shuffle_buffer      number of documents that are read and shuffled together; the files are shuffled as well
 
-    Order and split depend on (split, seed) alone. A stream that goes on reads one buffer again, from the row group
-    (Parquet) or file (JSON) in which it starts.
+    Order and split depend only on (split, seed). A resumed stream reads one buffer again, from the row group (Parquet)
+    or the file (JSON) in which the buffer starts.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class HubText:
         shuffle_buffer: int = 10_000,
     ) -> None:
         if (text_field is None) == (conversation_field is None):
-            raise UserError("data: set either data.text_field or data.conversation_field, the other one to null.")
+            raise UserError("data: set one of data.text_field and data.conversation_field, and the other to null.")
         if shuffle_buffer < 1:
             raise UserError(f"data.shuffle_buffer must be at least 1, not {shuffle_buffer}.")
         self.path, self.revision, self.config_name, self.hf_split = path, revision, config_name, hf_split
@@ -81,11 +82,11 @@ class HubText:
         return {name: getattr(self, name) for name in (*fields, *columns)}
 
     def documents(self, split: Split, seed: int, state: Mapping[str, Any] | None = None) -> HubDocuments:
-        """Raises UserError if the dataset cannot be had, with the reason."""
+        """The documents of one pass. Raises UserError with the reason if the dataset cannot be read."""
         return HubDocuments(self, split, seed, state)
 
     def dataset(self) -> datasets.IterableDataset:
-        """The unshuffled stream of the columns that are needed; looked up on the first call."""
+        """The unshuffled stream of the needed columns; opened on the first call."""
         if self._dataset is None:
             with self.reporting():
                 self._dataset = self._open()
@@ -109,7 +110,7 @@ class HubText:
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
-        """Turns what goes wrong on the way to the data into one message with a way out."""
+        """Turn errors of reading the data into a UserError with a way out."""
         try:
             yield
         except UserError:
@@ -131,18 +132,18 @@ class HubText:
                 raise UserError("data.data_files: .zst files need the package zstandard: pip install zstandard")
             builder = datasets.load_dataset_builder(form, data_files={self.hf_split: urls})
             if not any(builder.config.data_files.values()):
-                raise UserError(f"data.data_files: no file of {self.path} at {commit} fits {self.data_files}.")
+                raise UserError(f"data.data_files: no file of {self.path} at {commit} matches {self.data_files}.")
         else:
             builder = datasets.load_dataset_builder(self.path, self.config_name, revision=commit)
         dataset = builder.as_streaming_dataset(split=self.hf_split)
         columns = self._columns(dataset.column_names)
-        if columns and hasattr(builder.config, "columns"):  # Parquet: do not download the others
+        if columns and hasattr(builder.config, "columns"):  # Parquet: do not download other columns
             builder.config.columns = columns
             dataset = builder.as_streaming_dataset(split=self.hf_split)
         return dataset
 
     def _commit(self) -> str:
-        """The commit behind `revision`, asked for first: it fails at once where loading would try again for minutes."""
+        """The commit of `revision`. Asking for it first fails at once, where loading would retry for minutes."""
         api = HfApi()
         info = api.dataset_info(self.path, revision=self.revision, timeout=CONNECT_TIMEOUT_S)
         if info.gated:
@@ -150,7 +151,7 @@ class HubText:
         return str(info.sha)
 
     def _columns(self, existing: list[str] | None) -> list[str]:
-        """The columns that the fields are in. Formats without a schema (JSON) are checked record by record."""
+        """The columns of the configured fields. Formats without a schema (JSON) are checked record by record."""
         wanted = set()
         for setting in ("text_field", "conversation_field", "tag_field"):
             field = getattr(self, setting)
@@ -165,8 +166,8 @@ class HubText:
 class HubDocuments:
     """The documents of one pass over a HubText.
 
-    A position is where the current block of `shuffle_buffer` records starts (which file, and the dataset's own position
-    in it), the block's number, and how many of its documents have been yielded.
+    A position consists of the start of the current block of `shuffle_buffer` records (the file, and the dataset's own
+    position in it), the block's number, and how many of its documents have been yielded.
     """
 
     def __init__(self, source: HubText, split: Split, seed: int, state: Mapping[str, Any] | None) -> None:
@@ -200,7 +201,7 @@ class HubDocuments:
             self._yielded = 0
 
     def _records(self, first_file: int, within: Any) -> Iterator[Document]:
-        """All records from a position on, file by file; `self._reading()` tells the position reached."""
+        """All records from a position on, file by file. `self._reading()` returns the position reached."""
         dataset = self._source.dataset()
         order = list(range(dataset.num_shards))
         random.Random(derived_seed(self._seed, "files")).shuffle(order)
@@ -219,7 +220,7 @@ def _position(file_number: int, file: datasets.IterableDataset) -> tuple[int, di
 
 
 def _reason(error: BaseException, path: str) -> str:
-    """Why, in words for whoever set `data`."""
+    """The cause of the error, in words for the user who set `data`."""
     if isinstance(error, GatedRepoError):
         return (
             f"it is gated. Accept its licence at https://huggingface.co/datasets/{path} with your account, then set "
@@ -228,11 +229,11 @@ def _reason(error: BaseException, path: str) -> str:
     if isinstance(error, RevisionNotFoundError):
         return "it has no such revision (data.revision)."
     if isinstance(error, RepositoryNotFoundError):
-        return "the Hub has no such dataset (data.path), or it is private and HF_TOKEN does not open it."
+        return "the Hub has no such dataset (data.path), or it is private and HF_TOKEN gives no access."
     if isinstance(error, OfflineModeIsEnabled):
         return "offline mode is on (HF_HUB_OFFLINE=1)."
     if isinstance(error, EntryNotFoundError | FileNotFoundError):
-        return f"no file fits data.data_files ({_first_line(error)})."
+        return f"no file matches data.data_files ({_first_line(error)})."
     if isinstance(error, HfHubHTTPError) or not isinstance(error, OSError | httpx.HTTPError):
         hints = [hint for phrase, hint in HINTS.items() if phrase in str(error)]
         return f"{_first_line(error)}{f' ({hints[0]})' if hints else ''}."

@@ -1,4 +1,4 @@
-"""`data=local`: the user's own text files: .txt, .jsonl, .json and .parquet."""
+"""`data=local`: the user's own text files (.txt, .jsonl, .json and .parquet)."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from core.seeding import derived_seed
 from core.text.documents import CountedDocuments, Document, Split, field_of, missing_field, shuffled_blocks
 
 ENDINGS = (".txt", ".jsonl", ".json", ".parquet")
-Located = tuple[str, Mapping[str, Any]]  # where a record stands, for messages, and the record
+Located = tuple[str, Mapping[str, Any]]  # the place of a record, for messages, and the record
 
 
 class LocalText:
-    """Documents from a file, a folder (searched to the bottom) or a glob pattern.
+    """Documents from a file, a folder (searched recursively) or a glob pattern.
 
-    path                where they are
-    text_field          column or key that holds the text, in .jsonl, .json and .parquet; dots lead into nested ones
+    path                the file, folder or pattern
+    text_field          column or key that holds the text in .jsonl, .json and .parquet; dots lead into nested fields
     tag_field           column or key that holds the tag; None for no tags
-    document_separator  what stands between the documents of a .txt file; None: each file is one document
-    shuffle_buffer      documents that are shuffled together; the order of the files is shuffled as well
+    document_separator  text between the documents of a .txt file; None if each file is one document
+    shuffle_buffer      number of documents that are shuffled together; the files are shuffled as well
 
-    Texts that are null or blank are skipped; `n_skipped` has their number per file, for the files read to their end.
+    Null or blank texts are skipped. `n_skipped` has their number per file, for files that were read to the end.
     """
 
     name = "local"
@@ -46,9 +46,7 @@ class LocalText:
         if shuffle_buffer < 1:
             raise UserError(f"data.shuffle_buffer must be at least 1, not {shuffle_buffer}.")
         if document_separator == "":
-            raise UserError(
-                "data.document_separator is empty: leave it out (null) to take each .txt file as one document."
-            )
+            raise UserError("data.document_separator is empty. Set it to null to read each .txt file as one document.")
         self.path, self.text_field, self.tag_field = str(path), text_field, tag_field
         self.document_separator, self.shuffle_buffer = document_separator, shuffle_buffer
         self.files = find_files(self.path)
@@ -56,7 +54,7 @@ class LocalText:
 
     @cached_property
     def spec(self) -> dict[str, Any]:
-        """The files' content, not their names or dates. Reads every file once, at the speed of the disk."""
+        """Decided by the files' content, not by their names or dates. Reads every file once."""
         names = ("text_field", "tag_field", "document_separator", "shuffle_buffer")
         digests = []
         for path in self.files:
@@ -65,7 +63,7 @@ class LocalText:
         return {"local": digests, "endings": [f.suffix for f in self.files], **{n: getattr(self, n) for n in names}}
 
     def documents(self, split: Split, seed: int, state: Mapping[str, Any] | None = None) -> CountedDocuments:
-        """All documents of a split, once. Raises UserError for a file that is not what its ending says."""
+        """All documents of a split, once. Raises UserError for a file whose content does not fit its ending."""
         blocks = shuffled_blocks(self._all(seed), split, seed, self.shuffle_buffer)
         return CountedDocuments((document for block in blocks for document in block), state)
 
@@ -119,7 +117,7 @@ class LocalText:
 
     @staticmethod
     def _column(field: str, setting: str, where: str, existing: list[str]) -> str:
-        """The column that holds the field: the field itself, or what its path starts with."""
+        """The column that holds the field: the field itself, or the first part of its path."""
         column = field if field in existing else field.split(".")[0]
         if column not in existing:
             raise missing_field(field, setting, where, existing)
@@ -127,7 +125,7 @@ class LocalText:
 
 
 def find_files(path: str) -> list[Path]:
-    """The files that `data.path` names, sorted. Raises UserError if there are none that can be read."""
+    """The files that `data.path` names, sorted. Raises UserError if there is no file, or one that cannot be read."""
     root = Path(path).expanduser()
     if root.is_file():
         files = [root]
@@ -138,18 +136,18 @@ def find_files(path: str) -> list[Path]:
         files = [file for file in Path(root.anchor).glob(str(root.relative_to(root.anchor))) if file.is_file()]
     if not files:
         known = ", ".join(ENDINGS)
-        what = f"the folder {path} holds no file that ends in {known}" if root.is_dir() else f"there is no file {path}"
-        raise UserError(f"data.path: {what} (looked from {Path.cwd()}). Or choose data=bundled, which needs no file.")
+        what = f"the folder {path} has no file that ends in {known}" if root.is_dir() else f"there is no file {path}"
+        raise UserError(f"data.path: {what} (seen from {Path.cwd()}). Or choose data=bundled, which needs no file.")
     for file in files:
         if file.suffix not in ENDINGS:
-            raise UserError(f"data.path: {file} ends in {file.suffix or 'nothing'}; known are {', '.join(ENDINGS)}.")
+            raise UserError(f"data.path: {file} ends in {file.suffix or 'nothing'}, not in {', '.join(ENDINGS)}.")
         if file.stat().st_size == 0:
             raise UserError(f"data.path: {file} is empty. Remove it, or name another file.")
     return sorted(files)
 
 
 def decode(content: bytes, path: Path, offset: int = 0) -> str:
-    """UTF-8 (with or without a byte-order mark) -> text. `offset`: where in the file the bytes begin."""
+    """UTF-8 (with or without a byte-order mark) -> text. `offset` is the position of the bytes in the file."""
     try:
         return content.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -160,7 +158,7 @@ def decode(content: bytes, path: Path, offset: int = 0) -> str:
 
 
 def read_jsonl(path: Path) -> Iterator[Located]:
-    """The objects of a file with one JSON object per line; blank lines are passed over."""
+    """The objects of a file with one JSON object per line; blank lines are skipped."""
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -171,7 +169,7 @@ def read_jsonl(path: Path) -> Iterator[Located]:
 
 
 def read_json(path: Path) -> Iterator[Located]:
-    """The objects of a file that is one JSON list of objects, or one object."""
+    """The objects of a file that is a JSON list of objects, or a single object."""
     content = parse_json(decode(path.read_bytes(), path), path, 1)
     for index, item in enumerate(content if isinstance(content, list) else [content]):
         yield _object(item, f"{path}, item {index}")
@@ -184,11 +182,11 @@ def parse_json(text: str, path: Path, first_line: int) -> Any:
         line = first_line + error.lineno - 1
         raise UserError(
             f"data.path: {path}, line {line}, column {error.colno}: not JSON ({error.msg}). "
-            "A .jsonl file has one JSON object per line, a .json file is one list of objects."
+            "A .jsonl file must have one JSON object per line, a .json file must be a list of objects."
         ) from error
 
 
 def _object(item: Any, where: str) -> Located:
     if not isinstance(item, Mapping):
-        raise UserError(f"data.path: {where} is not a JSON object with a text in it but {type(item).__name__}.")
+        raise UserError(f"data.path: {where} is {type(item).__name__}, not a JSON object that contains a text.")
     return where, item

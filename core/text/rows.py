@@ -20,25 +20,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Packing = Literal["concat", "per_document"]
-DOCUMENTS_PER_CALL = 64  # documents tokenised at a time; has no influence on the rows
-CHARS_PER_TOKEN = 6  # more than documents have on average
-UNUSED_TOKENS = 64  # at the cut end of a long document; more than a word has
+DOCUMENTS_PER_CALL = 64  # documents tokenised at a time; does not change the rows
+CHARS_PER_TOKEN = 6  # more than the average of documents
+UNUSED_TOKENS = 64  # ignored at the cut end of a long document; more than a word has
 
 
 class RowStream:
     """Rows of token ids from a text source.
 
-    concat        Leask et al. 2025 and Bussmann et al. 2024: every document is cut to `max_document_tokens` tokens, the
-                  beginning-of-sequence token (BOS) in front included, and joined to the one before; rows are cut from
-                  the whole. So BOS stands anywhere in a row, and rows cross documents. Deviation: what is left when
-                  rows are asked for is carried on, where the authors' code drops the left-over of every batch.
-    per_document  every row is BOS and n_ctx - 1 consecutive tokens of one document, cut to `max_document_tokens`
-                  tokens (BOS included) before; a document's last piece is dropped where it is shorter.
+    concat        Leask et al. 2025 and Bussmann et al. 2024: every document starts with the beginning-of-sequence token
+                  (BOS) and is cut to `max_document_tokens` tokens, BOS included. The documents are joined, and rows are
+                  cut from the whole. So BOS can be anywhere in a row, and rows cross documents. Deviation: tokens that
+                  do not fill a row are kept for the next one; the authors' code drops those of every batch.
+    per_document  every row is BOS and n_ctx - 1 consecutive tokens of one document, which is first cut to
+                  `max_document_tokens` tokens (BOS included). A last piece that is too short is dropped.
 
     `max_document_tokens` is the language model's context in the authors' code; None leaves documents whole.
     A source that ends is read again with seed + 1, + 2, ...; `epochs` counts how often it has ended.
-    Of several ranks each takes the rank-th n of the next `n_ranks` times n rows, when it is asked for n. Each reads all
-    of the text, so that the position in it is the same for all.
+    With several ranks, a call for n rows takes the next n_ranks * n rows, and each rank gets its n of them. Every rank
+    reads all of the text, so all have the same position in it.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class RowStream:
         self.rank, self.n_ranks = rank, n_ranks
         self.bos_token_id = bos_token_id(tokenizer)
         self.epochs = 0
-        self._epoch_tokens = 0  # tokens that this epoch has given
-        self._documents: DocumentIterator | None = None  # opened when the first row is asked for
-        self._documents_state: dict[str, Any] | None = None  # where to open them
-        self._pending: list[Tensor] = []  # tokens not yet handed out; each 1-d
+        self._epoch_tokens = 0  # tokens read in this epoch
+        self._documents: DocumentIterator | None = None  # opened by the first call for rows
+        self._documents_state: dict[str, Any] | None = None  # the position to open them at
+        self._pending: list[Tensor] = []  # tokens not yet returned; each 1-d
 
     def next_rows(self, n: int) -> Tensor:
-        """The next n rows, `[n, n_ctx]` int64. How rows are grouped into calls does not change them (of one rank)."""
+        """The next n rows, `[n, n_ctx]` int64. On one rank, the rows do not depend on how calls group them."""
         return self._next(n * self.n_ranks)[self.rank * n : (self.rank + 1) * n]
 
     def _next(self, n: int) -> Tensor:
@@ -85,7 +85,7 @@ class RowStream:
         return tokens[:n_wanted].view(n, self.n_ctx)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data and one tensor; loading it makes the rows that follow the same as without interruption."""
+        """Plain data and one tensor. After loading it, the same rows follow as without an interruption."""
         return {
             "stream": self._identity(),
             "epochs": self.epochs,
@@ -95,11 +95,11 @@ class RowStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError if the state is of a stream of other text or other settings."""
+        """Raises ValueError if the state belongs to other text or other settings."""
         if state["stream"] != self._identity():
             raise ValueError(
-                f"This position is of other rows than those of {self.source.name} ({self.split}): the text, the split, "
-                "the seed or the packing has changed since it was saved. Start afresh, or restore these settings."
+                f"The saved position does not belong to these rows of {self.source.name} ({self.split}): the text, the "
+                "split, the seed or the packing has changed since. Restore these settings, or start from the beginning."
             )
         self.epochs, self._epoch_tokens = state["epochs"], state["epoch_tokens"]
         self._documents, self._documents_state = None, state["documents"]
@@ -111,7 +111,7 @@ class RowStream:
         return content_key({"source": self.source.spec, "vocab": len(self.tokenizer), **settings})
 
     def _read(self) -> Tensor:
-        """Tokens of the next documents, packed; at the end of the source, of the next epoch's first ones. 1-d."""
+        """The packed tokens of the next documents, 1-d. At the end of the source: no tokens, and a new epoch starts."""
         if self._documents is None:
             self._documents = self.source.documents(self.split, self.seed + self.epochs, self._documents_state)
         texts = [document.text for document in itertools.islice(self._documents, DOCUMENTS_PER_CALL)]
@@ -124,10 +124,10 @@ class RowStream:
         return tokens
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of every text; of long ones perhaps only the beginning, but `max_document_tokens` at least.
+        """Token ids of every text. Of a long text perhaps only the beginning, but at least `max_document_tokens`.
 
-        What follows a word does not change its tokens. So a text is cut where it is surely long enough, and encoded
-        whole if it turns out that it was not; tokens near the cut are never used.
+        What follows a word does not change its tokens. So a text is cut where that is almost surely enough, and encoded
+        whole if it was not. Tokens near the cut are never used.
         """
         longest = self.max_document_tokens
         cut = texts if longest is None else [text[: CHARS_PER_TOKEN * (longest + UNUSED_TOKENS)] for text in texts]
@@ -146,15 +146,15 @@ class RowStream:
         if not self._epoch_tokens:
             wanted = "documents" if self.packing == "concat" else f"documents of at least {self.n_ctx - 1} tokens"
             raise UserError(
-                f"The {self.split} split of {self.source.name} has no {wanted}: about one document in 20, chosen by "
-                "its content, is held out. Give more text, or choose data=bundled."
+                f"The {self.split} split of {self.source.name} has no {wanted}. About one document in 20 is held out, "
+                "chosen by its content. Use more text, or choose data=bundled."
             )
         self.epochs += 1
         self._epoch_tokens = 0
         self._documents = self._documents_state = None
 
     def _pack(self, ids: list[int]) -> list[int]:
-        """One document's tokens -> what it contributes to the rows."""
+        """One document's tokens -> the tokens that it contributes to the rows."""
         if self.max_document_tokens is not None:
             ids = ids[: self.max_document_tokens - 1]
         if self.packing == "concat":
@@ -165,10 +165,10 @@ class RowStream:
 
 
 def bos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that opens every document: `bos_token_id`, or `eos_token_id` where there is none (Qwen)."""
-    for found in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if found is not None:
-            return int(found)
+    """The id that opens every document: `bos_token_id`, or `eos_token_id` if there is none (Qwen)."""
+    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
     raise UserError(
         f"model: the tokenizer {tokenizer.name_or_path!r} has neither a bos_token nor an eos_token to open documents "
         "with. Set one of them in its tokenizer_config.json, or choose another model."

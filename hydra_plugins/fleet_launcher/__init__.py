@@ -1,4 +1,4 @@
-"""A Hydra launcher that trains what all cells of a sweep will ask for before it runs them."""
+"""A Hydra launcher that trains the dictionaries of all cells of a sweep before it runs the cells."""
 
 from hydra_plugins.fleet_launcher.launcher import FleetLauncher
 

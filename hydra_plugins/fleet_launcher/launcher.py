@@ -1,8 +1,8 @@
 """The default launcher of sweeps: compose every cell, train missing dictionaries together, run the cells.
 
-Composing all cells first finds a misspelt key before hours are spent. Training first is only a prefetch: a cell never
-depends on it, since `load_or_train` trains what it does not find. The cells run one by one in this process, or
-`trainer.cell_processes` at a time in processes of their own, each of which takes one cell after another.
+Composing all cells first finds a misspelt key before hours are spent. Training first is only a prefetch: no cell
+depends on it, since `load_or_train` trains what is missing. The cells then run one by one in this process, or in
+`trainer.cell_processes` processes, each of which takes one cell after another.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from core import results
 from core.errors import UserError
 from core.interrupts import raise_if_interrupted
 
-RUN_CELL = "run:run_cell"  # one definition for both ways
+RUN_CELL = "run:run_cell"  # the same function runs a cell in this process and in another
 
 
 @dataclass(frozen=True)
 class PendingCell:
-    """A cell that is to run: its configuration as the experiment will see it, and its folder."""
+    """A cell that is not finished: the configuration that the experiment will get, and the cell's folder."""
 
     cfg: DictConfig
     folder: Path
 
 
 class FleetLauncher(BasicLauncher):
-    """Runs the cells after a prefetch. Raises UserError at the end if cells failed."""
+    """Runs the cells after a prefetch. Raises CellsFailedError at the end if some cells failed."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         setup_globals()
@@ -51,8 +51,9 @@ class FleetLauncher(BasicLauncher):
         with cells_progress(len(pending)) as advance:
             if n_processes > 1:
                 outcomes = run_in_processes(list(pending.values()), n_processes, advance)
-                ended = dict(zip(pending, outcomes, strict=True))
-                returns = [self._run(cell, told(ended[i]) if i in ended else None) for i, cell in enumerate(cells)]
+                by_cell = dict(zip(pending, outcomes, strict=True))
+                tasks = [replay(by_cell[index]) if index in by_cell else None for index in range(len(cells))]
+                returns = [self._run(cell, task) for cell, task in zip(cells, tasks, strict=True)]
             else:
                 returns = []
                 for index, cell in enumerate(cells):
@@ -65,8 +66,7 @@ class FleetLauncher(BasicLauncher):
         return returns
 
     def _compose(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[DictConfig]:
-        """The configuration of every cell, Hydra's own node included. Composing one takes a fifth of a second, so it is
-        done once."""
+        """The configuration of every cell, with Hydra's own node. Done once, since one cell takes 0.2 s."""
         assert self.hydra_context is not None and self.config is not None
         cells = []
         for index, overrides in enumerate(job_overrides, initial_job_idx):
@@ -78,7 +78,7 @@ class FleetLauncher(BasicLauncher):
 
     @staticmethod
     def _pending(cell: DictConfig) -> PendingCell | None:
-        """What is to run, if the cell is not finished yet."""
+        """The cell to run, or None if it is finished."""
         HydraConfig.instance().set_config(cell)  # the folder's name is made from the cell's own overrides
         folder = (Path(cell.hydra.sweep.dir) / cell.hydra.sweep.subdir).absolute()
         cfg = cell.copy()
@@ -87,7 +87,7 @@ class FleetLauncher(BasicLauncher):
         return None if results.is_finished(folder, cfg) and not cfg.force else PendingCell(cfg, folder)
 
     def _run(self, cell: DictConfig, task: TaskFunction | None = None) -> JobReturn:
-        """The cell's own task, or another in its place, as a job of Hydra."""
+        """Run a cell as a Hydra job: the usual task, or the given one instead."""
         assert self.hydra_context is not None and self.config is not None and self.task_function is not None
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         job = run_job(
@@ -126,24 +126,24 @@ def _n_processes(pending: Sequence[DictConfig]) -> int:
 
 
 def run_in_processes(cells: Sequence[PendingCell], n_processes: int, advance: Callable[[], None]) -> list[Any]:
-    """None, or the exception that ended it, for every cell; they begin in their order. One whose process dies gets its
-    failed.json from here."""
+    """For every cell None, or the exception that ended it. Cells start in order. If a cell's process dies, failed.json
+    is written from here."""
     from core.shares import slots
     from core.workers import Task, WorkerDiedError, run_tasks
 
     started = time.time()
 
-    def ended(index: int, outcome: Any) -> None:
+    def on_end(index: int, outcome: Any) -> None:
         if isinstance(outcome, WorkerDiedError):
             results.record_failure(cells[index].cfg, cells[index].folder, outcome, started)
         advance()
 
     tasks = [Task(cell.folder.name, RUN_CELL, (cell.cfg, cell.folder)) for cell in cells]
-    return run_tasks(tasks, slots(n_processes, cells[0].cfg.trainer.accelerator), ended=ended)
+    return run_tasks(tasks, slots(n_processes, cells[0].cfg.trainer.accelerator), on_end=on_end)
 
 
-def told(outcome: Exception | None) -> TaskFunction:
-    """A task that ends as the cell has ended elsewhere."""
+def replay(outcome: Exception | None) -> TaskFunction:
+    """A task that ends in the same way as the cell did in another process."""
 
     def task(cfg: DictConfig) -> None:
         if outcome is not None:
@@ -154,8 +154,8 @@ def told(outcome: Exception | None) -> TaskFunction:
 
 @contextmanager
 def cells_progress(n_cells: int) -> Iterator[Callable[[], None]]:
-    """Progress over the cells that run, with the time left: a bar on a terminal, a line for each elsewhere. Calling
-    what it yields moves it on."""
+    """Show how many cells are done and the time left: as a bar on a terminal, else as one line per cell. Yields the
+    function to call after each cell."""
     if not sys.stderr.isatty():
         yield cell_lines(n_cells)
         return
@@ -169,20 +169,20 @@ def cells_progress(n_cells: int) -> Iterator[Callable[[], None]]:
 
 
 def cell_lines(n_cells: int) -> Callable[[], None]:
-    """Says a line whenever it is called: how many cells are done, and what is left at the mean rate so far."""
+    """Returns a function that prints how many cells are done and the time left at the mean rate so far."""
     started, done = time.monotonic(), 0
 
     def advance() -> None:
         nonlocal done
         done += 1
-        left = (time.monotonic() - started) / done * (n_cells - done)
-        print(f"{done} of {n_cells} cells, {left:,.0f} s left", file=sys.stderr, flush=True)
+        seconds_left = (time.monotonic() - started) / done * (n_cells - done)
+        print(f"{done} of {n_cells} cells, {seconds_left:,.0f} s left", file=sys.stderr, flush=True)
 
     return advance
 
 
 class CellsFailedError(UserError):
-    """Names every failed cell with its error; the whole traceback of each is in its failed.json."""
+    """Lists every failed cell with its error. Each cell's failed.json has the traceback."""
 
     def __init__(self, n_cells: int, failed: Sequence[JobReturn]) -> None:
         lines = []

@@ -25,7 +25,7 @@ def fixed(on_tiny_model: list[str]) -> list[str]:
     return ["experiment=leask_batchtopk", "scale=smoke", "logging=none", *on_tiny_model, *short]
 
 
-def places(folder: Path) -> list[str]:
+def output_folders(folder: Path) -> list[str]:
     return [f"output_dir={folder}", f"artifacts_dir={folder / 'artifacts'}"]
 
 
@@ -42,7 +42,7 @@ def sweep(fixed: list[str], tmp_path: Path, monkeypatch: Any, capsys: Any):
     """Run the smoke sweep; returns (metrics by cell, standard error)."""
 
     def call(name: str, *arguments: str, code: int = 0) -> tuple[dict[str, dict[str, float]], str]:
-        monkeypatch.setattr(sys, "argv", ["run.py", *fixed, *places(tmp_path / name), *arguments])
+        monkeypatch.setattr(sys, "argv", ["run.py", *fixed, *output_folders(tmp_path / name), *arguments])
         assert runner.main() == code
         return metrics(tmp_path / name), capsys.readouterr().err
 
@@ -50,7 +50,7 @@ def sweep(fixed: list[str], tmp_path: Path, monkeypatch: Any, capsys: Any):
 
 
 @pytest.mark.slow
-def test_cells_in_processes_of_their_own_give_what_they_give_one_by_one(sweep, tmp_path):
+def test_cells_give_the_same_results_in_separate_processes_as_one_by_one(sweep, tmp_path):
     one, err = sweep("one", "method.k=8,1000", code=1)
     assert "1 of 4 cells, " in err and "4 of 4 cells, 0 s left" in err
     first, _ = sweep("two", "method=topk", "method.k=8")
@@ -67,8 +67,10 @@ def test_cells_in_processes_of_their_own_give_what_they_give_one_by_one(sweep, t
 
 
 @pytest.mark.slow
-def test_cells_in_processes_that_are_told_to_stop_keep_what_is_finished_and_go_on_one_by_one(fixed, sweep, tmp_path):
-    command = [sys.executable, "run.py", *fixed, *places(tmp_path / "a"), "trainer.cell_processes=2"]
+def test_an_interrupted_sweep_over_processes_keeps_finished_cells_and_can_continue_in_one_process(
+    fixed, sweep, tmp_path
+):
+    command = [sys.executable, "run.py", *fixed, *output_folders(tmp_path / "a"), "trainer.cell_processes=2"]
     log = tmp_path / "log"
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=ROOT, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -76,14 +78,14 @@ def test_cells_in_processes_that_are_told_to_stop_keep_what_is_finished_and_go_o
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, log.read_text()
-    assert "the same command goes on" in log.read_text() and "Traceback" not in log.read_text()
+    assert "run the same command again" in log.read_text() and "Traceback" not in log.read_text()
     kept = metrics(tmp_path / "a")
     assert 1 <= len(kept) < 3 and not read(tmp_path / "a", "failed.json")
-    found, err = sweep("a")
-    assert f"3 cells, {3 - len(kept)} to run\n" in err and len(found) == 3 and found.items() >= kept.items()
+    cells, err = sweep("a")
+    assert f"3 cells, {3 - len(kept)} to run\n" in err and len(cells) == 3 and cells.items() >= kept.items()
 
 
-def test_a_cell_whose_process_is_killed_has_a_record_of_it_and_the_others_go_on(tmp_path, monkeypatch, capfd):
+def test_a_cell_whose_process_is_killed_gets_a_failed_json_and_the_others_run(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("hydra_plugins.fleet_launcher.launcher.RUN_CELL", f"{__name__}:dies_at_seed_1")
     monkeypatch.setattr("core.workers.ROOT", Path(__file__).parent)  # where this file can be imported from
     cfg = {"name": "x", "scale": "smoke", "trainer": {"accelerator": "cpu"}}
@@ -101,7 +103,7 @@ def dies_at_seed_1(cfg: DictConfig, folder: Path) -> None:
     (folder / "done").touch()
 
 
-def test_the_time_left_goes_by_the_mean_so_far(monkeypatch, capsys):
+def test_the_time_left_is_estimated_from_the_mean_so_far(monkeypatch, capsys):
     seconds = iter([0.0, 10.0, 30.0, 60.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
     advance = cell_lines(3)
@@ -113,7 +115,7 @@ def test_the_time_left_goes_by_the_mean_so_far(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_sweep_over_two_processes_gives_the_numbers_of_one_and_trains_only_what_is_missing(sweep):
+def test_a_sweep_over_two_processes_gives_the_same_numbers_as_one_and_trains_only_what_is_missing(sweep):
     one, _ = sweep("one", "method=topk,batchtopk")
     narrowed, _ = sweep("two", "method=topk", "trainer.processes=2")
     two, err = sweep("two", "method=topk,batchtopk,jumprelu_short", "trainer.processes=2", "-m")
@@ -123,7 +125,7 @@ def test_a_sweep_over_two_processes_gives_the_numbers_of_one_and_trains_only_wha
 
 
 @pytest.mark.slow
-def test_a_cell_over_two_devices_trains_on_two_ranks(sweep):
+def test_a_cell_with_two_devices_trains_on_two_ranks(sweep):
     cells, err = sweep("devices", "method=batchtopk", "trainer.devices=2")
     assert len(cells) == 1 and "[rank 0] " in err and "[rank 1] " in err
 
