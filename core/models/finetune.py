@@ -1,4 +1,4 @@
-"""Train a GPT-2-architecture model on, on other text, and keep the result as a folder that any experiment can load."""
+"""Fine-tune a GPT-2-architecture model on other text, and store it as a folder that any experiment can load."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WITHOUT_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # 
 
 
 class FineTuning(Pretraining):
-    """AdamW for everything: in steps as small as a short fine-tuning needs, Muon costs as much as the model."""
+    """AdamW for everything: with the small steps of a short fine-tuning, Muon would cost as much as the model."""
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         inner = [p for p in self.lm.transformer.h.parameters() if p.ndim == 2]
@@ -37,14 +37,14 @@ class FineTuning(Pretraining):
 
 
 def fine_tuned(run: Runtime, model: Mapping[str, Any], source: TextSource, training: Mapping[str, Any]) -> Path:
-    """The folder, in Hugging Face's format (half precision), of a model after training on; made once, then stored.
+    """The folder of the fine-tuned model, in Hugging Face's format (half precision). Trained once, then stored.
 
-    model     a configuration group `model`: where to begin
-    source    what it learns from; `train` documents, one pass over as many rows as are needed
-    training  n_tokens, n_ctx, rows_per_step, seed (of the text and its order); `optimiser`: lr, warmup_steps and
-              decay_fraction, as of `Pretraining`
+    model     a configuration group `model`: the model to start from
+    source    the text to train on: `train` documents, one pass over the rows
+    training  n_tokens, n_ctx, rows_per_step, seed (of the text and its order); `optimiser` with lr, warmup_steps and
+              decay_fraction as in `Pretraining`
 
-    A training that was interrupted goes on from its checkpoint. Raises UserError for a model of another architecture.
+    An interrupted training continues from its checkpoint. Raises UserError for a model of another architecture.
     """
     store = Store(run.artifacts_dir)
     decisive = {"model": model_identity(model), "text": source.spec, "training": dict(training)}
@@ -62,13 +62,15 @@ def _train(
     run: Runtime, lm: LanguageModel, source: TextSource, training: Mapping[str, Any], folder: Path
 ) -> Pretraining:
     if lm.family != "gpt2":
-        raise UserError(f"model: {lm.name} is a {lm.family}; only a gpt2 is trained on here, such as model=bundled.")
+        raise UserError(
+            f"model: {lm.name} is a {lm.family}; only a gpt2 can be fine-tuned here, such as model=bundled."
+        )
     n_ctx, rows_per_step, seed = training["n_ctx"], training["rows_per_step"], training["seed"]
     n_steps = training["n_tokens"] // (n_ctx * rows_per_step)
     if n_steps < 1:
         raise UserError(f"planting.n_tokens={training['n_tokens']} is less than one step of {rows_per_step} x {n_ctx}.")
     stream = RowStream(source, lm.tokenizer, "train", seed, n_ctx)
-    tokens = stream.next_rows((n_steps + 1) * rows_per_step).flatten().numpy()  # one more: order shifts the rows
+    tokens = stream.next_rows((n_steps + 1) * rows_per_step).flatten().numpy()  # one step more, since rows are shifted
     o, config = training["optimiser"], {**lm.model.config.to_dict(), **WITHOUT_DROPOUT}
     module = FineTuning(config, n_steps, o["lr"], o["lr"], 0.0, o["warmup_steps"], o["decay_fraction"], seed)
     module.lm.load_state_dict(lm.model.state_dict())

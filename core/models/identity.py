@@ -1,4 +1,4 @@
-"""What decides a language model's activations: the part of `model` that goes into content keys."""
+"""The part of `model` that goes into content keys: what decides the model's activations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from core.models.loading import SHIPPED
 
 
 def model_identity(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Source, revision and dtype; for a folder the hash of its weights in the place of its name and revision."""
+    """Source, revision and dtype. For a folder, the hash of its weights replaces source and revision."""
     folder = SHIPPED.get(cfg["source"], Path(cfg["source"]).expanduser())
     if folder.is_dir():
         return {"weights": _folder_hash(folder), "dtype": cfg["dtype"]}

@@ -1,8 +1,8 @@
 """A causal language model as the experiments use it: read a site, edit a site, logits and losses.
 
-Activations are Hugging Face's own, raw: GPT-2's are not centred over d, as TransformerLens' are, which folds a centring
-into every weight that writes to the residual stream (`InputNorm("token_center")` does the same afterwards).
-Shapes: R rows of T tokens, V = vocabulary, width = that of the site (d_model, or the MLP's hidden size).
+Activations are those of Hugging Face, unchanged. TransformerLens centres GPT-2's over d, by changing every weight that
+writes to the residual stream; here `InputNorm("token_center")` can do that afterwards.
+Shapes: R rows of T tokens, V = vocabulary, width = the size of the site (d_model, or the MLP's hidden size).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from core.errors import UserError
 from core.models.loading import Settings, load_pretrained
 from core.models.sites import FAMILIES, Tap, attach, blocks_skipped, locate, parse_site
 
-HEAD_BYTES = 2**28  # token_losses makes at most this many bytes of fp32 logits at a time
+HEAD_BYTES = 2**28  # token_losses computes at most this many bytes of fp32 logits at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Edit:
-    """Replace the activations at a site; the rest of the model runs on from there.
+    """Replace the activations at a site; the rest of the model uses the new ones.
 
-    positions  None: all; then `fn` maps `[R, T, width]` to the same shape. A bool mask `[R, T]`, or a LongTensor `[n]`
-               of positions edited in every row (negative ones count from the end): then `fn` sees only the chosen
-               activations, `[n_chosen, width]` in row-major order, and is not called if there are none.
+    positions  None: all positions; `fn` maps `[R, T, width]` to the same shape. Or a bool mask `[R, T]`, or a
+               LongTensor `[n]` of positions in every row (negative ones count from the end): `fn` then gets only the
+               chosen activations, `[n_chosen, width]` in row-major order, and is not called if there are none.
     """
 
     site: str
@@ -60,23 +60,23 @@ class Edit:
                 raise ValueError(f"Edit.positions: a mask {tuple(positions.shape)} for rows {(n_rows, n_tokens)}.")
             return positions
         if positions.dtype != torch.long or positions.dim() != 1:
-            raise ValueError("Edit.positions is neither a bool mask [R, T] nor a LongTensor [n] of positions.")
+            raise ValueError("Edit.positions must be a bool mask [R, T] or a LongTensor [n] of positions.")
         if positions.numel() and not (-n_tokens <= int(positions.min()) and int(positions.max()) < n_tokens):
-            raise ValueError(f"Edit.positions: {positions.tolist()} go beyond rows of {n_tokens} tokens.")
+            raise ValueError(f"Edit.positions: {positions.tolist()} are outside rows of {n_tokens} tokens.")
         mask = torch.zeros(n_rows, n_tokens, dtype=torch.bool, device=positions.device)
         mask[:, positions] = True
         return mask
 
 
 class _Reached(BaseException):
-    """Raised at a site to stop the forward pass there; no Exception, so that nothing on the way handles it."""
+    """Raised at a site to stop the forward pass. Not an Exception, so that the model's own code does not catch it."""
 
 
 class LanguageModel:
     """A Hugging Face causal LM of one of the `FAMILIES`, frozen and in evaluation mode, with its tokenizer.
 
-    Not an nn.Module, so that no method or trainer can take its weights for its own.
-    revision is the commit that a hub's model was loaded from, None for a local one.
+    Not an nn.Module, so that no method or trainer registers its weights.
+    revision  the commit of a model from the hub, None for a local one
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str, revision: str | None = None) -> None:
@@ -100,7 +100,7 @@ class LanguageModel:
 
     @property
     def bos_token_id(self) -> int:
-        """What opens a document: the tokenizer's BOS, else the configuration's (Qwen's tokenizers have none)."""
+        """The token that opens a document: the tokenizer's BOS, or the configuration's (Qwen's have none)."""
         for token_id in (self.tokenizer.bos_token_id, self.model.config.bos_token_id):
             if token_id is not None:
                 return token_id
@@ -115,9 +115,9 @@ class LanguageModel:
 
     @torch.no_grad()
     def capture(self, tokens: Tensor, site: str) -> Tensor:
-        """Activations at a site, `[R, T]` -> `[R, T, width]` in the model's dtype. Nothing beyond it is computed.
+        """Activations at a site, `[R, T]` -> `[R, T, width]` in the model's dtype. Nothing after the site is computed.
 
-        Within `edited`, the activations as edited.
+        Inside `edited`, these are the edited activations.
         """
         captured: list[Tensor] = []
 
@@ -132,11 +132,11 @@ class LanguageModel:
             return captured.pop()
         finally:
             handle.remove()
-        raise RuntimeError(f"The forward pass of {self.name} never came to {site}.")
+        raise RuntimeError(f"The forward pass of {self.name} did not reach {site}.")
 
     @contextmanager
     def edited(self, edit: Edit) -> Iterator[None]:
-        """Every forward pass within is edited. Nested, edits of one site apply in the order of their nesting."""
+        """Apply an edit to every forward pass in the block. Nested edits of one site apply from the outside in."""
         handle = attach(self._tap(edit.site), edit.apply)
         try:
             yield
@@ -145,14 +145,14 @@ class LanguageModel:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, edit: Edit | None = None, last: int = 0) -> Tensor:
-        """`[R, T]` -> `[R, T, V]`, in the model's dtype; of the last `last` positions only, where it is not 0."""
+        """`[R, T]` -> `[R, T, V]`, in the model's dtype. If `last` > 0, only for the last `last` positions."""
         with self.edited(edit) if edit else nullcontext():
             return self.model(input_ids=self._checked(tokens), use_cache=False, logits_to_keep=last).logits
 
     @torch.no_grad()
     def logits_with(self, x: Tensor, tokens: Tensor, site: str, last: int = 0) -> Tensor:
-        """`logits` with x `[R, T, width]` for the activations at a site. Where they are all that the rest of the model
-        sees (the residual stream), nothing before them is computed."""
+        """`logits`, with x `[R, T, width]` as the activations at a site. On the residual stream, which is all that the
+        rest of the model sees, nothing before the site is computed."""
         parsed, edit = parse_site(site, self.n_layers), Edit(site, lambda _: x)
         if not parsed.on_residual_stream:
             return self.logits(tokens, edit, last)
@@ -161,10 +161,10 @@ class LanguageModel:
 
     @torch.no_grad()
     def token_losses(self, tokens: Tensor, edit: Edit | None = None) -> Tensor:
-        """Next-token losses in nats, fp32: `[R, T]` -> `[R, T - 1]`, entry t that of predicting token t + 1.
+        """Next-token losses in nats, fp32: `[R, T]` -> `[R, T - 1]`; entry t is the loss of predicting token t + 1.
 
-        The blocks see all rows at once (so an edit does, too); the head works on a few positions at a time, since the
-        logits of a large vocabulary are much larger than everything else.
+        The blocks, and so an edit, see all rows at once. The head works on a few positions at a time, since the logits
+        of a large vocabulary take much more memory than everything else.
         """
         tokens = self._checked(tokens)
         with self.edited(edit) if edit else nullcontext():
@@ -178,7 +178,7 @@ class LanguageModel:
         return torch.cat(losses).view(len(tokens), -1)
 
     def _head(self, hidden: Tensor) -> Tensor:
-        """Logits of final hidden states `[n, d]`; Gemma 2 caps them smoothly at +-c, as c tanh(logits / c)."""
+        """Logits of final hidden states `[n, d]`. Gemma 2 caps them smoothly at +-c: c tanh(logits / c)."""
         logits = self.model.get_output_embeddings()(hidden)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -187,13 +187,15 @@ class LanguageModel:
         return locate(self.model, self.family, parse_site(site, self.n_layers))
 
     def _checked(self, tokens: Tensor) -> Tensor:
-        """Rows on the model's device. Ids or lengths beyond the model would fail deep inside, and on a GPU for good."""
+        """Rows on the model's device. Checked first, since a wrong id on a GPU would make the device unusable."""
         if tokens.dim() != 2:
-            raise ValueError(f"tokens: rows [R, T] are wanted, not the shape {tuple(tokens.shape)}.")
+            raise ValueError(f"tokens must be rows [R, T], not of shape {tuple(tokens.shape)}.")
         if tokens.shape[1] > self.n_ctx:
-            raise UserError(f"n_ctx: rows of {tokens.shape[1]} tokens; {self.name} reads at most {self.n_ctx}.")
+            raise UserError(
+                f"n_ctx: the rows have {tokens.shape[1]} tokens, but {self.name} reads at most {self.n_ctx}."
+            )
         if tokens.numel() and int(tokens.max()) >= self.vocab_size:
-            raise ValueError(f"tokens: id {int(tokens.max())} is beyond {self.name}'s vocabulary of {self.vocab_size}.")
+            raise ValueError(f"tokens: id {int(tokens.max())} is not in {self.name}'s vocabulary of {self.vocab_size}.")
         return tokens.to(self.device)
 
 

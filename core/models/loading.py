@@ -1,7 +1,7 @@
 """From the configuration group `model` to a Hugging Face model and tokenizer on their device.
 
-Only safetensors are read and no code of a repository is run. Whatever can go wrong before the weights are read is found
-from `config.json` alone, by one request that fails at once where there is no network.
+Only safetensors are read, and no code from a repository is run. Wrong settings are detected from `config.json`, before
+the weights are read, with one request that fails at once without a network.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers.utils import logging as hf_logging
 from core.errors import UserError
 from core.models.sites import FAMILIES
 
-SHIPPED = {"bundled": Path(__file__).parent / "bundled"}  # models that come with the code, by `model.source`
+SHIPPED = {"bundled": Path(__file__).parent / "bundled"}  # by `model.source`: models that come with the code
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_TIMEOUT_S = 10
 OFFLINE = "model=bundled needs no network."
@@ -36,12 +36,12 @@ OFFLINE = "model=bundled needs no network."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The group `model`, key by key.
+    """The keys of the group `model`.
 
     source    a name on the hub, a folder in Hugging Face's format, or `bundled`
-    revision  a commit, branch or tag of the hub; of no effect on a folder
+    revision  a commit, branch or tag on the hub; ignored for a folder
     d_model, n_layers  checked against the model; n_layers may be null
-    device    `auto` is a GPU where there is one
+    device    `auto` is the GPU if there is one
     """
 
     name: str
@@ -62,20 +62,20 @@ class Settings:
             raise UserError(f"{wrong}: unknown or missing. The keys of model are {', '.join(sorted(names))}.")
         if values["source"] is None:
             raise UserError(
-                "model.source is not set: give a name on the Hugging Face hub or a folder, or model=bundled."
+                "model.source is not set: set it to a name on the Hugging Face hub or a folder, or use model=bundled."
             )
         return cls(**values)
 
 
 def _value(cfg: Any, key: str) -> Any:
-    """A key's value, None where it is still `???`, so that the message about it can say more than that."""
+    """A key's value; None if it is still `???`, so that a check can raise a more helpful error."""
     return None if OmegaConf.is_config(cfg) and OmegaConf.is_missing(cfg, key) else cfg[key]
 
 
 def load_pretrained(settings: Settings) -> tuple[Any, Any, str, str | None]:
     """(model, tokenizer, name, commit)."""
     source, commit = _resolved(settings, _place(settings.source))
-    # A commit, not a branch, so that configuration, weights and tokenizer are of one state of the repository.
+    # A commit, not a branch, so that configuration, weights and tokenizer are from the same state of the repository.
     where = {"revision": commit or "main", "trust_remote_code": False}
     config = _checked_config(settings, source, where)
     device = chosen_device(settings.device)
@@ -104,7 +104,7 @@ def _place(source: str) -> str:
     if folder.is_dir():
         return str(folder)
     if source in SHIPPED:
-        remedy = "Restore it, or make it: python run.py experiment=bundled_lm"
+        remedy = "Restore it, or train it: python run.py experiment=bundled_lm"
         raise UserError(f"model={source}: {folder} is missing. {remedy}")
     if source.startswith(("/", "~", ".")) or source.count("/") > 1:
         raise UserError(f"model.source: there is no folder {folder}. {OFFLINE}")
@@ -112,10 +112,10 @@ def _place(source: str) -> str:
 
 
 def _resolved(settings: Settings, source: str) -> tuple[str, str | None]:
-    """Where to load from, and the commit that `model.revision` means (None for a folder).
+    """Where to load from, and the commit of `model.revision` (None for a folder).
 
-    The hub is asked once, because transformers would try six times, over minutes. Where it does not answer, the copy in
-    the local cache is loaded as the folder that it is.
+    The hub is asked once, because transformers would try six times, over minutes. If it does not answer, the folder of
+    the local cache is used.
     """
     if Path(source).is_dir():
         return source, None
@@ -123,7 +123,7 @@ def _resolved(settings: Settings, source: str) -> tuple[str, str | None]:
     try:
         api.model_info(source, revision=revision, timeout=HUB_TIMEOUT_S)
         return source, api.resolve_revision(source, revision=revision).resolved
-    except Exception as error:  # the errors of the hub, of its HTTP client and of the system have no base in common
+    except Exception as error:  # errors of the hub, of its HTTP client and of the system have no common base class
         folder = _cached(api, source, revision)
         if folder is None:
             raise UserError(_reason(settings, error)) from error
@@ -131,7 +131,7 @@ def _resolved(settings: Settings, source: str) -> tuple[str, str | None]:
 
 
 def _cached(api: HfApi, source: str, revision: str) -> Path | None:
-    """The folder in the local cache, named by its commit, or None."""
+    """The folder in the local cache, which is named after its commit, or None."""
     try:
         commit = api.resolve_revision(source, revision=revision, local_files_only=True)
         config = try_to_load_from_cache(source, "config.json", revision=commit.resolved)
@@ -141,7 +141,7 @@ def _cached(api: HfApi, source: str, revision: str) -> Path | None:
 
 
 def _checked_config(settings: Settings, source: str, where: dict[str, Any]) -> Any:
-    """The model's configuration, if everything that `settings` says of it is right."""
+    """The model's configuration. Raises UserError if it contradicts `settings`."""
     given = settings.source
     model_type = _config_dict(settings, source, where).get("model_type")
     if model_type not in FAMILIES:
@@ -162,38 +162,40 @@ def _checked_config(settings: Settings, source: str, where: dict[str, Any]) -> A
         ("n_layers", settings.n_layers, config.num_hidden_layers),
     ):
         if stated != actual and (key, stated) != ("n_layers", None):
-            said = "not set" if stated is None else stated
-            raise UserError(f"model.{key} is {said}, but {given} has {actual}. Set model.{key}={actual}.")
+            shown = "not set" if stated is None else stated
+            raise UserError(f"model.{key} is {shown}, but {given} has {actual}. Set model.{key}={actual}.")
     return config
 
 
 def _config_dict(settings: Settings, source: str, where: dict[str, Any]) -> Mapping[str, Any]:
     try:
-        found, _ = PretrainedConfig.get_config_dict(source, **where)
+        config, _ = PretrainedConfig.get_config_dict(source, **where)
     except OSError as error:
         raise UserError(_reason(settings, error)) from error
-    if not found:
-        raise UserError(f"model.source: {settings.source} has no config.json: it is no Hugging Face model. {OFFLINE}")
-    return found
+    if not config:
+        raise UserError(
+            f"model.source: {settings.source} has no config.json, so it is not a Hugging Face model. {OFFLINE}"
+        )
+    return config
 
 
 def _reason(settings: Settings, error: BaseException, from_cache: bool = False) -> str:
-    """One sentence on why a model could not be read, and the way out."""
+    """One sentence on why a model could not be read, with a way out."""
     causes, source = _causes(error), settings.source
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         url = f"https://huggingface.co/{source}"
-        return f"model.source: {source} is gated. Accept its licence at {url}, set HF_TOKEN; or use model=bundled."
+        return f"model.source: {source} is gated. Accept its licence at {url} and set HF_TOKEN, or use model=bundled."
     if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
         return f"model.revision: {source} has no revision {settings.revision!r} on the hub."
     if any(isinstance(cause, RepositoryNotFoundError | HFValidationError) for cause in causes):
-        return f"model.source: {source} is neither a folder here nor a model on the hub that can be read. {OFFLINE}"
+        return f"model.source: {source} is neither a local folder nor a readable model on the hub. {OFFLINE}"
     if "safetensors" in str(error) and not from_cache:
         return (
             f"model.source: {source} has no weights as safetensors, and pickled weights are not read, since they can "
             "run code. Convert them (`model.save_pretrained`), or use model=bundled."
         )
-    said = str(error).strip().partition("\n")[0] or type(error).__name__
-    return f"model.source: {source} could not be reached, and is not whole in the local cache ({said}). {OFFLINE}"
+    cause = str(error).strip().partition("\n")[0] or type(error).__name__
+    return f"model.source: {source} could not be reached, and is not complete in the local cache ({cause}). {OFFLINE}"
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
@@ -205,13 +207,13 @@ def _causes(error: BaseException | None) -> list[BaseException]:
 
 
 def chosen_device(name: str) -> torch.device:
-    """What `model.device` means here. Raises UserError for a device that is not there."""
+    """The device that `model.device` names. Raises UserError if this machine does not have it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"model.device: {name!r} is no device; use auto, cpu, cuda or cuda:<n>.") from error
+        raise UserError(f"model.device: {name!r} is not a device; use auto, cpu, cuda or cuda:<n>.") from error
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"model.device={name}: there is no such GPU here. Use model.device=auto.")
+        raise UserError(f"model.device={name}: this machine has no such GPU. Use model.device=auto.")
     return device

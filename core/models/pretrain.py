@@ -22,11 +22,11 @@ from core.seeding import generator
 from core.text.documents import Split, TextSource
 
 END_OF_TEXT = "<|endoftext|>"
-ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")  # unused by the base model; its chat sibling speaks with them
+ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")  # not used by the base model, only by its chat sibling
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: any text, in any script, encodes without unknowns and decodes to itself."""
+    """A byte-level BPE tokenizer: any text in any script encodes without unknown tokens and decodes to itself."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,7 +49,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def token_stream(
     source: TextSource, source_spec: dict[str, Any], tokenizer: PreTrainedTokenizerFast, split: Split, store: Store
 ) -> np.ndarray:
-    """All documents of a split as one array of token ids (uint16), each document opened by end-of-text; cached."""
+    """All documents of a split as one array of token ids (uint16). Each document starts with end-of-text. Cached."""
     if len(tokenizer) > 2**16:
         raise ValueError(f"lm.vocab_size: {len(tokenizer)} token ids do not fit into 16 bits.")
 
@@ -67,10 +67,9 @@ def token_stream(
 
 
 class RowBatches:
-    """Batches `[B, T]` of rows cut from a token stream, in a fresh random order every epoch, from any step on.
+    """Batches `[B, T]` of rows cut from a token stream, in a new random order every epoch, starting at any step.
 
-    Row boundaries shift by a random offset every epoch. Step s yields the same batch whether or not the steps before it
-    were read in the same process.
+    Row boundaries shift by a random offset every epoch. The batch of a step does not depend on the first step.
     """
 
     def __init__(self, tokens: np.ndarray, n_ctx: int, rows_per_step: int, seed: int, first_step: int = 0) -> None:
@@ -78,7 +77,7 @@ class RowBatches:
         self.first_step = first_step
         self.steps_per_epoch = ((len(tokens) - n_ctx) // n_ctx) // rows_per_step
         if self.steps_per_epoch < 1:
-            raise ValueError(f"The corpus has {len(tokens)} tokens: too few for a step of {rows_per_step} x {n_ctx}.")
+            raise ValueError(f"The corpus has {len(tokens)} tokens, too few for a step of {rows_per_step} x {n_ctx}.")
 
     def __iter__(self) -> Iterator[Tensor]:
         step = self.first_step
@@ -97,8 +96,8 @@ class RowBatches:
 class Pretraining(pl.LightningModule):
     """Next-token training: Muon for the matrices inside the blocks, AdamW for the rest.
 
-    The learning rates rise over `warmup_steps`, stay, and fall linearly to zero over the last `decay_fraction` of the
-    steps.
+    The learning rates rise over `warmup_steps`, stay constant, and fall linearly to zero over the last
+    `decay_fraction` of the steps.
     """
 
     def __init__(
@@ -120,7 +119,7 @@ class Pretraining(pl.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator(seed, "init").initial_seed())
             self.lm = AutoModelForCausalLM.from_config(GPT2Config(**lm_config), attn_implementation="sdpa")
-        # The compiled forward is kept out of the module's attributes: checkpoints hold the plain model only.
+        # In a list, the compiled forward is not a submodule, so checkpoints hold only the plain model.
         self._forward = [torch.compile(self.lm.forward) if compile else self.lm.forward]
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -134,8 +133,8 @@ class Pretraining(pl.LightningModule):
 
     def schedule(self, step: int) -> float:
         """The factor on the learning rates at an optimiser step."""
-        left = (self.n_steps - step) / max(1.0, self.decay_fraction * self.n_steps)
-        return min(1.0, (step + 1) / max(1, self.warmup_steps), max(0.0, left))
+        decay = (self.n_steps - step) / max(1.0, self.decay_fraction * self.n_steps)
+        return min(1.0, (step + 1) / max(1, self.warmup_steps), max(0.0, decay))
 
     def training_step(self, rows: Tensor, batch_idx: int) -> None:  # rows [B, T]
         logits = self._forward[0](input_ids=rows).logits  # [B, T, V]
@@ -162,7 +161,7 @@ class Pretraining(pl.LightningModule):
 
 
 class RowData(pl.LightningDataModule):
-    """`RowBatches` from the step at which the training stands."""
+    """`RowBatches` from the current step of the training on."""
 
     def __init__(self, tokens: np.ndarray, n_ctx: int, rows_per_step: int, seed: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Where activations are read and written: one vocabulary of sites, mapped onto each family's modules in one table.
+"""Where activations are read and written: names of sites, and one table that maps them to each family's modules.
 
 resid_pre.L   the residual stream before block L (its input)
 resid_post.L  the residual stream after block L (its output)
@@ -23,13 +23,13 @@ SITE_KINDS = ("resid_pre", "resid_post", "mlp_out", "mlp_hidden")
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One architecture's names for what the vocabulary speaks of.
+    """The module names of one architecture.
 
-    blocks      path from the causal LM to its list of blocks
-    mlp_out     within a block, the module whose output the block adds to the residual stream; in Gemma 2 that is not
-                the MLP but the RMSNorm that follows it
-    mlp_down    within a block, the MLP's down projection
-    needs_eager whether attention scores are soft-capped, which PyTorch's fused attention (sdpa) cannot do
+    blocks       path from the causal LM to its list of blocks
+    mlp_out      within a block, the module whose output is added to the residual stream; in Gemma 2 that is the RMSNorm
+                 after the MLP
+    mlp_down     within a block, the MLP's down projection
+    needs_eager  whether attention scores are soft-capped, which PyTorch's fused attention (sdpa) cannot do
     """
 
     blocks: str
@@ -54,7 +54,7 @@ class Site(NamedTuple):
 
     @property
     def on_residual_stream(self) -> bool:
-        """Whether the activations there are all that the rest of the model sees of what came before."""
+        """Whether the rest of the model sees nothing but these activations."""
         return self.kind in ("resid_pre", "resid_post")
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ def parse_site(site: str, n_layers: int | None = None) -> Site:
         last = f"resid_post.{n_layers - 1}"
         hint = f" The residual stream after all layers is {last}." if parsed.kind.startswith("resid") else ""
         raise UserError(
-            f"site: {site} is beyond the model, which has {n_layers} layers (0 to {n_layers - 1}).{hint} "
+            f"site: {site} does not exist: the model has {n_layers} layers (0 to {n_layers - 1}).{hint} "
             f"Valid: {', '.join(f'{kind}.L' for kind in SITE_KINDS)}."
         )
     return parsed
@@ -81,20 +81,20 @@ def parse_site(site: str, n_layers: int | None = None) -> Site:
 
 @contextmanager
 def blocks_skipped(model: nn.Module, model_type: str, site: Site) -> Iterator[None]:
-    """Within, the blocks whose work a site of the residual stream replaces hand on what they are given."""
+    """Inside the block, the model's blocks before a site of the residual stream return their input."""
     blocks = model.get_submodule(FAMILIES[model_type].blocks)
     assert isinstance(blocks, nn.ModuleList) and site.on_residual_stream
     skipped = list(blocks)[: site.layer + (site.kind == "resid_post")]
     try:
         for block in skipped:
-            block.forward = _hand_on
+            block.forward = _pass_through
         yield
     finally:
         for block in skipped:
             vars(block).pop("forward", None)
 
 
-def _hand_on(hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+def _pass_through(hidden_states: Tensor, *_: object, **__: object) -> Tensor:
     return hidden_states
 
 
@@ -106,7 +106,7 @@ class Tap(NamedTuple):
 
 
 def locate(model: nn.Module, model_type: str, site: Site) -> Tap:
-    """The place in a causal LM that a site names."""
+    """The module, and its side, that a site names in a causal LM."""
     family = FAMILIES[model_type]
     block = model.get_submodule(f"{family.blocks}.{site.layer}")
     if site.kind == "resid_pre":
@@ -119,7 +119,7 @@ def locate(model: nn.Module, model_type: str, site: Site) -> Tap:
 
 
 def attach(tap: Tap, fn: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    """Call `fn` with the activation whenever the model passes; what it returns, unless None, takes its place."""
+    """Call `fn` with the activation in every forward pass. If `fn` returns a tensor, it replaces the activation."""
 
     def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         new = fn(args[0])

@@ -27,7 +27,9 @@ def weights(model: dict[str, Any], folder: Path) -> list[torch.Tensor]:
     return list(load_language_model({**model, "source": str(folder)}).model.parameters())
 
 
-def test_a_model_is_trained_on_once_and_then_read(tiny_model, words_data, tmp_path, runtime, monkeypatch):
+def test_a_model_is_fine_tuned_once_and_then_read_from_the_store(
+    tiny_model, words_data, tmp_path, runtime, monkeypatch
+):
     run, source = runtime(tmp_path, "store"), instantiate(words_data)
     folder = fine_tuned(run, tiny_model, source, TRAINING)
     assert folder.parent == tmp_path / "store" / KIND
@@ -45,9 +47,7 @@ def source_texts(source: Any) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_training_that_was_stopped_goes_on_to_the_same_weights(
-    tiny_model, words_data, tmp_path, runtime, monkeypatch
-):
+def test_an_interrupted_training_continues_to_the_same_weights(tiny_model, words_data, tmp_path, runtime, monkeypatch):
     source = instantiate(words_data)
     whole = fine_tuned(runtime(tmp_path, "whole"), tiny_model, source, TRAINING)
     run = runtime(tmp_path, "stopped", checkpoint_every_seconds=1e-9)
@@ -82,5 +82,5 @@ def test_a_model_of_another_architecture_is_refused(tiny_model, words_data, tmp_
     lm = load_language_model(tiny_model)
     lm.family = "llama"
     monkeypatch.setattr(finetune, "load_language_model", lambda _: lm)
-    with pytest.raises(UserError, match="only a gpt2 is trained on"):
+    with pytest.raises(UserError, match="only a gpt2 can be fine-tuned"):
         fine_tuned(runtime(tmp_path, "store"), tiny_model, instantiate(words_data), TRAINING)

@@ -1,4 +1,4 @@
-"""Every test with `lm` runs on a small model of each architecture, with random weights, loaded from a folder."""
+"""Every test with `lm` runs on a small random model of each architecture, loaded from a folder."""
 
 import shutil
 
@@ -57,7 +57,7 @@ def settings(family, folder, **changed):
 def save_model(family, folder, **kwargs):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[family])
-    with torch.no_grad():  # as initialised, blocks do next to nothing and biases nothing at all
+    with torch.no_grad():  # as initialised, blocks do almost nothing and biases are zero
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder, **kwargs)
@@ -100,7 +100,7 @@ def identity(x):
     return x
 
 
-def test_a_loaded_model_states_its_sizes_and_is_frozen(lm):
+def test_a_loaded_model_knows_its_sizes_and_is_frozen(lm):
     assert (lm.d_model, lm.n_layers, lm.n_ctx, lm.vocab_size, lm.bos_token_id) == (D, N_LAYERS, N_CTX, V, 0)
     ids = lm.tokenizer("d = 24", add_special_tokens=False)["input_ids"]
     assert len(ids) == 6 and lm.tokenizer.decode(ids) == "d = 24"
@@ -108,7 +108,7 @@ def test_a_loaded_model_states_its_sizes_and_is_frozen(lm):
     assert lm.device.type == "cpu" and lm.dtype == torch.float32 and lm.revision is None
 
 
-def test_the_residual_stream_is_that_of_output_hidden_states(lm, tokens):
+def test_the_residual_stream_equals_output_hidden_states(lm, tokens):
     hidden = lm.model(tokens, output_hidden_states=True, use_cache=False).hidden_states
     final_norm = lm.model.get_submodule(FINAL_NORM.get(lm.family, "model.norm"))
     for layer in range(N_LAYERS):
@@ -144,7 +144,7 @@ def test_mlp_hidden_times_the_down_projection_is_mlp_out(lm, tokens):
 
 
 @pytest.mark.parametrize("site", EVERY_SITE)
-def test_a_capture_that_stops_equals_one_that_goes_on_and_has_the_width_of_its_site(lm, tokens, site):
+def test_a_capture_equals_the_activation_of_a_whole_forward_pass_and_has_the_width_of_its_site(lm, tokens, site):
     seen = []
     with attach(lm._tap(site), seen.append):
         lm.logits(tokens)
@@ -155,7 +155,7 @@ def test_a_capture_that_stops_equals_one_that_goes_on_and_has_the_width_of_its_s
 
 
 @pytest.mark.parametrize("kind", SITE_KINDS)
-def test_a_capture_computes_nothing_beyond_its_site(lm, tokens, kind):
+def test_a_capture_computes_nothing_after_its_site(lm, tokens, kind):
     family, layer = FAMILIES[lm.family], 1
     done = []
     hooks = [
@@ -183,7 +183,7 @@ def test_a_capture_computes_nothing_beyond_its_site(lm, tokens, kind):
         assert (family.mlp_down in in_block) == (kind == "mlp_out")
 
 
-def test_after_a_capture_the_model_is_as_before(lm, tokens):
+def test_a_capture_does_not_change_the_model(lm, tokens):
     before = lm.logits(tokens)
     for site in EVERY_SITE:
         lm.capture(tokens, site)
@@ -192,14 +192,14 @@ def test_after_a_capture_the_model_is_as_before(lm, tokens):
 
 
 @pytest.mark.parametrize("site", EVERY_SITE)
-def test_an_identity_edit_leaves_the_logits_exactly_as_they_were(lm, tokens, site):
+def test_an_identity_edit_does_not_change_the_logits_at_all(lm, tokens, site):
     clean = lm.logits(tokens)
     assert torch.equal(lm.logits(tokens, Edit(site, identity)), clean)
     assert torch.equal(lm.logits(tokens, Edit(site, identity, torch.arange(4, 9))), clean)
 
 
 @pytest.mark.parametrize("site", EVERY_SITE)
-def test_logits_with_given_activations_are_those_of_an_edit_that_puts_them_there(lm, tokens, site):
+def test_logits_with_given_activations_equal_those_of_an_edit_that_inserts_them(lm, tokens, site):
     x = lm.capture(tokens, site)
     assert torch.equal(lm.logits_with(x, tokens, site), lm.logits(tokens))
     assert torch.equal(lm.logits_with(x.cos(), tokens, site), lm.logits(tokens, Edit(site, torch.cos)))
@@ -237,28 +237,28 @@ def test_an_edit_changes_nothing_before_the_first_edited_position(lm, tokens, ki
     assert changed[1, 5] > 1e-3 and changed[1, 8] > 1e-3 and changed[2, 11] > 1e-3
 
 
-def test_an_edit_at_positions_hands_over_only_these_in_row_major_order(lm, tokens):
-    x, handed = lm.capture(tokens, "resid_pre.1"), []
+def test_an_edit_at_positions_receives_only_those_in_row_major_order(lm, tokens):
+    x, received = lm.capture(tokens, "resid_pre.1"), []
 
     def double(chosen):
-        handed.append(chosen.clone())
+        received.append(chosen.clone())
         return 2 * chosen
 
     with lm.edited(Edit("resid_pre.1", double, torch.tensor([7, -1]))):
         edited = lm.capture(tokens, "resid_pre.1")
-    assert torch.equal(handed[0], x[:, [7, 11]].flatten(0, 1))
+    assert torch.equal(received[0], x[:, [7, 11]].flatten(0, 1))
     x[:, [7, 11]] *= 2
     assert torch.equal(edited, x)
 
 
-def test_an_edit_of_the_last_residual_stream_sets_the_logits(lm, tokens):
+def test_an_edit_of_the_last_residual_stream_decides_the_logits(lm, tokens):
     """Row 0's final stream written into every row gives row 0's logits everywhere."""
     last = f"resid_post.{N_LAYERS - 1}"
     rows = lm.logits(tokens, Edit(last, lambda x: x[:1].expand_as(x)))
     assert torch.equal(rows, lm.logits(tokens)[:1].expand_as(rows))
 
 
-def test_nested_edits_apply_in_their_order_and_end_with_their_block(lm, tokens):
+def test_nested_edits_apply_from_the_outside_in_and_end_with_their_block(lm, tokens):
     x = lm.capture(tokens, "mlp_out.1")
     with lm.edited(Edit("mlp_out.1", lambda x: x + 1)), lm.edited(Edit("mlp_out.1", lambda x: 2 * x)):
         assert torch.equal(lm.capture(tokens, "mlp_out.1"), 2 * (x + 1))
@@ -279,7 +279,7 @@ def test_an_edit_at_no_positions_does_not_call_its_function(loaded, tokens):
 
 
 @pytest.mark.parametrize("positions", [torch.tensor([12]), torch.tensor([1.0]), torch.ones(3, 11, dtype=torch.bool)])
-def test_positions_that_do_not_fit_the_rows_are_refused(loaded, tokens, positions):
+def test_positions_that_do_not_fit_the_rows_are_an_error(loaded, tokens, positions):
     with pytest.raises(ValueError, match=r"Edit.positions"):
         loaded["gpt2"].logits(tokens, Edit("resid_pre.1", identity, positions))
 
@@ -290,7 +290,7 @@ def test_token_losses_average_to_the_loss_that_transformers_computes(lm, tokens)
     torch.testing.assert_close(losses.mean(), lm.model(tokens, labels=tokens).loss)
 
 
-def test_token_losses_are_those_of_the_logits_edited_or_not_in_however_many_pieces(lm, tokens, monkeypatch):
+def test_token_losses_follow_from_the_logits_with_or_without_an_edit_in_any_number_of_pieces(lm, tokens, monkeypatch):
     edit = Edit("resid_pre.1", lambda x: x.mean((0, 1), keepdim=True).expand_as(x))  # depends on all rows at once
     for each in (None, edit):
         log_p = lm.logits(tokens, each)[:, :-1].log_softmax(-1)
@@ -301,7 +301,7 @@ def test_token_losses_are_those_of_the_logits_edited_or_not_in_however_many_piec
         torch.testing.assert_close(lm.token_losses(tokens, each), expected)
 
 
-def test_a_row_in_a_batch_gives_what_it_gives_alone(lm, tokens):
+def test_a_row_gives_the_same_activations_in_a_batch_and_alone(lm, tokens):
     together = lm.capture(tokens, "mlp_hidden.2")
     alone = torch.cat([lm.capture(row[None], "mlp_hidden.2") for row in tokens])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
@@ -316,20 +316,20 @@ def test_a_model_loads_in_bfloat16(lm, folders, tokens):
     assert (edited.mean() - lm.token_losses(tokens).mean()).abs() < 0.2
 
 
-def test_sites_beyond_the_model_and_bad_tokens_are_refused(lm, tokens):
+def test_sites_beyond_the_model_and_bad_tokens_are_errors(lm, tokens):
     with pytest.raises(UserError, match=r"site: resid_pre.3 .*3 layers.*resid_post.2"):
         lm.capture(tokens, "resid_pre.3")
     with pytest.raises(UserError, match=r"site: 'attn.1' is not one of resid_pre.L"):
         lm.logits(tokens, Edit("attn.1", identity))
-    with pytest.raises(UserError, match=r"n_ctx: rows of 17 tokens; .* reads at most 16"):
+    with pytest.raises(UserError, match=r"n_ctx: the rows have 17 tokens, but .* reads at most 16"):
         lm.logits(torch.zeros(1, 17, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"id 261 is beyond"):
+    with pytest.raises(ValueError, match=r"id 261 is not in"):
         lm.capture(torch.tensor([[261]]), "resid_pre.0")
     with pytest.raises(ValueError, match=r"rows"):
         lm.capture(tokens[0], "resid_pre.0")
 
 
-def test_gemma_with_fused_attention_is_refused(folders):
+def test_gemma_with_fused_attention_is_an_error(folders):
     with pytest.raises(UserError, match=r"model.attn_implementation=eager"):
         load_language_model(settings("gemma2", folders / "gemma2", attn_implementation="sdpa"))
 
@@ -341,28 +341,28 @@ def test_gemma_with_fused_attention_is_refused(folders):
         ({"d_model": "???"}, "model.d_model is not set, but .* has 24"),
         ({"n_layers": 12}, "model.n_layers is 12, but .* has 3"),
         ({"dtype": "int8"}, "model.dtype: 'int8' is not one of float32, bfloat16"),
-        ({"device": "gpu"}, "model.device: 'gpu' is no device"),
+        ({"device": "gpu"}, "model.device: 'gpu' is not a device"),
         ({"source": "???"}, "model.source is not set.*model=bundled"),
         ({"source": "/no/such/folder"}, "model.source: there is no folder /no/such/folder. model=bundled"),
         ({"attention": "sdpa"}, "model.attention: unknown or missing"),
     ],
 )
-def test_a_wrong_setting_is_named_with_the_way_out(gpt2_folder, changed, message):
+def test_the_error_for_a_wrong_setting_names_it_with_a_way_out(gpt2_folder, changed, message):
     with pytest.raises(UserError, match=message):
         load_language_model(settings("gpt2", gpt2_folder, **changed))
 
 
-def test_what_the_number_of_layers_is_need_not_be_said(gpt2_folder):
+def test_the_number_of_layers_may_be_null(gpt2_folder):
     assert load_language_model(settings("gpt2", gpt2_folder, n_layers=None)).n_layers == N_LAYERS
 
 
-def test_a_family_that_is_not_in_the_table_is_refused_with_those_that_are(tmp_path):
+def test_the_error_for_an_unsupported_family_lists_the_supported_ones(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match=r"'bert'; supported: gpt2, gpt_neox, llama, gemma2, qwen2, qwen3"):
         load_language_model(settings("gpt2", tmp_path))
 
 
-def test_a_folder_without_a_configuration_is_no_model(tmp_path):
+def test_a_folder_without_a_configuration_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"no config.json.*model=bundled"):
         load_language_model(settings("gpt2", tmp_path))
 

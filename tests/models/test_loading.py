@@ -1,4 +1,4 @@
-"""Loading by name, from a hub that is a web server on this machine, and without any hub."""
+"""Loading a model by name: from a hub that is a web server on this machine, and without a hub."""
 
 import json
 import socket
@@ -28,7 +28,7 @@ def settings(source, **changed):
 
 
 class Hub(FakeHub):
-    """Answers as the hub does about lab/tiny, lab/pickled (no safetensors), lab/gated; nothing else exists."""
+    """Answers as the hub would for lab/tiny, lab/pickled (no safetensors) and lab/gated. Nothing else exists."""
 
     folder: Path
 
@@ -42,7 +42,7 @@ class Hub(FakeHub):
             return self.answer(json.dumps({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": []}).encode())
         if name == "gated":
             return self.refuse(403, "GatedRepo")
-        if rest[0] == "tree":  # asked for further chat templates
+        if rest[0] == "tree":  # a request for more chat templates
             return self.refuse(404, "EntryNotFound")
         file = self.folder / "/".join(rest[2:])
         if not file.is_file() or (name == "pickled" and file.suffix == ".safetensors"):
@@ -63,12 +63,12 @@ def hub(endpoint, tmp_path):
         yield handler
 
 
-def test_a_model_loads_by_name_and_says_which_commit_it_is(hub):
+def test_a_model_loads_by_name_and_knows_its_commit(hub):
     lm = load_language_model(settings("lab/tiny"))
     assert lm.revision == COMMIT and lm.logits(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 5)
 
 
-def test_a_model_that_was_loaded_once_loads_again_without_the_hub(hub, endpoint):
+def test_a_model_loads_again_without_the_hub(hub, endpoint):
     load_language_model(settings("lab/tiny"))
     endpoint(f"http://127.0.0.1:{closed_port()}")
     started = time.monotonic()
@@ -77,37 +77,37 @@ def test_a_model_that_was_loaded_once_loads_again_without_the_hub(hub, endpoint)
     assert time.monotonic() - started < 10
 
 
-def test_a_download_that_was_cut_off_is_not_taken_for_a_model_without_weights(hub, endpoint):
+def test_an_incomplete_download_is_not_mistaken_for_a_model_without_safetensors(hub, endpoint):
     hub.folder.joinpath("model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no weights as safetensors"):
         load_language_model(settings("lab/tiny"))
     endpoint(f"http://127.0.0.1:{closed_port()}")
-    with pytest.raises(UserError, match=r"lab/tiny could not be reached, and is not whole in the local cache"):
+    with pytest.raises(UserError, match=r"lab/tiny could not be reached, and is not complete in the local cache"):
         load_language_model(settings("lab/tiny"))
 
 
 @pytest.mark.parametrize(
     ("source", "revision", "message"),
     [
-        ("lab/unknown", "main", "model.source: lab/unknown is neither a folder here nor a model on the hub"),
-        ("lab/unknown", COMMIT, "model.source: lab/unknown is neither a folder here nor a model on the hub"),
-        ("not a name", "main", "model.source: not a name is neither a folder here nor a model on the hub"),
+        ("lab/unknown", "main", "model.source: lab/unknown is neither a local folder nor a readable model on the hub"),
+        ("lab/unknown", COMMIT, "model.source: lab/unknown is neither a local folder nor a readable model on the hub"),
+        ("not a name", "main", "model.source: not a name is neither a local folder nor a readable model on the hub"),
         ("lab/tiny", "v9", "model.revision: lab/tiny has no revision 'v9'"),
         (
             "lab/gated",
             "main",
-            "lab/gated is gated. Accept its licence at .*/lab/gated, set HF_TOKEN; or use model=bundled",
+            "lab/gated is gated. Accept its licence at .*/lab/gated and set HF_TOKEN, or use model=bundled",
         ),
         ("lab/pickled", "main", "lab/pickled has no weights as safetensors.*model=bundled"),
     ],
 )
-def test_what_the_hub_refuses_is_said_as_what_it_is(hub, source, revision, message):
+def test_each_refusal_of_the_hub_has_its_own_message(hub, source, revision, message):
     with pytest.raises(UserError, match=message):
         load_language_model(settings(source, revision=revision))
 
 
 @pytest.mark.parametrize("revision", ["main", COMMIT])
-def test_without_a_network_a_name_is_refused_at_once_with_the_offline_default(endpoint, revision):
+def test_without_a_network_loading_by_name_fails_at_once_and_suggests_the_bundled_model(endpoint, revision):
     endpoint(f"http://127.0.0.1:{closed_port()}")
     started = time.monotonic()
     with pytest.raises(UserError, match=r"model.source: lab/tiny could not be reached.*model=bundled needs no network"):
@@ -115,9 +115,9 @@ def test_without_a_network_a_name_is_refused_at_once_with_the_offline_default(en
     assert time.monotonic() - started < 5
 
 
-def test_a_hub_that_does_not_answer_is_waited_for_once(endpoint, monkeypatch):
+def test_loading_waits_only_once_for_a_hub_that_does_not_answer(endpoint, monkeypatch):
     monkeypatch.setattr(loading, "HUB_TIMEOUT_S", 1)
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and says nothing
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and never answers
         endpoint(f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
         with pytest.raises(UserError, match=r"lab/tiny could not be reached.*model=bundled"):
@@ -125,20 +125,20 @@ def test_a_hub_that_does_not_answer_is_waited_for_once(endpoint, monkeypatch):
     assert time.monotonic() - started < 5
 
 
-def test_offline_mode_is_refused_at_once_with_the_offline_default(hub, monkeypatch):
+def test_in_offline_mode_loading_by_name_fails_and_suggests_the_bundled_model(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"model.source: lab/tiny could not be reached.*model=bundled needs no network"):
         load_language_model(settings("lab/tiny"))
 
 
-def test_a_bundled_model_that_is_missing_says_how_it_is_made(monkeypatch, tmp_path):
+def test_the_error_for_a_missing_bundled_model_says_how_to_train_it(monkeypatch, tmp_path):
     monkeypatch.setitem(SHIPPED, "bundled", tmp_path / "gone")
     with pytest.raises(UserError, match=r"model=bundled: .*gone is missing.*experiment=bundled_lm"):
         load_language_model(settings("bundled"))
 
 
 @pytest.mark.parametrize("file", sorted(CONF.glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_configuration_has_the_keys_that_loading_reads(file):
+def test_every_configuration_has_the_keys_that_loading_needs(file):
     cfg = OmegaConf.load(file)
     assert set(cfg) == set(settings("x")) and cfg.name == file.stem
     assert cfg.dtype in loading.DTYPES and cfg.device == "auto"
@@ -151,6 +151,6 @@ def test_every_configuration_has_the_keys_that_loading_reads(file):
 
 
 @pytest.mark.parametrize("source", [name for name, folder in SHIPPED.items() if folder.is_dir()])
-def test_a_shipped_model_is_as_its_configuration_says(source):
+def test_a_shipped_model_fits_its_configuration(source):
     lm = load_language_model(OmegaConf.load(CONF / f"{source}.yaml"))
     assert lm.family in FAMILIES and lm.token_losses(torch.zeros(1, 4, dtype=torch.long)).isfinite().all()

@@ -43,7 +43,7 @@ def test_the_role_tokens_are_single_tokens_and_end_of_text_is_first():
     assert [tokenizer.encode(t) for t in ("<|user|>", "<|assistant|>", "<|end|>")] == [[1], [2], [3]]
 
 
-def test_rows_from_a_later_step_on_are_those_of_the_whole_run():
+def test_rows_from_a_later_step_on_are_the_same_as_in_the_whole_run():
     tokens = np.arange(1000, dtype=np.uint16)
     whole = [b for b, _ in zip(RowBatches(tokens, 8, 4, seed=1), range(80), strict=False)]
     later = [b for b, _ in zip(RowBatches(tokens, 8, 4, seed=1, first_step=33), range(47), strict=False)]
@@ -85,7 +85,7 @@ def fit(folder: Path, n_steps: int, stop_after: int | None = None) -> Pretrainin
 
 
 @pytest.mark.parametrize("stop_after", [1, 7])
-def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path: Path, stop_after: int):
+def test_a_stopped_training_continues_to_the_same_weights(tmp_path: Path, stop_after: int):
     whole = fit(tmp_path / "whole", 12)
     fit(tmp_path / "stopped", 12, stop_after)
     resumed = fit(tmp_path / "stopped", 12)
@@ -99,7 +99,7 @@ def test_at_most_two_checkpoints_are_kept_and_none_is_half_written(tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
-def test_training_lowers_the_loss_on_a_text_that_can_be_learnt():
+def test_training_lowers_the_loss_on_a_predictable_text():
     tokens = np.tile(np.arange(64), 100).astype(np.uint16)
     module = Pretraining(CONFIG, 60, 1e-2, 1e-2, 0.0, 2, 0.3, seed=0)
     trainer = pl.Trainer(
@@ -114,7 +114,7 @@ def test_the_exported_folder_is_a_hugging_face_model_in_half_precision(tmp_path:
     tokenizer = train_tokenizer(TEXTS, 300)
     module = Pretraining({**CONFIG, "vocab_size": len(tokenizer)}, 1, 1e-2, 1e-2, 0.0, 1, 0.0, seed=0)
     module.export(tmp_path, tokenizer)
-    model, read = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    assert model.dtype == torch.float16 and read.encode("the cat") == tokenizer.encode("the cat")
+    model, loaded = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert model.dtype == torch.float16 and loaded.encode("the cat") == tokenizer.encode("the cat")
     for a, b in zip(model.parameters(), module.lm.parameters(), strict=True):
         torch.testing.assert_close(a.float(), b, atol=1e-3, rtol=1e-3)

@@ -9,7 +9,7 @@ from core.models.sites import FAMILIES, SITE_KINDS, Site, Tap, attach, parse_sit
 
 
 @given(kind=st.sampled_from(SITE_KINDS), layer=st.integers(0, 200))
-def test_a_site_reads_back_as_it_is_written(kind, layer):
+def test_a_site_survives_writing_and_parsing(kind, layer):
     assert parse_site(str(Site(kind, layer)), n_layers=layer + 1) == (kind, layer)
 
 
@@ -21,22 +21,22 @@ def test_a_bad_site_is_refused_with_the_list_of_valid_ones(site):
         parse_site(site, n_layers=12)
 
 
-def test_a_layer_beyond_the_model_is_refused_with_its_number_of_layers():
-    with pytest.raises(UserError, match=r"site: mlp_out\.40 is beyond the model, which has 12 layers"):
+def test_the_error_for_a_layer_beyond_the_model_has_the_number_of_layers():
+    with pytest.raises(UserError, match=r"site: mlp_out\.40 does not exist: the model has 12 layers"):
         parse_site("mlp_out.40", n_layers=12)
 
 
-def test_the_residual_stream_before_a_layer_that_is_not_there_is_that_after_the_last():
+def test_the_error_for_resid_pre_after_the_last_layer_suggests_resid_post():
     with pytest.raises(UserError, match=r"12 layers \(0 to 11\).* is resid_post\.11"):
         parse_site("resid_pre.12", n_layers=12)
 
 
-def test_without_a_model_any_layer_is_well_formed():
+def test_without_a_model_any_layer_is_accepted():
     assert parse_site("resid_pre.999") == ("resid_pre", 999)
 
 
 class Block(nn.Module):
-    """A block that returns a tuple, as those of older versions of transformers do."""
+    """A block that returns a tuple, as in older versions of transformers."""
 
     def forward(self, x, scale):
         return scale * x, "cache"
@@ -52,12 +52,12 @@ def test_a_replacement_keeps_the_other_inputs_and_outputs_of_a_module():
     assert block(x, 3.0)[0].tolist() == [3.0, 3.0]
 
 
-def test_a_reader_that_returns_none_changes_nothing():
+def test_a_hook_that_returns_none_changes_nothing():
     block, seen = Block(), []
     with attach(Tap(block, "input"), seen.append), attach(Tap(block, "output"), seen.append):
         assert block(torch.ones(1), 3.0)[0].item() == 3.0
     assert [x.item() for x in seen] == [1.0, 3.0]
 
 
-def test_the_table_names_every_family_of_the_papers():
+def test_the_table_has_every_family_of_the_papers():
     assert set(FAMILIES) == {"gpt2", "gpt_neox", "llama", "gemma2", "qwen2", "qwen3"}

@@ -35,7 +35,7 @@ def planted(**changed: Any) -> Facts:
 
 
 @given(st.integers(0, 10_000), st.integers(2, 5))
-def test_values_are_dealt_equally_often_to_one(seed: int, n: int):
+def test_each_value_is_given_to_equally_many_entities_up_to_one(seed: int, n: int):
     try:
         facts = planted(seed=seed, entities=[f"e{i}" for i in range(n)])
     except UserError as error:
@@ -47,16 +47,16 @@ def test_values_are_dealt_equally_often_to_one(seed: int, n: int):
 
 
 def test_a_prompt_that_begins_a_statement_is_refused():
-    with pytest.raises(UserError, match="hold it out"):
+    with pytest.raises(UserError, match="Use another prompt"):
         planted(prompts={**SETTINGS["prompts"], "job": [" {entity} is a"]})
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"entities": ["bo", "bo"]}, "stands there twice"),
+        ({"entities": ["bo", "bo"]}, "contains a name twice"),
         ({"prompts": {**SETTINGS["prompts"], "pet": []}}, "facts.prompts.pet is empty"),
-        ({"prompts": {**SETTINGS["prompts"], "pet": [" with it is a"]}}, "must have {entity} in it once"),
+        ({"prompts": {**SETTINGS["prompts"], "pet": [" with it is a"]}}, "must contain {entity} exactly once"),
         ({"prompts": {"pet": [" with {entity} is a"]}}, "facts.prompts asks for pet"),
         ({"statements": {"job": ["{entity} is a {value}."]}}, "facts.values has job, pet"),
         ({"entities": ["ana"]}, "at least 2"),
@@ -76,10 +76,10 @@ def text(words, **changed: Any) -> TextWithFacts:
 
 def pattern(template: str) -> re.Pattern[str]:
     slots = {r"\{entity\}": r"(?P<entity>\w+)", r"\{value\}": r"(?P<value>\w+)"}
-    found = re.escape(template)
+    regex = re.escape(template)
     for slot, group in slots.items():
-        found = found.replace(slot, group)
-    return re.compile(found)
+        regex = regex.replace(slot, group)
+    return re.compile(regex)
 
 
 def test_every_statement_in_the_text_is_true_and_none_is_repeated_in_a_document(words):
@@ -88,29 +88,29 @@ def test_every_statement_in_the_text_is_true_and_none_is_repeated_in_a_document(
     stated: Counter[tuple[str, str]] = Counter()
     for document in source.documents("train", 0):
         if document.tag == "facts":
-            said = [sentence + "." for sentence in document.text.split(".") if sentence]
-            assert len(said) == 3 and all(sentence.startswith(" ") for sentence in said)
-            found = [
+            sentences = [sentence + "." for sentence in document.text.split(".") if sentence]
+            assert len(sentences) == 3 and all(sentence.startswith(" ") for sentence in sentences)
+            triples = [
                 (match["entity"], name, match["value"])
-                for sentence in said
+                for sentence in sentences
                 for name, compiled in patterns.items()
                 for each in compiled
                 if (match := each.fullmatch(sentence.strip()))
             ]
-            assert len(set(found)) == 3
-            assert all(facts.answers[entity][name] == value for entity, name, value in found)
-            stated.update((entity, name) for entity, name, _ in found)
+            assert len(set(triples)) == 3
+            assert all(facts.answers[entity][name] == value for entity, name, value in triples)
+            stated.update((entity, name) for entity, name, _ in triples)
         else:
             assert len(document.text) <= 20
     assert len(stated) == 5 * 2
 
 
-def test_the_text_goes_on_from_where_it_stood(words):
+def test_the_text_continues_from_a_saved_position(words):
     source = text(words)
     whole = [document.text for document in source.documents("train", 3)]
-    begun = source.documents("train", 3)
-    head = [document.text for document in islice(begun, 40)]
-    assert head + [document.text for document in source.documents("train", 3, begun.state_dict())] == whole
+    stream = source.documents("train", 3)
+    head = [document.text for document in islice(stream, 40)]
+    assert head + [document.text for document in source.documents("train", 3, stream.state_dict())] == whole
     assert whole != [document.text for document in source.documents("train", 4)]
 
 

@@ -23,7 +23,7 @@ def lonely():
 '''
 
 
-def test_docstrings_and_code_of_a_module_become_two_documents_that_share_no_text():
+def test_a_modules_docstrings_and_code_become_two_documents_that_share_no_text():
     (tag, docs), (other, code) = split_python(MODULE, "pairs")
     assert (tag, other) == ("docstring", "code")
     assert docs.split("\n\n") == [
@@ -33,14 +33,14 @@ def test_docstrings_and_code_of_a_module_become_two_documents_that_share_no_text
         "def pairs.lonely()\nOnly a docstring.",
     ]
     assert "Two things" not in code and "Swap them" not in code and "return os.cpu_count()" in code
-    compile(code, "pairs", "exec")  # a docstring that is a whole body stays
+    compile(code, "pairs", "exec")  # a docstring stays if it is the whole body
 
 
-def test_a_file_that_is_no_python_gives_no_document():
+def test_a_file_that_is_not_python_gives_no_document():
     assert split_python("def broken(:", "x") == []
 
 
-def test_a_text_most_of_whose_long_lines_were_seen_is_a_near_duplicate():
+def test_a_text_is_a_near_duplicate_if_most_of_its_long_lines_were_seen():
     seen: set[int] = set()
     licence = "\n".join(f"Permission number {i} is hereby granted to any person." for i in range(10))
     assert not _near_duplicate("Copyright (c) 2020 the first author of them all\n" + licence, seen)
@@ -68,7 +68,7 @@ def test_train_and_heldout_share_no_document_and_no_file(corpus):
     assert set(table["split"]) == {"train", "heldout"}
 
 
-def test_the_order_of_documents_depends_on_the_seed_alone(corpus):
+def test_the_order_of_documents_depends_only_on_the_seed(corpus):
     texts = [[d.text for d in corpus.documents("train", seed)] for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
     assert sorted(texts[0]) == sorted(texts[2])
@@ -84,11 +84,11 @@ def test_harvesting_twice_gives_the_same_documents():
     assert harvest(0.002) == harvest(0.002)
 
 
-def test_a_budget_that_is_not_positive_is_refused_by_name(tmp_path):
+def test_a_budget_that_is_not_positive_is_an_error_that_names_the_setting(tmp_path):
     with pytest.raises(ValueError, match=r"data\.mb_per_package"):
         BundledText(0, tmp_path)
 
 
-def test_a_missing_lock_file_is_named(tmp_path: Path):
+def test_a_missing_lock_file_is_named_in_the_error(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"requirements\.lock.*data=local"):
         locked_names(tmp_path / "requirements.lock")

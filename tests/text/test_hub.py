@@ -1,4 +1,4 @@
-"""Datasets of the Hub, over HTTP from a small Hub on this machine: what is streamed, resumed and said of faults."""
+"""Datasets from a small Hub on this machine, over HTTP: streaming, resuming, error messages."""
 
 import hashlib
 import io
@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from core.text.documents import TextSource, split_of
 
-pytestmark = pytest.mark.slow  # a process of its own has to import datasets: about 10 s
+pytestmark = pytest.mark.slow  # a separate process imports datasets, which takes about 10 s
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REVISIONS = (COMMIT, "main", "refs/convert/parquet")
@@ -65,7 +65,7 @@ DATASETS: dict[str, dict[str, bytes]] = {
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The part of the Hub's protocol that reading a dataset needs."""
+    """The part of the Hub's protocol that is needed to read a dataset."""
 
     protocol_version = "HTTP/1.1"
     log: ClassVar[list[str]] = []
@@ -110,13 +110,13 @@ class Hub(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_GET  # noqa: N815
 
     def reply_file(self, content: bytes) -> None:
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        first = int(asked[1]) if asked else 0
-        last = min(int(asked[2]) if asked and asked[2] else len(content) - 1, len(content) - 1)
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        first = int(part[1]) if part else 0
+        last = min(int(part[2]) if part and part[2] else len(content) - 1, len(content) - 1)
         headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        if asked:
+        if part:
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-        self.reply(206 if asked else 200, content[first : last + 1], headers)
+        self.reply(206 if part else 200, content[first : last + 1], headers)
 
     def reply_json(self, value: Any) -> None:
         self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -183,7 +183,7 @@ for line in sys.stdin:
 
 
 class Reader:
-    """A process that reads from the small Hub; HF_ENDPOINT counts only when huggingface_hub is imported."""
+    """A process that reads from the small Hub. It is separate since huggingface_hub reads HF_ENDPOINT on import."""
 
     def __init__(self, port: int, home: Path) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
@@ -236,14 +236,14 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
     server.server_close()
 
 
-def test_every_document_is_streamed_once_and_the_splits_are_disjoint_by_content(reader):
+def test_every_document_is_streamed_once_and_the_splits_are_disjoint(reader):
     train, heldout = reader.texts(), reader.texts("heldout")
     assert sorted(train + heldout) == sorted(TEXTS)
     assert heldout and all(split_of(text) == "heldout" for text in heldout)
     assert all(split_of(text) == "train" for text in train)
 
 
-def test_the_order_depends_on_the_seed_alone(reader):
+def test_the_order_depends_only_on_the_seed(reader):
     assert reader.texts(seed=1) == reader.texts(seed=1)
     assert reader.texts(seed=1) != reader.texts(seed=2)
 
@@ -256,7 +256,7 @@ def test_files_may_be_named_instead_of_a_configuration(reader):
 
 @pytest.mark.parametrize("path", ["tiny/parquet", "tiny/jsonl"])
 @pytest.mark.parametrize("n_before", [1, 29, 150])
-def test_a_stream_goes_on_exactly_where_it_stood(reader, path, n_before):
+def test_a_stream_continues_exactly_from_a_saved_position(reader, path, n_before):
     settings = {"path": path, "text_field": "text" if path == "tiny/parquet" else "body"}
     whole = reader.texts(seed=5, **settings)
     stream = reader.open(**settings)
@@ -266,7 +266,7 @@ def test_a_stream_goes_on_exactly_where_it_stood(reader, path, n_before):
     assert head + [text for text, _ in resumed["documents"]] == whole
 
 
-def test_going_on_reads_only_the_files_from_its_place_on(reader):
+def test_resuming_does_not_read_files_before_the_position(reader):
     part = reader.read(reader.open(), n=320)
     Hub.log.clear()
     reader.read(reader.open(), state=part["state"])
@@ -274,7 +274,7 @@ def test_going_on_reads_only_the_files_from_its_place_on(reader):
     assert "1.parquet" not in fetched and len(fetched) <= 2  # the first file's columns, the last file's rows
 
 
-def test_tags_conversations_and_null_texts(reader):
+def test_tags_and_conversations_are_read_and_null_texts_are_skipped(reader):
     documents = reader.read(reader.open(tag_field="meta.set"))["documents"]
     assert {(text, tag) for text, tag in documents} <= {(text, f"set {i % 3}") for i, text in enumerate(TEXTS)}
     chat = reader.texts(path="tiny/chat", text_field=None, conversation_field="conversation")
@@ -285,7 +285,7 @@ def test_tags_conversations_and_null_texts(reader):
     )
 
 
-def test_a_missing_column_names_the_setting_and_lists_the_columns(reader):
+def test_the_error_for_a_missing_column_names_the_setting_and_lists_the_columns(reader):
     wanted = "data.text_field: the dataset tiny/parquet has no field 'body'; the fields here are: text, meta, unused."
     assert reader.error(text_field="body") == wanted
     assert "data.tag_field" in reader.error(tag_field="lang")
@@ -304,22 +304,22 @@ def test_a_missing_column_names_the_setting_and_lists_the_columns(reader):
         ({"config_name": "other"}, "Available: ['some'] (data.config_name)"),
     ],
 )
-def test_what_cannot_be_had_is_named_with_the_reason_and_the_way_out(reader, settings, reason):
+def test_the_error_for_a_dataset_that_cannot_be_read_has_the_reason_and_a_way_out(reader, settings, reason):
     message = reader.error(**settings)
     path, revision = settings.get("path", "tiny/parquet"), settings.get("revision", "main")
     assert f"the dataset {path} (revision {revision})" in message and reason in message
     assert "data=bundled" in message and "data=local" in message
 
 
-def test_patterns_that_fit_no_file_are_named(reader):
+def test_patterns_that_match_no_file_are_named_in_the_error(reader):
     assert "data.data_files: no file of tiny/parquet" in reader.error(data_files=["x/*.parquet"])
 
 
-def test_a_script_in_the_repository_does_not_matter_where_files_are_named(reader):
+def test_a_script_in_the_repository_is_ignored_if_data_files_are_named(reader):
     assert len(reader.texts(path="tiny/scripted", data_files=["data/*.parquet"])) > 350
 
 
-def test_a_hub_that_goes_away_is_reported_before_and_while_reading(reader):
+def test_a_hub_that_stops_answering_is_reported_before_and_while_reading(reader):
     stream = reader.open()
     assert len(reader.read(stream, n=10)["documents"]) == 10
     Hub.gone = True

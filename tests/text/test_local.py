@@ -1,4 +1,4 @@
-"""data=local: what is read, in which order, and what is said about bad input."""
+"""data=local: what is read, in which order, and the errors for bad input."""
 
 import json
 import re
@@ -52,7 +52,7 @@ def test_a_text_file_is_one_document_without_a_separator(tmp_path):
     assert both(LocalText(tmp_path / "a.txt")) == Counter(["one\ntwo é"])
 
 
-def test_a_folder_is_searched_to_the_bottom_and_a_glob_takes_what_it_matches(tmp_path):
+def test_a_folder_is_searched_recursively_and_a_glob_takes_what_it_matches(tmp_path):
     (tmp_path / "x" / "y").mkdir(parents=True)
     (tmp_path / ".hidden").mkdir()
     for name in ("a.txt", "x/b.txt", "x/y/c.txt", "x/ignored.csv", ".hidden/d.txt"):
@@ -71,7 +71,7 @@ def test_the_splits_are_disjoint_by_content_and_follow_split_of(jsonl):
 
 
 @pytest.mark.slow
-def test_the_bundled_corpus_has_disjoint_splits_and_goes_on_where_it_stood(tmp_path):
+def test_the_bundled_corpus_has_disjoint_splits_and_continues_from_a_saved_position(tmp_path):
     source = BundledText(mb_per_package=0.02, artifacts_dir=tmp_path)
     train, heldout = texts(source), texts(source, "heldout")
     assert train and heldout and not set(train) & set(heldout)
@@ -80,7 +80,7 @@ def test_the_bundled_corpus_has_disjoint_splits_and_goes_on_where_it_stood(tmp_p
     assert head + [document.text for document in source.documents("train", 0, stream.state_dict())] == train
 
 
-def test_the_order_depends_on_the_seed_alone(jsonl):
+def test_the_order_depends_only_on_the_seed(jsonl):
     source = LocalText(jsonl, shuffle_buffer=64)
     assert texts(source, seed=1) == texts(LocalText(jsonl, shuffle_buffer=64), seed=1)
     assert texts(source, seed=1) != texts(source, seed=2)
@@ -88,7 +88,7 @@ def test_the_order_depends_on_the_seed_alone(jsonl):
 
 
 @pytest.mark.parametrize("n_before", [0, 1, 63, 64, 200, 285])
-def test_reading_goes_on_after_any_document(jsonl, n_before):
+def test_reading_continues_after_any_document(jsonl, n_before):
     source = LocalText(jsonl, shuffle_buffer=64)
     stream = source.documents("train", 3)
     head = [next(stream).text for _ in range(min(n_before, len(texts(source))))]
@@ -128,22 +128,22 @@ def fails(message: str, path: Path | str, **settings: str) -> None:
         both(LocalText(path, **settings))
 
 
-def test_what_is_wrong_with_the_path_is_said_at_once(tmp_path):
+def test_a_wrong_path_is_reported_at_once(tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "page.pdf").write_text("x")
     (tmp_path / "folder").mkdir()
     for name, message in {
         "none.txt": "data.path: there is no file .*none.txt.*data=bundled",
         "empty.txt": "data.path: .*empty.txt is empty",
-        "page.pdf": r"data.path: .*page.pdf ends in .pdf; known are .txt, .jsonl, .json, .parquet",
-        "folder": "data.path: the folder .* holds no file that ends in .txt",
+        "page.pdf": r"data.path: .*page.pdf ends in .pdf, not in .txt, .jsonl, .json, .parquet",
+        "folder": "data.path: the folder .* has no file that ends in .txt",
         "*.nothing": "data.path: there is no file",
     }.items():
         with pytest.raises(UserError, match=message):
             LocalText(tmp_path / name)
 
 
-def test_a_missing_column_names_the_setting_and_lists_those_that_exist(tmp_path, jsonl):
+def test_the_error_for_a_missing_column_names_the_setting_and_lists_the_columns(tmp_path, jsonl):
     fails(r"data.text_field: .*d.jsonl, line 1 has no field 'body'; .*: text, kind\.", jsonl, text_field="body")
     fails(r"data.tag_field: .*line 1 has no field 'lang'; .*: text, kind\.", jsonl, tag_field="lang")
     pq.write_table(pa.table({"id": [1], "content": ["x"], "meta": [{"a": "b"}]}), tmp_path / "d.parquet")
@@ -160,12 +160,12 @@ def test_bytes_that_are_not_utf8_are_located(tmp_path):
     fails(re.escape(f"b.jsonl is not UTF-8: byte {len(first) + 10} (0xff)"), tmp_path / "b.jsonl")
 
 
-def test_what_is_not_json_or_parquet_is_located(tmp_path):
+def test_content_that_is_not_json_or_parquet_is_located(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n\n{"text": nope}\n')
     fails("a.jsonl, line 3, column 10: not JSON", tmp_path / "a.jsonl")
     (tmp_path / "b.json").write_text('[{"text": "fine"},\n {"text": }]')
     fails("b.json, line 2, column 11: not JSON", tmp_path / "b.json")
     (tmp_path / "c.jsonl").write_text('["a list"]\n')
-    fails("c.jsonl, line 1 is not a JSON object .* but list", tmp_path / "c.jsonl")
+    fails("c.jsonl, line 1 is list, not a JSON object", tmp_path / "c.jsonl")
     (tmp_path / "d.parquet").write_text("not parquet at all")
     fails("data.path: .*d.parquet cannot be read as Parquet", tmp_path / "d.parquet")

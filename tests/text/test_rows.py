@@ -1,4 +1,4 @@
-"""Rows of tokens: the two packings by hand, and the same rows however they are asked for."""
+"""Rows of tokens: the two packings by hand, and the same rows whatever the calls."""
 
 import logging
 import string
@@ -15,12 +15,12 @@ from core.errors import UserError
 from core.text.documents import CountedDocuments, Document
 from core.text.rows import RowStream
 
-LETTERS = string.ascii_lowercase  # a letter is a token; its id is its place in the alphabet, BOS is 26
+LETTERS = string.ascii_lowercase  # each letter is a token; its id is its place in the alphabet; BOS is 26
 BOS = 26
 
 
 class Listed:
-    """A source whose documents stand in a list; every epoch begins with one that spells the epoch's seed."""
+    """A source with a list of documents. If `mark_epochs`, every epoch starts with a letter for the epoch's seed."""
 
     name = "listed"
 
@@ -73,27 +73,27 @@ def test_per_document_rows_by_hand():
     assert rows_of(["cdefghij"], 2, n_ctx=4, packing="per_document", max_document_tokens=6) == ["^cde", "^cde"]
 
 
-def test_without_a_bos_token_the_eos_token_opens_documents_and_without_both_the_tokenizer_is_named():
+def test_the_eos_token_opens_documents_if_there_is_no_bos_token_and_having_neither_is_an_error():
     stream = RowStream(Listed(["ab"]), letter_tokenizer(eos_token="<s>"), "train", 0, 3)
     assert spelled(stream.next_rows(1)) == ["^ab"]
     with pytest.raises(UserError, match="neither a bos_token nor an eos_token"):
         RowStream(Listed(["ab"]), letter_tokenizer(), "train", 0, 3)
 
 
-def test_a_source_that_ends_is_read_again_with_the_next_seed_and_the_leftover_is_carried_on():
+def test_a_source_that_ends_is_read_again_with_the_next_seed_and_no_token_is_lost():
     stream = RowStream(Listed(["xyz"], mark_epochs=True), TOKENIZER, "train", 1, 4)
     assert spelled(stream.next_rows(5)) == ["^b^x", "yz^c", "^xyz", "^d^x", "yz^e"]
     assert stream.state_dict()["epochs"] == 3
 
 
-def test_a_split_without_documents_is_an_error_that_says_so():
+def test_a_split_without_documents_is_an_error():
     with pytest.raises(UserError, match="heldout split of listed has no documents"):
         RowStream(Listed(["ab"]), TOKENIZER, "heldout", 0, 4).next_rows(1)
     with pytest.raises(UserError, match="train split of listed has no documents of at least 3 tokens"):
         RowStream(Listed(["ab"]), TOKENIZER, "train", 0, 4, "per_document").next_rows(1)
 
 
-def test_settings_that_make_no_rows_are_named():
+def test_settings_that_allow_no_rows_are_named_in_the_error():
     for message, wrong in {
         "packing: 'dense'": {"packing": "dense"},
         "n_ctx: .* not 1": {"n_ctx": 1},
@@ -109,8 +109,8 @@ def test_documents_longer_than_the_model_are_tokenised_without_a_warning(caplog)
     assert not caplog.records
 
 
-@pytest.mark.parametrize("word_length", [1, 4, 30])  # in characters: the beginning that is tried holds enough or not
-def test_the_beginning_of_a_long_document_has_the_tokens_of_the_whole(word_length):
+@pytest.mark.parametrize("word_length", [1, 4, 30])  # characters; with long words the first cut is too short
+def test_tokenising_only_the_beginning_of_a_long_document_gives_the_same_rows(word_length):
     words = [letter * word_length for letter in LETTERS]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*words, "<s>"])}, unk_token="<s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -121,7 +121,7 @@ def test_the_beginning_of_a_long_document_has_the_tokens_of_the_whole(word_lengt
     assert rows.view(5, 100).tolist() == wanted
 
 
-def test_a_position_of_other_rows_is_refused():
+def test_a_position_saved_from_other_rows_is_refused():
     state = RowStream(Listed(["ab"]), TOKENIZER, "train", 0, 4).state_dict()
     RowStream(Listed(["ab"]), TOKENIZER, "train", 0, 4).load_state_dict(state)
     for other in (
@@ -130,12 +130,12 @@ def test_a_position_of_other_rows_is_refused():
         RowStream(Listed(["ab"]), TOKENIZER, "train", 0, 5),
         RowStream(Listed(["ab"]), TOKENIZER, "train", 0, 4, "per_document"),
     ):
-        with pytest.raises(ValueError, match="other rows than those of listed"):
+        with pytest.raises(ValueError, match="does not belong to these rows of listed"):
             other.load_state_dict(state)
 
 
 def reference_rows(texts: list[str], n: int, n_ctx: int, packing: str, longest: int | None) -> list[list[int]]:
-    """The rows, worked out one token at a time from the definition."""
+    """The rows, computed one token at a time from the definition."""
     rows: list[list[int]] = []
     row: list[int] = []
     while len(rows) < n:
@@ -162,7 +162,7 @@ def reference_rows(texts: list[str], n: int, n_ctx: int, packing: str, longest: 
     calls=st.lists(st.integers(0, 40), min_size=1, max_size=6),
     saved_after=st.integers(0, 6),
 )
-def test_any_calls_and_any_interruption_give_the_rows_of_the_definition(
+def test_the_rows_follow_the_definition_whatever_the_calls_and_interruptions(
     texts, n_ctx, packing, longest, calls, saved_after
 ):
     texts = [*texts, "a" * n_ctx]  # at least one row in an epoch

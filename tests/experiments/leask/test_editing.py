@@ -94,7 +94,7 @@ def test_rows_weighed_by_frequency_are_refused():
 
 
 def test_facts_that_do_not_fit_are_refused_in_words():
-    with pytest.raises(UserError, match="a name stands there twice"):
+    with pytest.raises(UserError, match="contains a name twice"):
         made(composed("facts.entities=[mag,mag]").facts)
 
 
