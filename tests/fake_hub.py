@@ -1,4 +1,4 @@
-"""A Hugging Face hub that is a web server on this machine; what it answers, each test says in a class of its own."""
+"""A Hugging Face hub that is a web server on this machine. Each test defines its answers in a subclass."""
 
 import socket
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FakeHub(BaseHTTPRequestHandler):
-    """Classes of it define `serve`, which calls `answer` or `refuse` once."""
+    """Subclasses define `serve`, which calls `answer` or `refuse` once."""
 
     def serve(self):
         raise NotImplementedError
@@ -42,7 +42,7 @@ class FakeHub(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(handler: type[FakeHub]) -> Iterator[str]:
-    """The address of a hub that answers as the handler does."""
+    """The address of a hub that answers with the handler."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"

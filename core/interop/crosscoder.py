@@ -1,13 +1,13 @@
 """Crosscoders of two models: the checkpoints published by Minder et al. 2025 (chat-tuning) and by Kissane et al.
 
 Facts (Minder et al., authors' code): `model.safetensors` or `.pt` with encoder.weight `[2, d, m]`, encoder.bias `[m]`,
-decoder.weight `[2, m, d]`, decoder.bias `[2, d]`; BatchTopK ones add k, threshold and code_normalization_id. Index 0 is
-the base model, 1 the chat model. A state saved from a compiled model has `_orig_mod.` before every name. With
-v_j = f_j (|d_j^base| + |d_j^chat|), a BatchTopK crosscoder keeps f_j at inference where v_j > threshold; other
-normalisations of the codes have other ids. Kissane: `cc_weights.pt` with W_enc `[2, d, m]`, W_dec `[m, 2, d]`, b_enc,
-b_dec `[2, d]`; ReLU, of activations that are scaled to a mean norm of sqrt(d) in each model.
+decoder.weight `[2, m, d]`, decoder.bias `[2, d]`; BatchTopK files also have k, threshold and code_normalization_id.
+Index 0 is the base model, 1 the chat model. In a state saved from a compiled model every name starts with `_orig_mod.`.
+With v_j = f_j (|d_j^base| + |d_j^chat|), a BatchTopK crosscoder keeps f_j at inference where v_j > threshold; other ids
+mean other definitions of v. Kissane: `cc_weights.pt` with W_enc `[2, d, m]`, W_dec `[m, 2, d]`, b_enc, b_dec `[2, d]`;
+ReLU, of activations that are scaled to a mean norm of sqrt(d) in each model.
 
-Shapes here: W_enc and W_dec `[m, 2, d]`, a latent in each row, as `core.kernels.sparse` has pairs.
+Shapes here: W_enc and W_dec `[m, 2, d]`, one latent per row, as for pairs in `core.kernels.sparse`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from core.inputs import note_commit, note_file
 from core.interop import hub
 from core.interop.files import Weights, read_pt, read_safetensors
 
-FILES = ("model.safetensors", "model.pt", "ae.pt", "cc_weights.pt")  # the first that is there
+FILES = ("model.safetensors", "model.pt", "ae.pt", "cc_weights.pt")  # the first that exists is read
 FORMATS: hub.Formats = {name: ((name,), ()) for name in FILES}
 
 
@@ -31,11 +31,11 @@ FORMATS: hub.Formats = {name: ((name,), ()) for name in FILES}
 class CrosscoderWeights:
     """f = ReLU(sum over models of W_enc h + b_enc), h_hat = f W_dec + b_dec, for base (0) and chat (1).
 
-    threshold              of v (see above), for BatchTopK; None: ReLU alone
-    k                      active latents per row that a BatchTopK crosscoder was trained with
-    code_normalization_id  the authors' number for how v is made; None where the file has none (the paper's way)
+    threshold              of v (see above), for BatchTopK; None for a plain ReLU
+    k                      mean active latents per row in the training of a BatchTopK crosscoder
+    code_normalization_id  the authors' number for the definition of v; None if the file has none (the paper's)
     layout                 `minder` or `kissane`
-    source                 the repository or folder, the folder within it and the commit, where `load` found it
+    source                 the repository or folder, the folder within it and the commit, if `load` read it
     """
 
     W_enc: Tensor  # [m, 2, d]
@@ -57,12 +57,13 @@ class CrosscoderWeights:
 def load(
     repo: str, path: str | None = None, revision: str | None = None, d_model: int | None = None
 ) -> CrosscoderWeights:
-    """The crosscoder of a name on the hub or of a folder here, and of the folder within it (or its file).
+    """Load a crosscoder.
 
-    revision  commit, tag or branch on the hub, `main` if None; of no effect on a folder here
-    d_model   checked, if given
+    repo, path  a name on the hub or a local folder, and the folder (or file) within it
+    revision    commit, tag or branch on the hub, `main` if None; ignored for a local folder
+    d_model     checked, if given
 
-    Of a repository only the checkpoint is fetched. Raises UserError if it cannot be had, or is not what is asked for.
+    Only the checkpoint is fetched from a repository. Raises UserError if it cannot be read or does not fit `d_model`.
     """
     name = PurePosixPath(path or "").name
     formats = {name: FORMATS[name]} if name in FILES else FORMATS
@@ -72,34 +73,34 @@ def load(
         note_file(file)
     else:
         note_commit(repo, revision or "main", commit)
-    found = read(file)
-    if d_model not in (None, found.W_dec.shape[2]):
+    weights = read(file)
+    if d_model not in (None, weights.W_dec.shape[2]):
         raise UserError(
-            f"model.d_model is {d_model}, but the crosscoder in {file} has {found.W_dec.shape[2]}. Choose the models "
-            "that it was made for."
+            f"model.d_model is {d_model}, but the crosscoder in {file} has {weights.W_dec.shape[2]}. Choose the models "
+            "that it was trained on."
         )
-    return replace(found, source={"repo": repo, "path": path, "revision": commit})
+    return replace(weights, source={"repo": repo, "path": path, "revision": commit})
 
 
 def read(place: Path) -> CrosscoderWeights:
-    """The crosscoder of a folder or of a file.
+    """The crosscoder in a folder or a file.
 
-    Raises UserError for shapes that are no crosscoder's, for a threshold that was never measured, and for files that
-    are not whole or hold more than tensors.
+    Raises UserError for shapes that do not fit a crosscoder, for a threshold that was never measured, and for files
+    that are incomplete or contain more than tensors.
     """
     file = _file(place)
     weights = read_safetensors(file) if file.suffix == ".safetensors" else read_pt(file)
     weights = weights.renamed(lambda name: name.removeprefix("_orig_mod."))
-    found = _kissane(weights) if "W_enc" in weights else _minder(weights)
+    crosscoder = _kissane(weights) if "W_enc" in weights else _minder(weights)
     weights.done()
-    return found
+    return crosscoder
 
 
 def _file(place: Path) -> Path:
     """The checkpoint of a folder, or the file itself."""
     file = place if place.is_file() else next((place / name for name in FILES if (place / name).is_file()), None)
     if file is None:
-        raise UserError(f"{place} holds no crosscoder: none of {', '.join(FILES)} is there.")
+        raise UserError(f"{place} contains no crosscoder: it has none of {', '.join(FILES)}.")
     return file
 
 
@@ -133,6 +134,6 @@ def _sizes(weights: Weights, name: str) -> tuple[int, int]:
     shape = weights.shape(name)
     if len(shape) != 3 or shape[0] != 2:
         raise UserError(
-            f"{weights.path}: {name} has the shape {list(shape)}, not [2, d_model, dict_size] of a crosscoder."
+            f"{weights.path}: {name} has the shape {list(shape)}, not a crosscoder's [2, d_model, dict_size]."
         )
     return shape[1], shape[2]

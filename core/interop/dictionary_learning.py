@@ -1,7 +1,7 @@
-"""dictionary_learning folders (`ae.pt`, `config.json`), read as tensors alone.
+"""dictionary_learning folders (`ae.pt`, `config.json`); only tensors are read.
 
 Facts, from the library (0.1.0), by `trainer.dict_class` of config.json; `Linear` weights are [out, in]:
-  AutoEncoder             ReLU(encoder(x - bias)); loading it there rescales latents so that decoder rows have unit norm
+  AutoEncoder             ReLU(encoder(x - bias)); the library's loader scales latents so that decoder rows have norm 1
   AutoEncoderNew          ReLU(encoder(x)), decoder with a bias
   AutoEncoderTopK         the k largest entries of ReLU(encoder(x - b_dec))
   BatchTopKSAE            ReLU(encoder(x - b_dec)) where it is above one threshold
@@ -27,16 +27,16 @@ CONFIG, WEIGHTS = "config.json", "ae.pt"
 
 
 def read(folder: Path) -> Pretrained:
-    """The dictionary of a folder.
+    """The dictionary in a folder.
 
-    Raises UserError for other classes, for a threshold that was never measured (-1), and for files that are not whole
-    or hold more than tensors.
+    Raises UserError for other classes, for a threshold that was never measured (-1), and for files that are incomplete
+    or contain more than tensors.
     """
     path = folder / CONFIG
     trainer = read_json(path).get("trainer")
     if not isinstance(trainer, dict) or trainer.get("dict_class") not in READERS:
-        found = trainer.get("dict_class") if isinstance(trainer, dict) else None
-        raise UserError(f"{path}: trainer.dict_class {found!r} is not known here; {', '.join(READERS)} are.")
+        kind = trainer.get("dict_class") if isinstance(trainer, dict) else None
+        raise UserError(f"{path}: trainer.dict_class {kind!r} is not supported; these are: {', '.join(READERS)}.")
     weights = read_pt(folder / WEIGHTS)
     options = READERS[trainer["dict_class"]](weights)
     weights.done()
@@ -80,7 +80,7 @@ def _relu(weights: Weights) -> dict[str, Any]:
     W_enc, W_dec, d, m = _linear(weights)
     b_enc, b_dec = weights.take("encoder.bias", m), weights.take("bias", d)
     norms = W_dec.norm(dim=1)
-    if not torch.allclose(norms, torch.ones(m)):  # as the library does when it loads one
+    if not torch.allclose(norms, torch.ones(m)):  # as in the library's loader
         W_enc, b_enc, W_dec = W_enc * norms[:, None], b_enc * norms, W_dec / norms.clamp(min=1e-8)[:, None]
     weights_ = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
     return {**weights_, "activation": "relu", "subtract_b_dec": True}
@@ -95,7 +95,7 @@ def _new_relu(weights: Weights) -> dict[str, Any]:
 def _topk(weights: Weights) -> dict[str, Any]:
     W_enc, W_dec, d, m = _linear(weights)
     biases = {"b_enc": weights.take("encoder.bias", m), "b_dec": weights.take("b_dec", d)}
-    k = int(weights.take_number("k")) if "k" in weights else None  # only in the configuration of older files
+    k = int(weights.take_number("k")) if "k" in weights else None  # older files have it only in config.json
     weights.drop("threshold")
     return {"W_enc": W_enc, "W_dec": W_dec, **biases, "activation": "topk", "k": k, "subtract_b_dec": True}
 
@@ -116,8 +116,8 @@ def _one_threshold(weights: Weights) -> dict[str, Any]:
     threshold = weights.take_number("threshold")
     if threshold < 0:
         raise UserError(
-            f"{weights.path}: the threshold is {threshold:g}, so it was never measured (the library begins at "
-            "step 1000): at inference all positive latents would be active."
+            f"{weights.path}: the threshold is {threshold:g}, so it was never measured (the library starts at step "
+            "1000). Without it all positive latents would be active at inference."
         )
     return {"activation": "jumprelu", "threshold": torch.tensor(threshold), "subtract_b_dec": True}
 

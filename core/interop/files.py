@@ -1,4 +1,4 @@
-"""Read the files that weights come in: tensors only, and nothing of a file is ever run."""
+"""Read files of weights: only tensors, and no code from a file is ever run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from core.errors import UserError
 
-UNREADABLE = (  # what the readers of the three formats raise
+UNREADABLE = (  # errors that the readers of the three formats raise
     OSError,
     SafetensorError,
     pickle.UnpicklingError,
@@ -32,97 +32,97 @@ UNREADABLE = (  # what the readers of the three formats raise
 
 
 class Weights:
-    """The tensors of one file, taken by name; every error names the file."""
+    """The tensors of one file, taken out by name. Every error names the file."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        self.path, self._left = path, dict(tensors)
+        self.path, self._remaining = path, dict(tensors)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._left
+        return name in self._remaining
 
     def renamed(self, rename: Callable[[str], str]) -> Weights:
         """The same tensors under other names."""
-        return Weights(self.path, {rename(name): tensor for name, tensor in self._left.items()})
+        return Weights(self.path, {rename(name): tensor for name, tensor in self._remaining.items()})
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises UserError if there is no such tensor."""
-        if name not in self._left:
-            held = ", ".join(sorted(self._left)) or "nothing else"
-            raise UserError(f"{self.path} has no {name}; it holds {held}.")
-        return tuple(self._left[name].shape)
+        if name not in self._remaining:
+            held = ", ".join(sorted(self._remaining)) or "nothing else"
+            raise UserError(f"{self.path} has no {name}; it contains {held}.")
+        return tuple(self._remaining[name].shape)
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """The tensor in fp32; raises UserError if it is not there, of another shape, or not finite."""
-        found = self.shape(name)
-        if found != shape:
-            raise UserError(f"{self.path}: {name} has the shape {list(found)}, not {list(shape)}.")
-        tensor = self._left.pop(name).float()
+        """The tensor in fp32. Raises UserError if it is missing, has another shape, or is not finite."""
+        actual = self.shape(name)
+        if actual != shape:
+            raise UserError(f"{self.path}: {name} has the shape {list(actual)}, not {list(shape)}.")
+        tensor = self._remaining.pop(name).float()
         if not tensor.isfinite().all():
-            raise UserError(f"{self.path}: {name} holds numbers that are NaN or infinite.")
+            raise UserError(f"{self.path}: {name} contains numbers that are NaN or infinite.")
         return tensor.contiguous()
 
     def take_number(self, name: str) -> float:
         """A tensor of one element, as a number."""
         if torch.Size(self.shape(name)).numel() != 1:
             raise UserError(f"{self.path}: {name} has the shape {list(self.shape(name))}, not that of one number.")
-        return float(self._left.pop(name))
+        return float(self._remaining.pop(name))
 
     def drop(self, *names: str) -> None:
-        """Leave tensors that inference does not need, where they are there."""
+        """Discard tensors that inference does not need, if they exist."""
         for name in names:
-            self._left.pop(name, None)
+            self._remaining.pop(name, None)
 
     def done(self) -> None:
-        """Raises UserError if tensors were not taken: then the file means more than was understood."""
-        if self._left:
-            raise UserError(f"{self.path} holds tensors that are not known here: {', '.join(sorted(self._left))}.")
+        """Raises UserError if tensors remain, since the reader then has not understood the file."""
+        if self._remaining:
+            raise UserError(f"{self.path} contains unknown tensors: {', '.join(sorted(self._remaining))}.")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError."""
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing.") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not JSON that can be read: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds {type(found).__name__}, not an object with keys.")
-    return found
+        raise UserError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} contains {type(content).__name__}, not an object with keys.")
+    return content
 
 
 def read_safetensors(path: Path) -> Weights:
-    """Raises UserError if the file is missing, cut short or something else."""
-    return _read(path, lambda: load_file(path), "safetensors that are whole")
+    """Raises UserError if the file is missing, incomplete or in another format."""
+    return _read(path, lambda: load_file(path), "a complete safetensors file")
 
 
 def read_pt(path: Path) -> Weights:
-    """A dictionary of tensors that `torch.save` wrote. Raises UserError for anything else in it: other pickled objects
-    could run code, and are not unpickled."""
+    """A dictionary of tensors that `torch.save` wrote. Raises UserError for any other content: pickled objects are not
+    read, since they can run code."""
 
     def tensors() -> dict[str, Tensor]:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(found, dict):
-            raise UserError(f"{path} holds {type(found).__name__}, not a dictionary of tensors.")
-        numbers = {name: torch.tensor(value) for name, value in found.items() if isinstance(value, int | float)}
-        found = {**found, **numbers}
-        wrong = [str(name) for name, value in found.items() if not isinstance(value, Tensor)]
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise UserError(f"{path} contains {type(content).__name__}, not a dictionary of tensors.")
+        numbers = {name: torch.tensor(value) for name, value in content.items() if isinstance(value, int | float)}
+        content = {**content, **numbers}
+        wrong = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
         if wrong:
-            raise UserError(f"{path} holds more than tensors: {', '.join(wrong[:5])}. Only tensors are read.")
-        return {str(name): value for name, value in found.items()}
+            raise UserError(f"{path} contains more than tensors: {', '.join(wrong[:5])}. Only tensors are read.")
+        return {str(name): value for name, value in content.items()}
 
-    what = "a file of tensors alone, whole (pickled objects are not read, since they can run code)"
+    what = "a complete file of tensors only (pickled objects are not read, since they can run code)"
     return _read(path, tensors, what)
 
 
 def read_npz(path: Path) -> Weights:
-    """Raises UserError for object arrays, which are pickles, and for what is no whole .npz."""
+    """Raises UserError if the file is not a complete .npz, or has arrays of objects, which are pickles."""
 
     def arrays() -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as file:
             return {name: torch.from_numpy(file[name]) for name in file.files}
 
-    what = "a whole .npz of numbers (arrays of objects are not read, since they can run code)"
+    what = "a complete .npz of numbers (arrays of objects are not read, since they can run code)"
     return _read(path, arrays, what)
 
 
@@ -134,5 +134,5 @@ def _read(path: Path, read: Callable[[], dict[str, Tensor]], expected: str) -> W
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing.") from error
     except UNREADABLE as error:
-        said = str(error).strip().partition("\n")[0]
-        raise UserError(f"{path} is not {expected} ({type(error).__name__}: {said:.160}).") from error
+        cause = str(error).strip().partition("\n")[0]
+        raise UserError(f"{path} is not {expected} ({type(error).__name__}: {cause:.160}).") from error

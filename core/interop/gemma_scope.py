@@ -1,7 +1,7 @@
 """Gemma Scope: `params.npz` (Lieberum et al. 2024). JumpReLU dictionaries of the raw activations.
 
-f = z where z > threshold_i, z = x W_enc + b_enc; x_hat = f W_dec + b_dec; W_enc is `[d, m]`, W_dec `[m, d]`. The
-encoder does not see b_dec subtracted. The site stands in the repository's name and the folder's, not in the file.
+f = z where z > threshold_i, z = x W_enc + b_enc; x_hat = f W_dec + b_dec; W_enc is `[d, m]`, W_dec `[m, d]`. b_dec is
+not subtracted before encoding. The site is in the names of the repository and the folder, not in the file.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ KINDS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
 
 
 def read(file: Path, repo: str = "", path: str = "") -> Pretrained:
-    """The dictionary of a `params.npz`. `repo` and `path` are the names that say its site, where they do.
+    """The dictionary in a `params.npz`. `repo` and `path` are names from which the site may be known.
 
-    Raises UserError if the file is not whole or lacks an array.
+    Raises UserError if the file is incomplete or lacks an array.
     """
     weights = read_npz(file)
     shape = weights.shape("W_enc")
@@ -44,7 +44,7 @@ def read(file: Path, repo: str = "", path: str = "") -> Pretrained:
 
 def hook(repo: str, path: str) -> str | None:
     """TransformerLens' name of the site: `google/gemma-scope-2b-pt-res`, `layer_12/...` -> `blocks.12.hook_resid_post`.
-    None where the names do not say it."""
+    None if the names do not contain it."""
     kind = re.search(r"-(res|mlp|att)(?:-|/|$)", repo)
     layer = re.search(r"(?:^|/)layer_(\d+)(?:/|$)", path)
     return f"blocks.{layer[1]}.{KINDS[kind[1]]}" if kind and layer else None

@@ -1,4 +1,4 @@
-"""Names that libraries give to sites, and ours for them."""
+"""Translate between other libraries' names of sites and ours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TRANSFORMER_LENS = {
     "hook_mlp_out": "mlp_out",
     "mlp.hook_post": "mlp_hidden",
 }
-PATTERNS = (  # of module paths, whose output is meant
+PATTERNS = (  # module paths, which stand for the module's output
     (re.compile(r"^(?:.*\.)?(?:layers|h)[._](\d+)$"), "resid_post"),
     (re.compile(r"^(?:.*\.)?(?:layers|h)[._](\d+)[._]mlp$"), "mlp_out"),
     (re.compile(r"^resid_post_layer_(\d+)$"), "resid_post"),
@@ -21,40 +21,40 @@ PATTERNS = (  # of module paths, whose output is meant
 
 
 def site_of(hook: str) -> str | None:
-    """Our name for TransformerLens' name of a site (`blocks.8.hook_resid_pre` -> `resid_pre.8`), or for a module's path
-    (`transformer.h.7` -> `resid_post.7`); None for sites that are not in our vocabulary."""
-    found = re.match(r"^blocks\.(\d+)\.(.+)$", hook)
-    if found:
-        kind = TRANSFORMER_LENS.get(found[2])
-        return f"{kind}.{found[1]}" if kind else None
+    """Our name of a site, from TransformerLens' name (`blocks.8.hook_resid_pre` -> `resid_pre.8`) or a module's path
+    (`transformer.h.7` -> `resid_post.7`); None for sites that we have no name for."""
+    match = re.match(r"^blocks\.(\d+)\.(.+)$", hook)
+    if match:
+        kind = TRANSFORMER_LENS.get(match[2])
+        return f"{kind}.{match[1]}" if kind else None
     for pattern, kind in PATTERNS:
-        if found := pattern.match(hook):
-            return f"{kind}.{found[1]}"
+        if match := pattern.match(hook):
+            return f"{kind}.{match[1]}"
     return None
 
 
 def hook_of(site: str) -> str:
-    """TransformerLens' name for one of our sites."""
+    """TransformerLens' name of one of our sites."""
     kind, _, layer = site.partition(".")
     names = {ours: theirs for theirs, ours in TRANSFORMER_LENS.items()}
     return f"blocks.{layer}.{names[kind]}"
 
 
 def check_site(hook: str | None, site: str | None) -> None:
-    """Raises UserError if a dictionary of `hook` is wanted for another `site`. Nothing is known where one is None."""
+    """Raises UserError if a dictionary trained at `hook` is to be used at another `site`. No check if one is None."""
     if hook is None or site is None:
         return
-    found = site_of(hook)
-    if found is None:
-        raise UserError(f"stream.site={site}: the dictionary is of {hook}, which is no site that can be read here.")
-    if _same_stream(found) != _same_stream(site):
+    trained_at = site_of(hook)
+    if trained_at is None:
+        raise UserError(f"stream.site={site}: the dictionary was trained at {hook}, which is not a supported site.")
+    if _canonical(trained_at) != _canonical(site):
         raise UserError(
-            f"stream.site={site}: the dictionary is of {hook}. Set stream.site={found}; or method.site=null, to use it "
-            "elsewhere all the same."
+            f"stream.site={site}: the dictionary was trained at {hook}. Set stream.site={trained_at}, or "
+            "method.site=null to use it at another site."
         )
 
 
-def _same_stream(site: str) -> str:
-    """What goes out of a block goes into the next one."""
+def _canonical(site: str) -> str:
+    """One name for the output of a block and the input of the next one."""
     kind, _, layer = site.partition(".")
     return f"resid_pre.{int(layer) + 1}" if kind == "resid_post" else site

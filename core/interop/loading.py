@@ -1,6 +1,6 @@
-"""`method=pretrained`: a dictionary from a folder or from the Hugging Face hub, in any format that is read.
+"""`method=pretrained`: a dictionary from a folder or from the Hugging Face hub, in any supported format.
 
-Of a repository only the files of one dictionary are fetched, at one commit.
+Only the files of one dictionary are fetched from a repository, at one commit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from core.methods.batchtopk import BatchTopK
 from core.methods.pretrained import Pretrained, at_inference
 
 Format = Literal["auto", "saelens", "gemma_scope", "dictionary_learning", "sparsify", "meta_saes", "native"]
-NEEDED: dict[str, tuple[str, ...]] = {  # by format: files without which it is not that format, the telling one first
+NEEDED: dict[str, tuple[str, ...]] = {  # by format: required files, the most distinctive first
     "saelens": (saelens.WEIGHTS, saelens.CFG),
     "sparsify": (sparsify.WEIGHTS, sparsify.CFG),
     "gemma_scope": (gemma_scope.PARAMS,),
@@ -42,20 +42,20 @@ def load(
     norm_scaling_factor: float | None = None,
     threshold: float | None = None,
 ) -> DictionaryMethod:
-    """A dictionary at inference, on the CPU.
+    """A dictionary for inference, on the CPU.
 
-    repo, path           a name on the hub or a folder here, and the folder within it (or its `params.npz`)
-    revision             commit, tag or branch on the hub; of no effect on a folder here
-    format               `auto`: told by the files' names; `native`: a dictionary trained here (its folder in the store,
-                         or the folder of a cell that used one)
-    d_model, dict_size   checked; dict_size only if given
-    site                 ours, checked where the files say theirs; None: not checked
-    input_norm           in the place of what the files say, where they say that there is none: `token_center` for
-                         dictionaries of a model with centred writing weights whose cfg.json is older than that setting
+    repo, path           a name on the hub or a local folder, and the folder within it (or its `params.npz`)
+    revision             commit, tag or branch on the hub; ignored for a local folder
+    format               `auto` detects it from the file names; `native` is a dictionary trained here (its folder in the
+                         store, or the folder of a cell that used it)
+    d_model, dict_size   checked against the files; dict_size only if given
+    site                 our name of the site, checked if the files have theirs; None for no check
+    input_norm           used if the files have none: `token_center` for dictionaries of a model with centred writing
+                         weights whose cfg.json is older than that setting
     norm_scaling_factor  see `core.interop.saelens.read`
     threshold            see `core.interop.meta_saes.read`
 
-    Raises UserError if it cannot be had, or is not what is asked for.
+    Raises UserError if the dictionary cannot be read, or does not fit the arguments.
     """
     if format not in get_args(Format):
         raise UserError(f"method.format: {format!r} is not one of {', '.join(get_args(Format))}.")
@@ -72,8 +72,8 @@ def load(
     elif trained_on := native.site(folder):
         check_site(hook_of(trained_on), site)
     for name, stated, actual, remedy in (
-        ("model.d_model", d_model, method.d_model, "Choose the model that it was made for (model=...)"),
-        ("method.dict_size", dict_size, method.dict_size, "Set method.dict_size=null to take it as it is"),
+        ("model.d_model", d_model, method.d_model, "Choose the model that it was trained on (model=...)"),
+        ("method.dict_size", dict_size, method.dict_size, "Set method.dict_size=null to accept any size"),
     ):
         if stated not in (None, actual):
             raise UserError(f"{name} is {stated}, but the dictionary in {folder} has {actual}. {remedy}.")
@@ -83,12 +83,12 @@ def load(
 def _read(
     folder: Path, format: str, repo: str, path: str | None, norm_scaling_factor: float | None, threshold: float | None
 ) -> DictionaryMethod:
-    for name, value, asking in (
+    for name, value, user in (
         ("norm_scaling_factor", norm_scaling_factor, "saelens"),
         ("threshold", threshold, "meta_saes"),
     ):
-        if value is not None and format != asking:
-            raise UserError(f"method.{name}: nothing in the format {format} asks for it.")
+        if value is not None and format != user:
+            raise UserError(f"method.{name}: the format {format} does not use it. Set it to null.")
     if format == "saelens":
         return saelens.read(folder, norm_scaling_factor)
     if format == "gemma_scope":
@@ -103,14 +103,14 @@ def _read(
 def _thresholded(method: BatchTopK, folder: Path) -> BatchTopK:
     if method.threshold.isnan():
         raise UserError(
-            f"method.threshold: {folder} holds a BatchTopK dictionary without the threshold that inference needs. Set "
-            "one (its authors read the released meta-SAE of 2304 latents at 0.153)."
+            f"method.threshold: {folder} contains a BatchTopK dictionary without the threshold that inference needs. "
+            "Set one (the authors used 0.153 for the released meta-SAE of 2304 latents)."
         )
     return method
 
 
 def _note(folder: Path, kind: str, repo: str, revision: str | None, commit: str | None) -> None:
-    """Results of this dictionary are those of the commit, or of these files."""
+    """Record that the running cell's results depend on this commit, or on these files."""
     if commit is not None:
         note_commit(repo, revision or "main", commit)
         return
@@ -125,11 +125,13 @@ def _note(folder: Path, kind: str, repo: str, revision: str | None, commit: str 
 def _with_norm(method: DictionaryMethod, input_norm: Normalisation, folder: Path) -> Pretrained:
     if method.norm.kind not in ("none", input_norm):
         raise UserError(
-            f"method.input_norm={input_norm}: the dictionary in {folder} has an input normalisation of its own, "
+            f"method.input_norm={input_norm}: the dictionary in {folder} has its own input normalisation, "
             f"{method.norm.kind}. Set method.input_norm=null."
         )
     if input_norm == "scalar":
-        raise UserError("method.input_norm=scalar has a constant that was measured; what is loaded has none.")
+        raise UserError(
+            "method.input_norm=scalar needs a measured constant, which a loaded dictionary lacks. Set it to null."
+        )
     m = at_inference(method)
     threshold = m.threshold if m.activation == "jumprelu" else None
     options: dict[str, Any] = {
@@ -142,21 +144,23 @@ def _with_norm(method: DictionaryMethod, input_norm: Normalisation, folder: Path
 
 
 def _format(folder: Path, stated: Format) -> str:
-    """The format of the files in a folder, checked if it is stated."""
-    here = [name for name, files in NEEDED.items() if all((folder / file).is_file() for file in files)]
+    """The format of the files in a folder, checked if it is given."""
+    present = [name for name, files in NEEDED.items() if all((folder / file).is_file() for file in files)]
     if (folder / native.POINTER).is_file():
-        here.append("native")
-    if stated in here:
+        present.append("native")
+    if stated in present:
         return stated
-    if stated == "auto" and len(here) == 1:
-        return here[0]
+    if stated == "auto" and len(present) == 1:
+        return present[0]
     held = ", ".join(sorted(file.name for file in folder.iterdir())[:12]) if folder.is_dir() else ""
-    if stated == "auto" and len(here) > 1:
-        raise UserError(f"method.format: {folder} has the files of {' and '.join(here)}; say which one is meant.")
+    if stated == "auto" and len(present) > 1:
+        raise UserError(f"method.format: {folder} has the files of {' and '.join(present)}. Set it to one of these.")
     if stated == "auto" and any((folder / file).is_file() for file in crosscoder.FILES):
         raise UserError(
-            f"{folder} seems to hold a crosscoder, which belongs to two models: core.interop.crosscoder.load reads it."
+            f"{folder} seems to contain a crosscoder of two models. Use core.interop.crosscoder.load to read it."
         )
     wanted = NEEDED if stated == "auto" else {stated: NEEDED[stated]}
     needs = "; ".join(f"{name}: {' and '.join(files)}" for name, files in wanted.items())
-    raise UserError(f"method.path: {folder} lacks the files of a dictionary ({needs}). It holds: {held or 'nothing'}.")
+    raise UserError(
+        f"method.path: {folder} lacks the files of a dictionary ({needs}). It contains: {held or 'nothing'}."
+    )

@@ -2,11 +2,11 @@
 
 Facts (the files of `pleask/gpt2-small_blocks.8.hook_resid_pre_2304_topk_4_0.001_2000` on the hub; the authors' package
 meta_saes): SAE.pt is a state dict of W_enc `[d, m]`, W_dec `[m, d]`, b_enc `[m]` and b_dec `[d]`. Codes are the N k
-largest entries of ReLU((x - b_dec) W_enc) over all N rows, or those above a threshold that the caller gives; b_enc has
-no part in them. Config.json has act_size d, dict_size m, top_k k, the site of the dictionary whose rows they are
-(hook_point), and how it was trained. Its `sae_type` is `topk`, the package's default, for what its scripts load as
-BatchTopK; its `threshold` is null. For the released one (2304 meta-latents of 49152 rows) they read at 0.153.
-input_unit_norm, false there, is per-token standardisation that is undone without the 1e-5.
+largest entries of ReLU((x - b_dec) W_enc) over all N rows, or those above a threshold that the caller gives; b_enc is
+not used. Config.json has act_size d, dict_size m, top_k k, the site of the dictionary that the rows come from
+(hook_point), and the settings of the training. Its `sae_type` is `topk`, the package's default, although the scripts
+load it as BatchTopK. Its `threshold` is null; for the released one (2304 meta-latents of 49152 rows) the authors use
+0.153. input_unit_norm, which is false there, is a per-token standardisation that is undone without the 1e-5.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ TYPES = ("topk", "batchtopk")
 
 
 def read(folder: Path, threshold: float | None = None) -> BatchTopK:
-    """The dictionary of a folder, with the settings of its training. `threshold` is that of inference, where
-    Config.json has none; with neither it is not measured yet, which `finish` on batches of rows does.
+    """The dictionary in a folder, with the settings of its training.
 
-    Raises UserError for settings that are not known, and for files that are not whole or hold more than tensors.
+    threshold  for inference; None takes that of Config.json. If both are None, `finish` can still measure it on rows
+
+    Raises UserError for unknown settings, and for files that are incomplete or contain more than tensors.
     """
     path = folder / CONFIG
     cfg = read_json(path)
     if cfg.get("sae_type") not in TYPES or cfg.get("architecture", "standard") != "standard":
-        told = f"sae_type={cfg.get('sae_type')!r}, architecture={cfg.get('architecture')!r}"
-        raise UserError(f"{path}: {told} is not known here; sae_type {' and '.join(TYPES)} are.")
+        kind = f"sae_type={cfg.get('sae_type')!r}, architecture={cfg.get('architecture')!r}"
+        raise UserError(f"{path}: {kind} is not supported; sae_type {' and '.join(TYPES)} are.")
     d, m, k = (_whole(cfg, key, path) for key in ("act_size", "dict_size", "top_k"))
     if k > m:
         raise UserError(f"{path}: top_k is {k}, but there are only {m} latents.")
@@ -55,13 +56,13 @@ def read(folder: Path, threshold: float | None = None) -> BatchTopK:
 
 
 def hook(folder: Path) -> str | None:
-    """TransformerLens' name of the site of the dictionary whose rows these are; None where it is not told."""
-    found = read_json(folder / CONFIG).get("hook_point")
-    return found if isinstance(found, str) else None
+    """TransformerLens' name of the site of the dictionary that the rows come from; None if it is not given."""
+    name = read_json(folder / CONFIG).get("hook_point")
+    return name if isinstance(name, str) else None
 
 
 def _options(cfg: Mapping[str, Any], d: int, m: int, k: int, path: Path) -> dict[str, Any]:
-    """The arguments of `BatchTopK`; of those that only training needs, the package's defaults where there are none."""
+    """The arguments of `BatchTopK`. Missing settings of the training get the package's defaults."""
     try:
         return {
             "d_model": d,
@@ -85,7 +86,7 @@ def _options(cfg: Mapping[str, Any], d: int, m: int, k: int, path: Path) -> dict
             "path": "auto",
         }
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: a setting is no number where one is needed: {error}.") from error
+        raise UserError(f"{path}: a setting is not a number: {error}.") from error
 
 
 def _whole(cfg: Mapping[str, Any], key: str, path: Path) -> int:

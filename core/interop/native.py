@@ -1,4 +1,4 @@
-"""Dictionaries trained here: a folder of the artifact store, or that of a cell, whose `dictionary.json` names one."""
+"""Dictionaries trained here: a folder of the artifact store, or a cell's folder, whose `dictionary.json` names one."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ __all__ = ["MANIFEST", "POINTER", "WEIGHTS", "read", "site", "stored"]
 
 
 def stored(folder: Path) -> Path:
-    """The store's folder behind a cell's, or the folder itself."""
+    """The folder in the store that a cell's folder points to, or the folder itself."""
     if not (folder / POINTER).is_file():
         return folder
-    told = read_json(folder / POINTER).get("folder")
-    if told is None:
-        raise UserError(f"{folder / POINTER}: this cell used a dictionary that was loaded, too; load that one.")
-    return Path(told)
+    target = read_json(folder / POINTER).get("folder")
+    if target is None:
+        raise UserError(f"{folder / POINTER}: this cell used a dictionary that was loaded as well. Load that one.")
+    return Path(target)
 
 
 def read(folder: Path) -> DictionaryMethod:
-    """The dictionary as it was trained. Raises UserError if there is none or its weights are not whole."""
+    """The dictionary as it was trained. Raises UserError if it is missing or damaged."""
     try:
         return load_dictionary(stored(folder))
     except (SafetensorError, RuntimeError, KeyError, ValueError, TypeError) as error:
         if isinstance(error, UserError):
             raise
-        said = str(error).strip().partition("\n")[0]
+        cause = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{stored(folder)} holds no dictionary that can be read: it is damaged, or of an earlier version of "
-            f"this code ({type(error).__name__}: {said})."
+            f"{stored(folder)} contains no readable dictionary: it is damaged, or from an earlier version of this code "
+            f"({type(error).__name__}: {cause})."
         ) from error
 
 
 def site(folder: Path) -> str | None:
-    """Our name of the site that it was trained on; None where that is not told."""
+    """Our name of the site where it was trained; None if the store does not have it."""
     artifact = stored(folder) / "artifact.json"
     spec = read_json(artifact).get("spec", {}) if artifact.is_file() else {}
     return spec.get("stream", {}).get("site")

@@ -1,10 +1,10 @@
-"""SAELens folders: `cfg.json` and `sae_weights.safetensors`, of versions 0 to 6; read, and written as 6.
+"""SAELens folders (`cfg.json`, `sae_weights.safetensors`): versions 0 to 6 are read, version 6 is written.
 
 Facts, from the library (6.54): W_enc is `[d, m]`, W_dec `[m, d]`. Codes are act((norm(x) [- b_dec]) W_enc + b_enc) and
 reconstructions unnorm(f W_dec + b_dec), where
   standard           ReLU
-  topk               ReLU of the k largest entries; with `rescale_acts_by_decoder_norm` they are multiplied by the norms
-                     of their decoder rows before the choice, and divided by them in decoding
+  topk               ReLU of the k largest entries; with `rescale_acts_by_decoder_norm` entries are multiplied by the
+                     norms of their decoder rows before the selection, and divided by them in decoding
   jumprelu           z where z > threshold_i and z > 0
   batchtopk          (a training checkpoint) at inference jumprelu with one threshold
   gated              ReLU(pi e^r + b_mag) where pi + b_gate > 0, pi = x W_enc. That is jumprelu with encoder W_enc e^r,
@@ -16,7 +16,7 @@ and norm is
   constant_norm_rescale     per token, scaled to the norm sqrt(d)
   expected_average_only_in  x times a constant c that is not in cfg.json. The library folds it into the weights at the
                             end of training (and then says `none`): W_enc c, W_dec / c, b_dec / c
-Before version 6, metadata stand in the same object as settings, under older names, and a factor per latent from
+Before version 6, the metadata are in the same object as the settings, under older names, and a factor per latent from
 fine-tuning (`scaling_factor`) multiplies codes in decoding.
 """
 
@@ -45,7 +45,7 @@ CFG, WEIGHTS, SPARSITY, SCALER = (
     "sparsity.safetensors",
     "activation_scaler.json",
 )
-WRITTEN_AS = "6.0.0"  # the version of the format; cfg.json without one is read as older
+WRITTEN_AS = "6.0.0"  # the version of the format; a cfg.json without one is read as an older version
 OLD_NAMES = {
     "hook_point": "hook_name",
     "hook_point_head_index": "hook_head_index",
@@ -70,10 +70,12 @@ ARCHITECTURES = ("standard", "topk", "jumprelu", "gated", *THRESHOLDED)
 
 
 def read(folder: Path, norm_scaling_factor: float | None = None) -> Pretrained:
-    """The dictionary of a folder. `norm_scaling_factor` is c of `expected_average_only_in`, where it is not folded in
-    and the folder has no `activation_scaler.json` that says it.
+    """The dictionary in a folder.
 
-    Raises UserError for architectures, versions and settings that are not known, and for files that are not whole.
+    norm_scaling_factor  c of `expected_average_only_in`, needed if it is neither folded into the weights nor given in
+                         `activation_scaler.json`
+
+    Raises UserError for unknown architectures, versions and settings, and for incomplete files.
     """
     path = folder / CFG
     cfg = _cfg(read_json(path), path)
@@ -85,14 +87,17 @@ def read(folder: Path, norm_scaling_factor: float | None = None) -> Pretrained:
     weights.done()
     if cfg.get("rescale_acts_by_decoder_norm"):
         if cfg["architecture"] not in ("topk", *THRESHOLDED):
-            raise UserError(f"{path}: rescale_acts_by_decoder_norm is not known for {cfg['architecture']}.")
+            raise UserError(f"{path}: rescale_acts_by_decoder_norm is not supported for {cfg['architecture']}.")
         norms = W_dec.norm(dim=1)
         W_enc, b_enc, W_dec = W_enc * norms[:, None], b_enc * norms, W_dec / norms.clamp(min=1e-8)[:, None]
     if cfg["normalize_activations"] == "expected_average_only_in":
         c = _scaling_factor(folder, norm_scaling_factor)
         W_enc, W_dec, b_dec = W_enc * c, W_dec / c, b_dec / c
     elif norm_scaling_factor is not None:
-        raise UserError(f"method.norm_scaling_factor: {path} has normalize_activations={cfg['normalize_activations']}.")
+        raise UserError(
+            f"method.norm_scaling_factor: {path} has normalize_activations={cfg['normalize_activations']}, which does "
+            "not use it. Set it to null."
+        )
     return Pretrained.of(
         W_enc,
         W_dec,
@@ -108,8 +113,7 @@ def read(folder: Path, norm_scaling_factor: float | None = None) -> Pretrained:
 
 
 def read_log_sparsity(folder: Path) -> Tensor | None:
-    """log10 of the share of tokens on which a latent fires `[m]`, as measured in training; None if there is no such
-    file."""
+    """log10 of the share of tokens on which each latent fires `[m]`, as measured in training; None without the file."""
     if not (folder / SPARSITY).is_file():
         return None
     weights = read_safetensors(folder / SPARSITY)
@@ -117,17 +121,17 @@ def read_log_sparsity(folder: Path) -> Tensor | None:
 
 
 def write_log_sparsity(log_sparsity: Tensor, folder: Path) -> None:
-    """Beside a dictionary, what `read_log_sparsity` reads, `[m]`."""
+    """Write `[m]` next to a dictionary, for `read_log_sparsity`."""
     _save({"sparsity": log_sparsity}, folder / SPARSITY)
 
 
 def check_writable(method: type[DictionaryMethod], input_norm: str, centred_model: bool) -> None:
-    """What `write` refuses, to be asked before hours of training. Raises UserError."""
+    """Raises UserError for what `write` cannot write. Call it before hours of training."""
     require_one_matrix(method)
     if input_norm == "token_center" and not centred_model:
         raise UserError(
-            "method.input_norm=token_center: SAELens has no such normalisation. export.centred_model=true writes it "
-            "for a model with centred writing weights (TransformerLens' default for GPT-2), where it does nothing."
+            "method.input_norm=token_center: SAELens has no such normalisation. Set export.centred_model=true to write "
+            "the dictionary for a model with centred writing weights (TransformerLens' default for GPT-2)."
         )
 
 
@@ -139,59 +143,59 @@ def write(
     model: str | None = None,
     centred_model: bool = False,
 ) -> None:
-    """Write a trained or loaded dictionary as SAELens loads it, so that codes are the same, and reconstructions too.
+    """Write a trained or loaded dictionary so that SAELens computes the same codes and reconstructions.
 
-    site, model     ours, for the metadata
-    centred_model   has to be said for `input_norm=token_center`, which the format has not: then codes are the same for
+    site, model     our names, for the metadata
+    centred_model   required for `input_norm=token_center`, which the format does not have. Codes are then the same for
                     any activations, but reconstructions only for those of a model with centred writing weights, whose
-                    tokens have a mean of zero over d
+                    tokens have mean zero over d
 
     `input_norm=token_std` becomes `layer_norm`, with the same codes; a reconstruction's deviation from the token's mean
-    is smaller by the part 1e-5 / std.
+    is then smaller by a fraction of 1e-5 / std.
     Raises UserError as `check_writable` does.
     """
     check_writable(type(method), method.norm.kind, centred_model)
-    found = at_inference(method)
+    dictionary = at_inference(method)
     metadata = {
         "sae_lens_version": WRITTEN_AS,
         "sae_lens_training_version": None,
-        "model_name": model or found.source.get("model"),
-        "hook_name": hook_of(site) if site else found.source.get("hook"),
+        "model_name": model or dictionary.source.get("model"),
+        "hook_name": hook_of(site) if site else dictionary.source.get("hook"),
         "hook_head_index": None,
         "prepend_bos": True,
     }
-    if found.norm.kind == "token_center":
+    if dictionary.norm.kind == "token_center":
         metadata["model_from_pretrained_kwargs"] = {"center_writing_weights": True}
     cfg = {
-        "architecture": "standard" if found.activation == "relu" else found.activation,
-        "d_in": found.d_model,
-        "d_sae": found.dict_size,
+        "architecture": "standard" if dictionary.activation == "relu" else dictionary.activation,
+        "d_in": dictionary.d_model,
+        "d_sae": dictionary.dict_size,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": found.subtract_b_dec,
-        "normalize_activations": THEIR_NORMS[found.norm.kind],
+        "apply_b_dec_to_input": dictionary.subtract_b_dec,
+        "normalize_activations": THEIR_NORMS[dictionary.norm.kind],
         "reshape_activations": "none",
         "metadata": metadata,
     }
-    if found.k is not None:
-        cfg |= {"k": found.k, "rescale_acts_by_decoder_norm": False}
+    if dictionary.k is not None:
+        cfg |= {"k": dictionary.k, "rescale_acts_by_decoder_norm": False}
     folder.mkdir(parents=True, exist_ok=True)
-    _save(_folded(found), folder / WEIGHTS)
+    _save(_folded(dictionary), folder / WEIGHTS)
     write_atomically(folder / CFG, json.dumps(cfg, indent=1))
 
 
-def _folded(found: Pretrained) -> dict[str, Tensor]:
-    """The tensors of the format, with what it has no setting for folded in."""
-    W_enc, W_dec, c = found.W_enc.data, found.W_dec.data, found.norm.scale
-    b_enc, b_dec = found.b_enc.data, found.b_dec.data
-    if found.norm.kind == "scalar":
+def _folded(dictionary: Pretrained) -> dict[str, Tensor]:
+    """The tensors of the format. Settings that it does not have are folded into them."""
+    W_enc, W_dec, c = dictionary.W_enc.data, dictionary.W_dec.data, dictionary.norm.scale
+    b_enc, b_dec = dictionary.b_enc.data, dictionary.b_dec.data
+    if dictionary.norm.kind == "scalar":
         W_enc, W_dec, b_dec = W_enc / c, W_dec * c, b_dec * c
-    elif found.norm.kind == "token_center":
-        if found.subtract_b_dec:  # the mean of b_dec stays in what the encoder sees
+    elif dictionary.norm.kind == "token_center":
+        if dictionary.subtract_b_dec:  # the encoder's input keeps the mean of b_dec
             b_enc = b_enc - W_enc.sum(1) * b_dec.mean()
         W_enc = W_enc - W_enc.mean(1, keepdim=True)
     state = {"W_enc": W_enc.T, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
-    return state | ({"threshold": found.threshold} if found.activation == "jumprelu" else {})
+    return state | ({"threshold": dictionary.threshold} if dictionary.activation == "jumprelu" else {})
 
 
 def _save(state: Mapping[str, Tensor], path: Path) -> None:
@@ -199,25 +203,25 @@ def _save(state: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _cfg(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """cfg.json of any version with the names and places of today: settings and the metadata that are used."""
+    """The settings and the used metadata of a cfg.json of any version, under version 6's names."""
     metadata = raw.get("metadata") or {}
     version = metadata.get("sae_lens_version") or raw.get("sae_lens_version")
     major = str(version or "0").partition(".")[0]
     if not major.isdecimal() or int(major) > 6:
-        raise UserError(f"{path} is of SAELens {version}; known here are versions up to 6. Save it with SAELens 6.")
+        raise UserError(f"{path} is of SAELens {version}; only versions up to 6 are supported. Save it with SAELens 6.")
     cfg = {OLD_NAMES.get(key, key): value for key, value in {**metadata, **raw}.items()}
     cfg.setdefault("architecture", "standard")
     if cfg["architecture"] == "standard" and cfg.get("activation_fn") == "topk":
         cfg |= {"architecture": "topk", "k": (cfg.get("activation_fn_kwargs") or {}).get("k")}
     elif cfg.get("activation_fn") not in (None, "relu", "topk"):
-        raise UserError(f"{path}: activation_fn {cfg['activation_fn']!r} is not known here; relu and topk are.")
+        raise UserError(f"{path}: activation_fn {cfg['activation_fn']!r} is not supported; relu and topk are.")
     if cfg["architecture"] not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise UserError(f"{path}: the architecture {cfg['architecture']!r} is not known here; these are: {known}.")
+        raise UserError(f"{path}: the architecture {cfg['architecture']!r} is not supported; these are: {known}.")
     norm = cfg.get("normalize_activations") or "none"
     cfg["normalize_activations"] = "expected_average_only_in" if norm is True else norm
     if cfg["normalize_activations"] not in NORMS:
-        raise UserError(f"{path}: normalize_activations {norm!r} is not known here; {', '.join(NORMS)} are.")
+        raise UserError(f"{path}: normalize_activations {norm!r} is not supported; these are: {', '.join(NORMS)}.")
     return {"hook_name": None, "model_name": None, **cfg}
 
 
@@ -229,13 +233,13 @@ def _size(cfg: Mapping[str, Any], key: str, path: Path) -> int:
 
 
 def _finetuning_factor(weights: Weights, cfg: Mapping[str, Any], m: int) -> Tensor:
-    """What codes are multiplied by in decoding `[m]`; ones in almost all files."""
+    """The factors of the codes in decoding `[m]`; ones in almost all files."""
     name = next((n for n in ("finetuning_scaling_factor", "scaling_factor") if n in weights), None)
     if name is None:
         return torch.ones(m)
     factor = weights.take(name, m)
     if not cfg.get("finetuning_scaling_factor") and not torch.allclose(factor, torch.ones(m)):
-        raise UserError(f"{weights.path}: {name} is not all ones, but cfg.json does not say that it is to be used.")
+        raise UserError(f"{weights.path}: {name} is not all ones, but cfg.json lacks finetuning_scaling_factor=true.")
     return factor if cfg.get("finetuning_scaling_factor") else torch.ones(m)
 
 
@@ -256,21 +260,21 @@ def _activation(
 
 
 def _norm(cfg: Mapping[str, Any], path: Path) -> Normalisation:
-    """Ours. Activations of a model with centred writing weights are those of the plain model less each token's mean."""
+    """Our name of the normalisation. Centred writing weights subtract each token's mean, as `token_center` does."""
     norm = NORMS[cfg["normalize_activations"]]
     if (cfg.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights") and norm != "layer_norm":
         if norm == "token_norm":
-            raise UserError(f"{path}: constant_norm_rescale of centred activations is not known here.")
+            raise UserError(f"{path}: constant_norm_rescale of centred activations is not supported.")
         return "token_center"
     return norm
 
 
 def _scaling_factor(folder: Path, given: float | None) -> float:
-    told = read_json(folder / SCALER).get("scaling_factor") if (folder / SCALER).is_file() else None
-    c = given if told is None else told
+    stored = read_json(folder / SCALER).get("scaling_factor") if (folder / SCALER).is_file() else None
+    c = given if stored is None else stored
     if not isinstance(c, int | float) or not c > 0:
         raise UserError(
-            f"{folder / CFG}: normalize_activations=expected_average_only_in, whose factor is neither folded into the "
-            f"weights nor in {SCALER}. Set method.norm_scaling_factor: sqrt(d) over the mean norm of the activations."
+            f"{folder / CFG} has normalize_activations=expected_average_only_in, but its factor is neither folded into "
+            f"the weights nor in {SCALER}. Set method.norm_scaling_factor: sqrt(d) over the mean norm of activations."
         )
     return float(c)

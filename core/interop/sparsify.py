@@ -1,7 +1,7 @@
 """sparsify folders (EleutherAI): `cfg.json` and `sae.safetensors`. TopK dictionaries.
 
 Facts, from the library (1.3.3): f = the k largest entries of ReLU(encoder.weight (x - b_dec) + encoder.bias), x_hat =
-f W_dec + b_dec, with encoder.weight and W_dec both `[m, d]`. The site is the name of the folder.
+f W_dec + b_dec, with encoder.weight and W_dec both `[m, d]`. The name of the folder is the site.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ CFG, WEIGHTS = "cfg.json", "sae.safetensors"
 
 
 def read(folder: Path) -> Pretrained:
-    """The dictionary of a folder. Raises UserError for transcoders, GroupMax and files that are not whole."""
+    """The dictionary in a folder. Raises UserError for transcoders, GroupMax and incomplete files."""
     path = folder / CFG
     cfg = read_json(path)
     for key, plain in (("transcode", False), ("skip_connection", False), ("signed", False), ("activation", "topk")):
         if cfg.get(key, plain) != plain:
-            raise UserError(f"{path}: {key}={cfg[key]} is no TopK dictionary, which is all that is read.")
+            raise UserError(f"{path}: {key}={cfg[key]} is not supported; only TopK dictionaries are.")
     weights = read_safetensors(folder / WEIGHTS)
     d, k = _whole(cfg, "d_in", path), _whole(cfg, "k", path)
     m = _whole(cfg, "num_latents", path) if cfg.get("num_latents") else d * _whole(cfg, "expansion_factor", path)

@@ -1,4 +1,4 @@
-"""Trained-like dictionaries of every method, rows to score them on, and the environment of the other libraries."""
+"""Random dictionaries of every method, rows to score them on, and the environment of the other libraries."""
 
 import json
 import os
@@ -23,14 +23,14 @@ D, M, K = 24, 80, 6
 
 @pytest.fixture(scope="session")
 def rows() -> Tensor:
-    """`[200, d]` with a mean for every coordinate and a standard deviation over them of about 6."""
+    """`[200, d]`; every coordinate has its own mean, and a row's standard deviation is about 6."""
     g = torch.Generator().manual_seed(1)
     return torch.randn(200, D, generator=g) * 5 + torch.linspace(-6, 6, D)
 
 
 @pytest.fixture(scope="session")
 def dictionary(rows: Tensor) -> Callable[..., DictionaryMethod]:
-    """Makes the method of a YAML with random weights, of the scale that its normalised inputs ask for."""
+    """Builds the method of a YAML with random weights that suit the scale of its normalised inputs."""
 
     def build(name: str, **changes: Any) -> DictionaryMethod:
         node = {"seed": 0, "model": {"d_model": D}, "method": OmegaConf.load(ROOT / f"conf/method/{name}.yaml")}
@@ -51,12 +51,12 @@ def dictionary(rows: Tensor) -> Callable[..., DictionaryMethod]:
 
 @pytest.fixture(scope="session")
 def in_peers() -> Callable[[str, dict[str, Any]], None]:
-    """Runs a script in the environment that has the other libraries, with `told` as its first argument in JSON."""
+    """Runs a script in the environment with the other libraries, with `arguments` as JSON in its first argument."""
 
-    def run(script: str, told: dict[str, Any]) -> None:
+    def run(script: str, arguments: dict[str, Any]) -> None:
         python = str(PEERS) if PEERS.is_file() else sys.executable
         quiet = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-        command = [python, "-c", script, json.dumps(told, default=str)]
+        command = [python, "-c", script, json.dumps(arguments, default=str)]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **quiet})
         if "ModuleNotFoundError" in done.stderr:
             pytest.skip(f"{python}: {done.stderr.strip().splitlines()[-1]} (`make peers` makes .venv-peers)")

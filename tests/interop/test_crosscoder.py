@@ -1,4 +1,4 @@
-"""Crosscoder checkpoints of both layouts, by hand, and what is refused."""
+"""Crosscoder checkpoints of both layouts, by hand, and errors for bad ones."""
 
 from pathlib import Path
 
@@ -31,21 +31,21 @@ def test_both_layouts_give_the_same_codes_as_their_equations(name, prefix, tmp_p
     state = KISSANE if name == "cc_weights.pt" else MINDER | BTK
     state = {prefix + key: tensor for key, tensor in state.items()}
     save_file(state, tmp_path / name) if name.endswith("s") else torch.save(state, tmp_path / name)
-    found = crosscoder.read(tmp_path)
+    loaded = crosscoder.read(tmp_path)
     f = torch.relu(H[:, 0] @ W_ENC[0] + H[:, 1] @ W_ENC[1] + B_ENC)
     h_hat = torch.stack([f @ W_DEC[0] + B_DEC[0], f @ W_DEC[1] + B_DEC[1]], 1)
-    torch.testing.assert_close(forward(found, H), (f, h_hat))
-    torch.testing.assert_close(found.decoder_norms[:, 1], W_DEC[1].norm(dim=1))
+    torch.testing.assert_close(forward(loaded, H), (f, h_hat))
+    torch.testing.assert_close(loaded.decoder_norms[:, 1], W_DEC[1].norm(dim=1))
     if name == "cc_weights.pt":
-        assert (found.layout, found.threshold, found.k) == ("kissane", None, None)
+        assert (loaded.layout, loaded.threshold, loaded.k) == ("kissane", None, None)
     else:
-        assert (found.layout, found.threshold, found.k, found.code_normalization_id) == ("minder", 0.5, 100, 0)
+        assert (loaded.layout, loaded.threshold, loaded.k, loaded.code_normalization_id) == ("minder", 0.5, 100, 0)
 
 
-def test_numbers_that_are_not_tensors_are_read_too_and_relu_crosscoders_have_none(tmp_path):
+def test_numbers_that_are_not_tensors_are_read_too_and_a_relu_crosscoder_has_no_threshold(tmp_path):
     torch.save(MINDER | {"k": 100, "threshold": 0.5}, tmp_path / "model.pt")
-    found = crosscoder.read(tmp_path / "model.pt")
-    assert (found.k, found.threshold, found.code_normalization_id) == (100, 0.5, None)
+    loaded = crosscoder.read(tmp_path / "model.pt")
+    assert (loaded.k, loaded.threshold, loaded.code_normalization_id) == (100, 0.5, None)
     torch.save(MINDER, tmp_path / "model.pt")
     assert crosscoder.read(tmp_path).threshold is None
 
@@ -56,21 +56,21 @@ def test_numbers_that_are_not_tensors_are_read_too_and_relu_crosscoders_have_non
      (MINDER | {"encoder.weight": W_ENC[0]}, r"encoder\.weight has the shape \[3, 5\], not \[2, d_model, dict_size\]"),
      (MINDER | BTK | {"threshold": torch.tensor(-1.0)}, "threshold is -1, so it was never measured"),
      ({"decoder.weight": W_DEC}, r"has no encoder\.weight"),
-     (MINDER | {"decoder.bias": B_DEC * torch.nan}, r"decoder\.bias holds numbers"),
-     (MINDER | {"more": B_DEC}, "not known here: more"),
+     (MINDER | {"decoder.bias": B_DEC * torch.nan}, r"decoder\.bias contains numbers"),
+     (MINDER | {"more": B_DEC}, "unknown tensors: more"),
      (KISSANE | {"W_dec": W_DEC}, r"W_dec has the shape \[2, 5, 3\], not \[5, 2, 3\]")],
 )  # fmt: skip
-def test_bad_checkpoints_are_refused_with_their_reason(state, message, tmp_path):
+def test_the_error_for_a_bad_checkpoint_has_the_reason(state, message, tmp_path):
     torch.save(state, tmp_path / "model.pt")
     with pytest.raises(UserError, match=message):
         crosscoder.read(tmp_path)
 
 
-def test_a_folder_without_one_and_a_file_cut_short_are_named(tmp_path: Path):
-    with pytest.raises(UserError, match=r"holds no crosscoder: none of model\.safetensors"):
+def test_a_folder_without_a_crosscoder_and_a_truncated_file_are_named_in_the_error(tmp_path: Path):
+    with pytest.raises(UserError, match=r"contains no crosscoder: it has none of model\.safetensors"):
         crosscoder.read(tmp_path)
     save_file(MINDER, tmp_path / "model.safetensors")
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-4])
-    with pytest.raises(UserError, match="is not safetensors that are whole"):
+    with pytest.raises(UserError, match="is not a complete safetensors file"):
         crosscoder.read(tmp_path)

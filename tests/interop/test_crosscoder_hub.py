@@ -1,4 +1,4 @@
-"""Crosscoder checkpoints by a name on the hub, which is a web server on this machine."""
+"""Loading crosscoders by a name on the hub, which is a web server on this machine."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def served(endpoint, tmp_path, monkeypatch):
     (root / "lab/minder/config.json").write_text("{}")
     torch.save(KISSANE, root / "lab/kissane/blocks.14.hook_resid_pre/cc_weights.pt")
     (root / "lab/text/README.md").write_text("nothing here")
-    handler = type("Served", (Hub,), {"root": root, "asked": []})
+    handler = type("Served", (Hub,), {"root": root, "requests": []})
     monkeypatch.setattr(hub, "TIMEOUT_S", 2.0)
     with serving(handler) as url:
         endpoint(url)
@@ -31,25 +31,25 @@ def served(endpoint, tmp_path, monkeypatch):
 
 
 def fetched(served) -> set[str]:
-    return {line.rpartition("/")[2] for line in served.asked if line.startswith("GET") and "/resolve/" in line}
+    return {line.rpartition("/")[2] for line in served.requests if line.startswith("GET") and "/resolve/" in line}
 
 
-def test_a_crosscoder_is_fetched_by_name_and_only_its_checkpoint(served):
+def test_only_the_checkpoint_of_a_crosscoder_is_fetched(served):
     with inputs.noting() as noted:
-        found = crosscoder.load("lab/minder", d_model=3)
+        loaded = crosscoder.load("lab/minder", d_model=3)
     assert fetched(served) == {"model.safetensors"}
-    assert torch.equal(found.W_dec, W_DEC.transpose(0, 1)) and found.threshold is None
-    assert found.source == {"repo": "lab/minder", "path": None, "revision": COMMIT}
+    assert torch.equal(loaded.W_dec, W_DEC.transpose(0, 1)) and loaded.threshold is None
+    assert loaded.source == {"repo": "lab/minder", "path": None, "revision": COMMIT}
     assert noted == {"hub:lab/minder@main": COMMIT}
 
 
 @pytest.mark.parametrize("path", ["blocks.14.hook_resid_pre", "blocks.14.hook_resid_pre/cc_weights.pt"])
 def test_a_folder_or_a_file_within_the_repository_can_be_named(served, path):
-    found = crosscoder.load("lab/kissane", path)
-    assert found.layout == "kissane" and fetched(served) == {"cc_weights.pt"}
+    loaded = crosscoder.load("lab/kissane", path)
+    assert loaded.layout == "kissane" and fetched(served) == {"cc_weights.pt"}
 
 
-def test_a_file_that_is_named_is_taken_where_another_comes_first(served, tmp_path):
+def test_a_named_file_is_read_even_if_another_comes_first(served, tmp_path):
     assert crosscoder.load("lab/minder", "model.pt").threshold == 0.5
     assert fetched(served) == {"model.pt"}
     crosscoder.load("lab/minder")
@@ -58,7 +58,7 @@ def test_a_file_that_is_named_is_taken_where_another_comes_first(served, tmp_pat
     assert crosscoder.load(str(served.root), "lab/minder").k is None
 
 
-def test_what_was_fetched_once_is_loaded_again_without_the_hub(served, endpoint):
+def test_a_fetched_crosscoder_loads_again_without_the_hub(served, endpoint):
     crosscoder.load("lab/minder")
     endpoint(f"http://127.0.0.1:{closed_port()}")
     assert crosscoder.load("lab/minder").source["revision"] == COMMIT
@@ -71,14 +71,14 @@ def test_what_was_fetched_once_is_loaded_again_without_the_hub(served, endpoint)
     [("lab/nothing", None, None, r"crosscoder\.repo: lab/nothing is neither"),
      ("lab/minder", None, "v9", r"crosscoder\.revision: lab/minder has no revision 'v9'"),
      ("lab/minder", "blocks.9", None, r"crosscoder\.path: lab/minder has no folder blocks\.9"),
-     ("lab/text", None, None, r"crosscoder\.path: lab/text.*holds no dictionary that is known; it holds README\.md"),
+     ("lab/text", None, None, r"crosscoder\.path: lab/text.*contains no dictionary in a known format, only README\.md"),
      ("./nowhere", None, None, r"crosscoder\.repo: there is no folder")],
 )  # fmt: skip
-def test_what_the_hub_does_not_have_is_said_with_the_setting(served, repo, path, revision, message):
+def test_the_error_for_something_that_the_hub_lacks_names_the_setting(served, repo, path, revision, message):
     with pytest.raises(UserError, match=message):
         crosscoder.load(repo, path, revision)
 
 
-def test_another_width_than_asked_for_is_refused(served):
+def test_a_wrong_d_model_is_an_error(served):
     with pytest.raises(UserError, match=r"model\.d_model is 4, but the crosscoder in .* has 3"):
         crosscoder.load("lab/minder", d_model=4)

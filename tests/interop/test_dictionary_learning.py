@@ -1,4 +1,4 @@
-"""dictionary_learning folders: what the library saves, by hand, and what is refused."""
+"""dictionary_learning folders: what the library saves, cases by hand, and errors for bad ones."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from dictionary_learning import dictionary, trainers
 from dictionary_learning.utils import load_dictionary
-told = json.loads(sys.argv[1])
-x, folder, out = load_file(told["rows"])["x"], Path(told["folder"]), {}
+arguments = json.loads(sys.argv[1])
+x, folder, out = load_file(arguments["rows"])["x"], Path(arguments["folder"]), {}
 d, m, k = x.shape[1], 80, 5
 make = {
     "AutoEncoder": lambda: dictionary.AutoEncoder(d, m),
@@ -33,7 +33,7 @@ make = {
     "JumpReluAutoEncoder": lambda: dictionary.JumpReluAutoEncoder(d, m),
     "GatedAutoEncoder": lambda: dictionary.GatedAutoEncoder(d, m),
 }
-for name in told["classes"]:
+for name in arguments["classes"]:
     torch.manual_seed(len(name))
     ae, kind = make[name](), name.split()[0]
     with torch.no_grad():
@@ -54,30 +54,30 @@ for name in told["classes"]:
     with torch.no_grad():
         out[f"{name}/codes"] = ae.encode(x)
         out[f"{name}/x_hat"] = ae.decode(out[f"{name}/codes"])
-save_file({key: value.contiguous() for key, value in out.items()}, told["out"])
+save_file({key: value.contiguous() for key, value in out.items()}, arguments["out"])
 """
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, rows, in_peers) -> tuple[Path, dict[str, Tensor]]:
-    """Folders that the library has saved, and what it makes of them."""
+    """Folders that the library saved, and the codes and reconstructions that it computes from them."""
     folder = tmp_path_factory.mktemp("saved")
     save_file({"x": rows}, folder / "rows.safetensors")
-    told = {"rows": folder / "rows.safetensors", "folder": folder, "classes": CLASSES}
-    in_peers(SCRIPT, {**told, "out": folder / "out.safetensors"})
+    arguments = {"rows": folder / "rows.safetensors", "folder": folder, "classes": CLASSES}
+    in_peers(SCRIPT, {**arguments, "out": folder / "out.safetensors"})
     return folder, load_file(folder / "out.safetensors")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSES)
-def test_what_the_library_saves_gives_the_same_codes_and_reconstructions_here(name, saved, rows):
-    folder, found = saved
+def test_dictionaries_saved_by_the_library_give_the_same_codes_and_reconstructions_here(name, saved, rows):
+    folder, outputs = saved
     method = dictionary_learning.read(folder / name)
     codes = method.encode(rows).dense()
     assert 0 < int((codes > 0).sum()) < 0.9 * codes.numel()
-    assert torch.equal(codes > 0, found[f"{name}/codes"] > 0)
-    torch.testing.assert_close(codes, found[f"{name}/codes"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(method.reconstruct(rows), found[f"{name}/x_hat"], rtol=1e-5, atol=1e-5)
+    assert torch.equal(codes > 0, outputs[f"{name}/codes"] > 0)
+    torch.testing.assert_close(codes, outputs[f"{name}/codes"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(method.reconstruct(rows), outputs[f"{name}/x_hat"], rtol=1e-5, atol=1e-5)
     assert method.source["hook"] == "resid_post_layer_8"
 
 
@@ -105,7 +105,7 @@ def test_batchtopk_and_topk_by_hand(tmp_path):
     assert batch.encode(x).dense().tolist() == [[2, 0, 3]] and batch.reconstruct(x).tolist() == [[6, 3]]
 
 
-def test_k_of_older_files_is_that_of_the_configuration(tmp_path):
+def test_k_of_older_files_comes_from_the_configuration(tmp_path):
     method = dictionary_learning.read(folder_of(tmp_path, TENSORS, dict_class="AutoEncoderTopK", k=2))
     assert method.k == 2
 
@@ -117,33 +117,34 @@ class Harmful:
 
 @pytest.mark.parametrize(
     ("state", "trainer", "message"),
-    [(TENSORS, {"dict_class": "CrossCoder"}, "dict_class 'CrossCoder' is not known"),
-     (TENSORS, {}, "dict_class None is not known"),
+    [(TENSORS, {"dict_class": "CrossCoder"}, "dict_class 'CrossCoder' is not supported"),
+     (TENSORS, {}, "dict_class None is not supported"),
      (TENSORS | {"k": torch.tensor(1)}, {"dict_class": "AutoEncoderTopK", "k": 3}, r"trainer\.k is 3, but .* has k=1"),
      (TENSORS | {"k": torch.tensor(1), "threshold": torch.tensor(-1.0)}, {"dict_class": "BatchTopKSAE"},
       "the threshold is -1, so it was never measured"),
-     (TENSORS, {"dict_class": "AutoEncoder"}, "has no bias; it holds b_dec"),
+     (TENSORS, {"dict_class": "AutoEncoder"}, "has no bias; it contains b_dec"),
      (TENSORS | {"b_dec": torch.ones(5)}, {"dict_class": "AutoEncoderTopK", "k": 1}, r"b_dec has the shape \[5\]"),
-     (TENSORS | {"b_dec": torch.ones(2) * torch.nan}, {"dict_class": "AutoEncoderTopK", "k": 1}, "b_dec holds numbers"),
-     (TENSORS | {"more": torch.ones(1)}, {"dict_class": "AutoEncoderTopK", "k": 1}, "not known here: more"),
-     (torch.ones(3), {"dict_class": "AutoEncoder"}, "holds Tensor, not a dictionary"),
-     ({"encoder.weight": "text"}, {"dict_class": "AutoEncoder"}, "holds more than tensors: encoder.weight"),
-     (TENSORS | {"b_dec": Harmful()}, {"dict_class": "AutoEncoderTopK", "k": 1}, "is not a file of tensors alone"),
-     (Harmful(), {"dict_class": "AutoEncoderTopK", "k": 1}, "is not a file of tensors alone")],
+     (TENSORS | {"b_dec": torch.ones(2) * torch.nan}, {"dict_class": "AutoEncoderTopK", "k": 1},
+      "b_dec contains numbers"),
+     (TENSORS | {"more": torch.ones(1)}, {"dict_class": "AutoEncoderTopK", "k": 1}, "unknown tensors: more"),
+     (torch.ones(3), {"dict_class": "AutoEncoder"}, "contains Tensor, not a dictionary"),
+     ({"encoder.weight": "text"}, {"dict_class": "AutoEncoder"}, "contains more than tensors: encoder.weight"),
+     (TENSORS | {"b_dec": Harmful()}, {"dict_class": "AutoEncoderTopK", "k": 1}, "not a complete file of tensors only"),
+     (Harmful(), {"dict_class": "AutoEncoderTopK", "k": 1}, "is not a complete file of tensors only")],
 )  # fmt: skip
-def test_bad_folders_are_refused_with_their_reason(state, trainer, message, tmp_path, monkeypatch):
+def test_the_error_for_a_bad_folder_has_the_reason(state, trainer, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         dictionary_learning.read(folder_of(tmp_path / "a", state, **trainer))
     assert not Path("harm-was-done").exists()
 
 
-def test_files_that_are_cut_short_or_missing_are_named(tmp_path):
+def test_truncated_and_missing_files_are_named_in_the_error(tmp_path):
     folder = folder_of(tmp_path, TENSORS, dict_class="AutoEncoderTopK", k=1)
     whole = (folder / "ae.pt").read_bytes()
     for n in (0, 10, len(whole) // 2, len(whole) - 50):
         (folder / "ae.pt").write_bytes(whole[:n])
-        with pytest.raises(UserError, match=r"ae\.pt is not a file of tensors alone, whole"):
+        with pytest.raises(UserError, match=r"ae\.pt is not a complete file of tensors only"):
             dictionary_learning.read(folder)
     (folder / "ae.pt").unlink()
     with pytest.raises(UserError, match=r"ae\.pt is missing"):

@@ -1,4 +1,4 @@
-"""Gemma Scope's `params.npz`: by hand, and what is refused."""
+"""Gemma Scope's `params.npz`: by hand, and errors for bad files."""
 
 from pathlib import Path
 from typing import Any
@@ -37,32 +37,32 @@ def test_the_encoder_sees_the_raw_input_and_every_latent_has_its_threshold(tmp_p
      ("google/gemma-scope-9b-pt-res-canonical", "layer_3/width_16k/canonical", "blocks.3.hook_resid_post"),
      ("google/gemma-scope-2b-pt-res", "embedding/width_4k/average_l0_6", None), ("/tmp/x", "", None)],
 )  # fmt: skip
-def test_the_site_stands_in_the_names(repo, path, hook):
+def test_the_site_is_read_from_the_names(repo, path, hook):
     assert gemma_scope.hook(repo, path) == hook
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"threshold": None}, r"params\.npz has no threshold; it holds nothing else"),
-     ({"W_enc": None}, r"params\.npz has no W_enc; it holds W_dec, b_dec"),
+    [({"threshold": None}, r"params\.npz has no threshold; it contains nothing else"),
+     ({"W_enc": None}, r"params\.npz has no W_enc; it contains W_dec, b_dec"),
      ({"W_enc": np.zeros(3)}, r"W_enc has the shape \[3\]"),
      ({"W_dec": np.zeros((2, 3))}, r"W_dec has the shape \[2, 3\], not \[3, 2\]"),
-     ({"b_dec": np.array([np.nan, 0])}, "b_dec holds numbers that are NaN"),
+     ({"b_dec": np.array([np.nan, 0])}, "b_dec contains numbers that are NaN"),
      ({"b_dec": np.array([{"a": 1}, None], object)}, "arrays of objects are not read"),
-     ({"b_dec": np.array(["a", "b"])}, "is not a whole .npz of numbers"),
-     ({"more": np.zeros(2)}, "not known here: more")],
+     ({"b_dec": np.array(["a", "b"])}, "is not a complete .npz of numbers"),
+     ({"more": np.zeros(2)}, "unknown tensors: more")],
 )  # fmt: skip
-def test_bad_files_are_refused_with_their_reason(changes, message, tmp_path):
+def test_the_error_for_a_bad_file_has_the_reason(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         gemma_scope.read(file_of(tmp_path, **changes))
 
 
-def test_files_that_are_cut_short_no_npz_or_missing_are_named(tmp_path):
+def test_truncated_wrong_and_missing_files_are_named_in_the_error(tmp_path):
     file = file_of(tmp_path)
     whole = file.read_bytes()
     for content in (b"", whole[: len(whole) // 2], b"\x93NUMPY", b"text"):
         file.write_bytes(content)
-        with pytest.raises(UserError, match=r"params\.npz is not a whole \.npz of numbers"):
+        with pytest.raises(UserError, match=r"params\.npz is not a complete \.npz of numbers"):
             gemma_scope.read(file)
     file.unlink()
     with pytest.raises(UserError, match=r"params\.npz is missing"):

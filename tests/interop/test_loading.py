@@ -1,4 +1,4 @@
-"""`method=pretrained`: folders, a hub that is a web server on this machine, and no hub at all."""
+"""`method=pretrained`: from folders, from a hub that is a web server on this machine, and without a hub."""
 
 import json
 import re
@@ -33,15 +33,15 @@ def put_gemma(folder: Path) -> None:
 
 
 class Hub(FakeHub):
-    """Answers as the hub does about the repositories below `root`; `lab/gated` is gated. Keeps what it was asked."""
+    """Answers as the hub would for the repositories below `root`; `lab/gated` is gated. Logs all requests."""
 
     root: Path
-    asked: list[str]
+    requests: list[str]
     broken = ""
 
     def serve(self):
         path = unquote(self.path.split("?")[0])
-        self.asked.append(f"{self.command} {path}")
+        self.requests.append(f"{self.command} {path}")
         _, owner, name, *rest = path.removeprefix("/api/models").split("/")
         folder = self.root / owner / name
         if not folder.is_dir():
@@ -53,7 +53,7 @@ class Hub(FakeHub):
         if rest[0] == "revision":
             return self.answer(json.dumps({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": []}).encode())
         if rest[0] == "resolve" and self.broken and path.endswith(self.broken):
-            return self.refuse(400, "Broken")  # others are tried again, for half a minute
+            return self.refuse(400, "Broken")  # other errors are retried for half a minute
         inside = folder / "/".join(rest[2:])
         if rest[0] == "tree":
             return self.tree(folder, inside)
@@ -72,57 +72,57 @@ class Hub(FakeHub):
 
 @pytest.fixture
 def served(endpoint, tmp_path, dictionary, monkeypatch):
-    """A hub with a gemma-scope of two dictionaries, a SAELens repository, a gated one and one without a dictionary."""
+    """A hub with two Gemma Scope dictionaries, a SAELens repository, a gated one and one without a dictionary."""
     root = tmp_path / "served"
     for name in (GEMMA, GEMMA.replace("22", "41")):
         put_gemma(root / "lab/gemma-scope-2b-pt-res" / name)
     saelens.write(
         dictionary("topk", input_norm="none"), root / "lab/saes/blocks.8.hook_resid_pre_80", site="resid_pre.8"
     )
-    (root / "lab/saes/blocks.8.hook_resid_pre_80/huge.pt").write_bytes(b"not asked for")
+    (root / "lab/saes/blocks.8.hook_resid_pre_80/huge.pt").write_bytes(b"must not be fetched")
     (root / "lab/gated").mkdir()
     (root / "lab/text").mkdir()
     (root / "lab/text/README.md").write_text("nothing here")
-    handler = type("Served", (Hub,), {"root": root, "asked": []})
+    handler = type("Served", (Hub,), {"root": root, "requests": []})
     monkeypatch.setattr(hub, "TIMEOUT_S", 2.0)
     with serving(handler) as url:
         endpoint(url)
         yield handler
 
 
-def test_a_dictionary_of_the_hub_is_loaded_from_its_files_alone(served, rows):
+def test_only_the_files_of_the_dictionary_are_fetched_from_the_hub(served, rows):
     method = load(24, "lab/saes", "blocks.8.hook_resid_pre_80", site="resid_pre.8")
     assert isinstance(method, Pretrained) and method.k == 6
     assert method.source["revision"] == COMMIT and method.source["repo"] == "lab/saes"
-    fetched = {line.rpartition("/")[2] for line in served.asked if line.startswith("GET") and "/resolve/" in line}
+    fetched = {line.rpartition("/")[2] for line in served.requests if line.startswith("GET") and "/resolve/" in line}
     assert fetched == {"cfg.json", "sae_weights.safetensors"}
 
 
 @pytest.mark.parametrize("path", [GEMMA, f"{GEMMA}/params.npz"])
-def test_gemma_scope_is_told_by_its_file_and_its_site_by_the_names(path, served):
+def test_gemma_scope_is_recognised_by_its_file_and_its_site_by_the_names(path, served):
     repo = "lab/gemma-scope-2b-pt-res"
-    method = load(24, repo, path, site="resid_pre.4")  # what goes out of block 3 goes into block 4
+    method = load(24, repo, path, site="resid_pre.4")  # the output of block 3 is the input of block 4
     assert method.source["hook"] == "blocks.3.hook_resid_post"
-    with pytest.raises(UserError, match=r"Set stream\.site=resid_post\.3; or method\.site=null"):
+    with pytest.raises(UserError, match=r"Set stream\.site=resid_post\.3, or method\.site=null"):
         load(24, repo, path, site="resid_post.4")
     assert load(24, repo, path, site=None).dict_size == 80
 
 
-def test_what_was_loaded_once_is_loaded_again_without_the_hub(served, endpoint, monkeypatch):
+def test_a_fetched_dictionary_loads_again_without_the_hub(served, endpoint, monkeypatch):
     load(24, "lab/saes", "blocks.8.hook_resid_pre_80")
     endpoint(f"http://127.0.0.1:{closed_port()}")
     for revision in (None, "main", COMMIT):
         assert load(24, "lab/saes", "blocks.8.hook_resid_pre_80", revision).source["revision"] == COMMIT
-    with pytest.raises(UserError, match=r"could not be fetched, and is not whole in the local cache"):
+    with pytest.raises(UserError, match=r"could not be fetched, and is not complete in the local cache"):
         load(24, "lab/gemma-scope-2b-pt-res", GEMMA)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"offline mode is on"):
         load(24, "lab/gemma-scope-2b-pt-res", GEMMA)
 
 
-def test_a_download_that_breaks_off_is_no_dictionary_and_goes_on_the_next_time(served):
+def test_an_incomplete_download_is_an_error_and_continues_the_next_time(served):
     served.broken = saelens.WEIGHTS
-    with pytest.raises(UserError, match="could not be fetched, and is not whole in the local cache"):
+    with pytest.raises(UserError, match="could not be fetched, and is not complete in the local cache"):
         load(24, "lab/saes", "blocks.8.hook_resid_pre_80")
     served.broken = ""
     assert load(24, "lab/saes", "blocks.8.hook_resid_pre_80").dict_size == 80
@@ -130,23 +130,23 @@ def test_a_download_that_breaks_off_is_no_dictionary_and_goes_on_the_next_time(s
 
 @pytest.mark.parametrize(
     ("repo", "path", "revision", "message"),
-    [("lab/nothing", None, None, "lab/nothing is neither a folder here nor a model repository"),
+    [("lab/nothing", None, None, "lab/nothing is neither a local folder nor a readable model repository"),
      ("lab/gated", None, None, "lab/gated is gated"),
      ("lab/saes", None, "v9", "has no revision 'v9'"),
      ("lab/saes", "blocks.9", None, r"method\.path: lab/saes has no folder blocks\.9"),
-     ("lab/saes", None, None, "holds no dictionary that is known; it holds blocks.8"),
-     ("lab/text", None, None, "holds no dictionary that is known; it holds README.md"),
+     ("lab/saes", None, None, "contains no dictionary in a known format, only blocks.8"),
+     ("lab/text", None, None, "contains no dictionary in a known format, only README.md"),
      ("./nowhere", None, None, "there is no folder"),
      ("a/b/c", None, None, "there is no folder")],
 )  # fmt: skip
-def test_what_the_hub_does_not_have_is_said_with_the_setting(repo, path, revision, message, served):
+def test_the_error_for_something_that_the_hub_lacks_names_the_setting(repo, path, revision, message, served):
     with pytest.raises(UserError, match=message):
         load(24, repo, path, revision)
 
 
-def test_a_folder_says_what_it_holds_where_it_is_no_dictionary(tmp_path, dictionary):
+def test_the_error_for_a_folder_without_a_dictionary_lists_its_content(tmp_path, dictionary):
     (tmp_path / "a").mkdir()
-    with pytest.raises(UserError, match=r"method\.path: .* has no folder b; it holds a"):
+    with pytest.raises(UserError, match=r"method\.path: .* has no folder b; it contains a"):
         load(24, str(tmp_path), "b")
     with pytest.raises(UserError, match="lacks the files of a dictionary"):
         load(24, str(tmp_path / "a"))
@@ -157,15 +157,15 @@ def test_a_folder_says_what_it_holds_where_it_is_no_dictionary(tmp_path, diction
         load(24, str(tmp_path), "a", format="onnx")  # type: ignore[arg-type]
     (tmp_path / "a/ae.pt").touch()
     (tmp_path / "a/config.json").touch()
-    with pytest.raises(UserError, match="has the files of saelens and dictionary_learning; say which"):
+    with pytest.raises(UserError, match=r"has the files of saelens and dictionary_learning\. Set it to one"):
         load(24, str(tmp_path), "a")
     assert load(24, str(tmp_path), "a", format="saelens").dict_size == 80
     save_file({"decoder.weight": torch.zeros(2, 3, 4)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="seems to hold a crosscoder"):
+    with pytest.raises(UserError, match="seems to contain a crosscoder"):
         load(24, str(tmp_path))
 
 
-def test_another_width_or_size_than_asked_for_is_refused(tmp_path, dictionary):
+def test_a_wrong_d_model_or_dict_size_is_an_error(tmp_path, dictionary):
     saelens.write(dictionary("topk", input_norm="none"), tmp_path)
     with pytest.raises(UserError, match=r"model\.d_model is 768, but the dictionary in .* has 24"):
         load(768, str(tmp_path))
@@ -173,7 +173,7 @@ def test_another_width_or_size_than_asked_for_is_refused(tmp_path, dictionary):
         load(24, str(tmp_path), dict_size=81)
 
 
-def test_an_input_norm_can_be_said_where_the_files_say_none(tmp_path, dictionary, rows):
+def test_an_input_norm_can_be_set_if_the_files_have_none(tmp_path, dictionary, rows):
     saelens.write(dictionary("batchtopk", input_norm="none"), tmp_path / "none")
     centred = load(24, str(tmp_path / "none"), input_norm="token_center")
     plain = load(24, str(tmp_path / "none"))
@@ -181,7 +181,9 @@ def test_an_input_norm_can_be_said_where_the_files_say_none(tmp_path, dictionary
     assert torch.equal(centred.encode(centred.norm(rows)[0]).dense(), plain.encode(x).dense())
     torch.testing.assert_close(centred.reconstruct(rows), plain.reconstruct(x) + rows.mean(1, keepdim=True))
     saelens.write(dictionary("batchtopk", input_norm="token_std"), tmp_path / "std")
-    with pytest.raises(UserError, match=r"method\.input_norm=token_center: .* of its own, layer_norm"):
+    with pytest.raises(
+        UserError, match=r"method\.input_norm=token_center: .* has its own input normalisation, layer_n"
+    ):
         load(24, str(tmp_path / "std"), input_norm="token_center")
     with pytest.raises(UserError, match=r"method\.input_norm=scalar"):
         load(24, str(tmp_path / "none"), input_norm="scalar")
@@ -190,7 +192,7 @@ def test_an_input_norm_can_be_said_where_the_files_say_none(tmp_path, dictionary
         load(24, str(tmp_path / "gemma"), norm_scaling_factor=2.0)
 
 
-def test_dictionaries_trained_here_load_as_what_they_are(tmp_path, dictionary, rows):
+def test_dictionaries_trained_here_load_as_their_own_class(tmp_path, dictionary, rows):
     method: DictionaryMethod = dictionary("batchtopk")
     save_dictionary(method, {}, tmp_path / "store")
     (tmp_path / "cell").mkdir()
@@ -206,7 +208,7 @@ def test_dictionaries_trained_here_load_as_what_they_are(tmp_path, dictionary, r
     load(24, str(tmp_path / "cell"), site="resid_pre.0")
     weights = tmp_path / "store/weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
-    with pytest.raises(UserError, match="holds no dictionary that can be read: it is damaged, or"):
+    with pytest.raises(UserError, match="contains no readable dictionary: it is damaged, or"):
         load(24, str(tmp_path / "cell"))
 
 
@@ -218,10 +220,10 @@ def test_dictionaries_trained_here_load_as_what_they_are(tmp_path, dictionary, r
      ("h.11", "resid_post.11"), ("model.layers.3.self_attn", None), ("resid_post_layer_8", "resid_post.8"),
      ("mlp_layer_8", "mlp_out.8"), ("attention_layer_8", None)],
 )  # fmt: skip
-def test_names_of_sites_in_other_libraries(hook, site):
+def test_other_libraries_names_of_sites_are_translated(hook, site):
     assert site_of(hook) == site
     if site is None:
-        with pytest.raises(UserError, match=rf"the dictionary is of {re.escape(hook)}, which is no site"):
+        with pytest.raises(UserError, match=rf"trained at {re.escape(hook)}, which is not a supported site"):
             check_site(hook, "resid_pre.0")
     else:
         check_site(hook, site)

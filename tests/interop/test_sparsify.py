@@ -1,4 +1,4 @@
-"""sparsify folders: what the library saves, and what is refused."""
+"""sparsify folders: what the library saves, and errors for bad ones."""
 
 import json
 from pathlib import Path
@@ -18,9 +18,9 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from sparsify import SaeConfig
 from sparsify.sparse_coder import SparseCoder
-told = json.loads(sys.argv[1])
-x, folder, out = load_file(told["rows"])["x"], Path(told["folder"]), {}
-for name, options in told["cases"].items():
+arguments = json.loads(sys.argv[1])
+x, folder, out = load_file(arguments["rows"])["x"], Path(arguments["folder"]), {}
+for name, options in arguments["cases"].items():
     torch.manual_seed(0)
     sae = SparseCoder(x.shape[1], SaeConfig(**options))
     with torch.no_grad():
@@ -32,24 +32,24 @@ for name, options in told["cases"].items():
         top = sae.encode(x)
         codes = torch.zeros(len(x), sae.num_latents).scatter(1, top.top_indices, top.top_acts)
         out[f"{name}/codes"], out[f"{name}/x_hat"] = codes, sae(x).sae_out
-save_file({key: value.contiguous() for key, value in out.items()}, told["out"])
+save_file({key: value.contiguous() for key, value in out.items()}, arguments["out"])
 """
 CASES = {"layers.5": {"k": 5, "num_latents": 80}, "h.2.mlp": {"k": 7, "expansion_factor": 4}}
 
 
 @pytest.mark.slow
-def test_what_the_library_saves_gives_the_same_codes_and_reconstructions_here(tmp_path, rows, in_peers):
+def test_dictionaries_saved_by_the_library_give_the_same_codes_and_reconstructions_here(tmp_path, rows, in_peers):
     save_file({"x": rows}, tmp_path / "rows.safetensors")
-    told = {"rows": tmp_path / "rows.safetensors", "folder": tmp_path, "cases": CASES}
-    in_peers(SCRIPT, {**told, "out": tmp_path / "out.safetensors"})
-    found = load_file(tmp_path / "out.safetensors")
+    arguments = {"rows": tmp_path / "rows.safetensors", "folder": tmp_path, "cases": CASES}
+    in_peers(SCRIPT, {**arguments, "out": tmp_path / "out.safetensors"})
+    outputs = load_file(tmp_path / "out.safetensors")
     for name, options in CASES.items():
         method = sparsify.read(tmp_path / name)
         assert method.k == options["k"] and method.source["hook"] == name
         codes = method.encode(rows).dense()
-        assert torch.equal(codes > 0, found[f"{name}/codes"] > 0)
-        torch.testing.assert_close(codes, found[f"{name}/codes"], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(method.reconstruct(rows), found[f"{name}/x_hat"], rtol=1e-5, atol=1e-5)
+        assert torch.equal(codes > 0, outputs[f"{name}/codes"] > 0)
+        torch.testing.assert_close(codes, outputs[f"{name}/codes"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(method.reconstruct(rows), outputs[f"{name}/x_hat"], rtol=1e-5, atol=1e-5)
 
 
 CFG = {"d_in": 2, "k": 1, "num_latents": 3}
@@ -76,7 +76,7 @@ def test_a_topk_by_hand(tmp_path):
 
 @pytest.mark.parametrize(
     ("cfg", "tensors", "message"),
-    [(CFG | {"transcode": True}, {}, "transcode=True is no TopK dictionary"),
+    [(CFG | {"transcode": True}, {}, "transcode=True is not supported"),
      (CFG | {"skip_connection": True}, {}, "skip_connection=True"),
      (CFG | {"activation": "groupmax"}, {}, "activation=groupmax"),
      (CFG | {"signed": True}, {}, "signed=True"),
@@ -84,9 +84,9 @@ def test_a_topk_by_hand(tmp_path):
      ({"d_in": 2, "k": 1, "num_latents": 0}, {}, "expansion_factor is None"),
      (CFG | {"num_latents": 4}, {}, r"encoder\.weight has the shape \[3, 2\], not \[4, 2\]"),
      (CFG | {"k": 9}, {}, r"method\.k is 9"),
-     (CFG, {"W_skip": torch.zeros(2, 2)}, "not known here: W_skip"),
-     (CFG, {"W_dec": torch.full((3, 2), torch.inf)}, "W_dec holds numbers")],
+     (CFG, {"W_skip": torch.zeros(2, 2)}, "unknown tensors: W_skip"),
+     (CFG, {"W_dec": torch.full((3, 2), torch.inf)}, "W_dec contains numbers")],
 )  # fmt: skip
-def test_bad_folders_are_refused_with_their_reason(cfg, tensors, message, tmp_path):
+def test_the_error_for_a_bad_folder_has_the_reason(cfg, tensors, message, tmp_path):
     with pytest.raises(UserError, match=message):
         sparsify.read(folder_of(tmp_path, cfg, TENSORS | tensors))
