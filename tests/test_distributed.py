@@ -58,7 +58,7 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory, runtime: Any, small_request: Any):
-    """(runtime with a store of its own, by name; request maker)."""
+    """(maker of a runtime with its own store, request maker)."""
     folder = tmp_path_factory.mktemp("ranks")
     return lambda name, **changes: runtime(folder, name, **{"processes": "auto", **changes}), small_request
 

@@ -67,7 +67,7 @@ def load(
     """
     name = PurePosixPath(path or "").name
     formats = {name: FORMATS[name]} if name in FILES else FORMATS
-    folder, commit = hub.place(repo, path, revision, formats, node="crosscoder", only_first=True)
+    folder, commit = hub.dictionary_folder(repo, path, revision, formats, node="crosscoder", only_first=True)
     file = _file(folder / name if name in FILES else folder)
     if commit is None:
         note_file(file)
@@ -82,13 +82,13 @@ def load(
     return replace(weights, source={"repo": repo, "path": path, "revision": commit})
 
 
-def read(place: Path) -> CrosscoderWeights:
+def read(path: Path) -> CrosscoderWeights:
     """The crosscoder in a folder or a file.
 
     Raises UserError for shapes that do not fit a crosscoder, for a threshold that was never measured, and for files
     that are incomplete or contain more than tensors.
     """
-    file = _file(place)
+    file = _file(path)
     weights = read_safetensors(file) if file.suffix == ".safetensors" else read_pt(file)
     weights = weights.renamed(lambda name: name.removeprefix("_orig_mod."))
     crosscoder = _kissane(weights) if "W_enc" in weights else _minder(weights)
@@ -96,11 +96,11 @@ def read(place: Path) -> CrosscoderWeights:
     return crosscoder
 
 
-def _file(place: Path) -> Path:
+def _file(path: Path) -> Path:
     """The checkpoint of a folder, or the file itself."""
-    file = place if place.is_file() else next((place / name for name in FILES if (place / name).is_file()), None)
+    file = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), None)
     if file is None:
-        raise UserError(f"{place} contains no crosscoder: it has none of {', '.join(FILES)}.")
+        raise UserError(f"{path} contains no crosscoder: it has none of {', '.join(FILES)}.")
     return file
 
 
@@ -134,6 +134,6 @@ def _sizes(weights: Weights, name: str) -> tuple[int, int]:
     shape = weights.shape(name)
     if len(shape) != 3 or shape[0] != 2:
         raise UserError(
-            f"{weights.path}: {name} has the shape {list(shape)}, not a crosscoder's [2, d_model, dict_size]."
+            f"{weights.path}: {name} has the shape {list(shape)}, not [2, d_model, dict_size] as in a crosscoder."
         )
     return shape[1], shape[2]

@@ -42,7 +42,7 @@ class _Query:
         return list(dict.fromkeys(name for name in files if name in names))
 
 
-def place(
+def dictionary_folder(
     repo: str,
     path: str | None,
     revision: str | None,

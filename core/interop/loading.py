@@ -13,7 +13,7 @@ from core.errors import UserError
 from core.inputs import note_commit, note_file
 from core.interop import crosscoder, dictionary_learning, gemma_scope, meta_saes, native, saelens, sparsify
 from core.interop.hooks import check_site, hook_of
-from core.interop.hub import place
+from core.interop.hub import dictionary_folder
 from core.methods.base import DictionaryMethod
 from core.methods.batchtopk import BatchTopK
 from core.methods.pretrained import Pretrained, at_inference
@@ -60,7 +60,7 @@ def load(
     if format not in get_args(Format):
         raise UserError(f"method.format: {format!r} is not one of {', '.join(get_args(Format))}.")
     formats = {name: (files, OPTIONAL.get(name, ())) for name, files in NEEDED.items() if format in ("auto", name)}
-    folder, commit = place(repo, path, revision, formats)
+    folder, commit = dictionary_folder(repo, path, revision, formats)
     kind = _format(folder, format)
     _note(folder, kind, repo, revision, commit)
     method = _read(folder, kind, repo, path, norm_scaling_factor, threshold)

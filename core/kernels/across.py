@@ -1,7 +1,7 @@
-"""BatchTopK's selection over the global batch, where several ranks have a part of it each (`core.distributed`).
+"""BatchTopK's selection over the global batch, if several ranks each have a part of it (`core.distributed`).
 
-Every rank finds the largest entries of its own part, as many as the global batch may keep: those kept are among them,
-wherever they stand. Then it is told which of them are among the largest of all ranks' candidates.
+Every rank selects the largest entries of its own part, as many as the global batch may keep, so that no kept entry is
+missing. Then it learns which of them are among the largest of all ranks' candidates.
 
 Shapes: B rows in this rank's batch, d = d_model, m = dict_size, n = entries kept. Ties go to the lower rank, then
 to the lower row-major position, which is the lower position in the global batch.
@@ -17,7 +17,7 @@ from core.kernels.select import Selected, mask_of_largest, select_batchtopk
 
 
 def select_global_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> Selected:
-    """This rank's part of the W B k largest entries > 0 of all ranks' x W_enc^T + b_enc: its support and values."""
+    """This rank's part of the W B k largest entries > 0 of x W_enc^T + b_enc over all W ranks: support and values."""
     support, values = select_batchtopk(x, W_enc, b_enc, k * distributed.n_ranks())
     if not distributed.is_active():
         return support, values
@@ -26,7 +26,7 @@ def select_global_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: i
 
 
 def mask_of_batchtopk(z: Tensor, k: int) -> Tensor:
-    """bool `[B, m]`: the same, of pre-activations that are there."""
+    """bool `[B, m]`: the same selection, from given pre-activations."""
     flat = z.flatten()
     n = k * z.shape[0] * distributed.n_ranks()
     mask = mask_of_largest(flat, n)

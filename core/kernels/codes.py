@@ -1,4 +1,4 @@
-"""What a dictionary's encoder returns: the latents' activations, kept sparse where few of them are positive.
+"""The output of a dictionary's encoder: the activations of the latents, stored sparsely if few are positive.
 
 Shapes: B rows in the batch, m = dict_size, n = entries kept.
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 
 
 class ByColumn(NamedTuple):
-    """The entries in the order of their columns: entry `order[e]` stands in row `rows[e]`; column j owns the entries
-    from `offsets[j]` to `offsets[j + 1]`."""
+    """The entries sorted by column: entry `order[e]` is in row `rows[e]`; column j owns the entries from `offsets[j]`
+    to `offsets[j + 1]`."""
 
     order: Tensor  # [n]
     offsets: Tensor  # [m + 1]
@@ -25,7 +25,7 @@ class ByColumn(NamedTuple):
 
 
 class Support:
-    """Where the entries of a sparse matrix stand. What it derives is computed once and shared by all products.
+    """The positions of the entries of a sparse matrix. Derived indices are computed once and shared by all products.
 
     `rows` and `cols` `[n]` are int64, sorted by row and then by column.
     """
@@ -49,9 +49,9 @@ class Support:
 
 
 class SparseCodes:
-    """Codes `[B, m]` as their entries, sorted by row and then by column; differentiable in `values`.
+    """Codes `[B, m]` stored as entries, sorted by row and then by column; differentiable in `values`.
 
-    `pre` `[n]` holds the entries' pre-activations, where a loss is a function of them.
+    `pre` `[n]` holds the entries' pre-activations, if a loss depends on them.
     """
 
     def __init__(self, rows: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, int]) -> None:
@@ -97,7 +97,7 @@ class SparseCodes:
 
 @dataclass(slots=True)
 class DenseCodes:
-    """Codes as a full matrix `[B, m]`. `pre` holds the pre-activations, where a loss is a function of them."""
+    """Codes as a full matrix `[B, m]`. `pre` holds the pre-activations, if a loss depends on them."""
 
     values: Tensor
     pre: Tensor | None = None
@@ -127,7 +127,7 @@ Codes = SparseCodes | DenseCodes
 
 
 def entries(codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, columns and values `[n]` of codes however they are kept, sorted by row and then by column."""
+    """Rows, columns and values `[n]` of sparse or dense codes, sorted by row and then by column."""
     if isinstance(codes, SparseCodes):
         return codes.rows, codes.cols, codes.values
     rows, cols = codes.values.nonzero(as_tuple=True)

@@ -29,8 +29,8 @@ def sums_of_rows(weights: Tensor, index: Tensor, offsets: Tensor, table: Tensor)
     """out_i = sum of weights_e table[index_e] over e from offsets_i to offsets_{i + 1}.
 
     weights `[n]`, index `[n]` int64, offsets `[rows + 1]` int64 from 0 to n, table `[t, d]` -> fp32 `[rows, d]`. A
-    segment of more than `PIECE` entries (a latent that fires often) is cut where e is a multiple of `PIECE`; the
-    parts' sums, at most 2 n / PIECE rows of fp32, are then added in order.
+    segment of more than `PIECE` entries (a latent that fires often) is cut at every e that is a multiple of `PIECE`.
+    The sums of the parts, at most 2 n / PIECE rows of fp32, are then added in order.
     """
     weights, index, table = weights.contiguous(), index.contiguous(), table.contiguous()
     rows, n, d = offsets.numel() - 1, index.numel(), table.shape[1]
@@ -64,8 +64,8 @@ def sampled_product(left: Tensor, right: Tensor, rows: Tensor, cols: Tensor) -> 
 def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
     """fp32 `[B, m]` = bf16(x) bf16(W_enc)^T + b_enc, summed in fp32.
 
-    The bias costs no pass over the result: three bf16 parts of it, which add up to its fp32 value, are columns of the
-    product against ones. So a bias that is not finite gives NaN.
+    The bias needs no extra pass over the result: its three bf16 parts, which add up to its fp32 value, become columns
+    of W_enc that are multiplied by ones. So a bias that is not finite gives NaN.
     """
     x, W = x.bfloat16(), W_enc.bfloat16()
     if b_enc is not None:
@@ -78,7 +78,7 @@ def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
 
 
 def _bf16_parts(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """bf16 numbers whose sum is b: each holds 8 of its 24 significant bits."""
+    """Three bf16 numbers whose sum is b: each has 8 of its 24 significant bits."""
     high = b.bfloat16()
     rest = b - high.float()
     middle = rest.bfloat16()
@@ -86,13 +86,13 @@ def _bf16_parts(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def on_device(t: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, so this makes the tensor's device the current one."""
+    """Makes the tensor's device the current one, since Triton launches on the current device."""
     return torch.cuda.device(t.device) if t.device.type == "cuda" else nullcontext()
 
 
 @triton.jit
 def _segment_of(offsets, entry, rows, STEPS: tl.constexpr):
-    """The segment that owns an entry, by bisection: offsets[low] <= entry < offsets[high] always."""
+    """The segment that owns an entry, by bisection; offsets[low] <= entry < offsets[high] in every step."""
     low = tl.full((), 0, tl.int32)
     high = low + rows
     for _ in range(STEPS):
@@ -134,8 +134,9 @@ def _sum_pieces(
     ENTRIES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The first `rows` programs sum the short segments. Of two more for every chunk of `PIECE` entries one sums what
-    the chunk has of the long segment that owns its first entry, the other of a long one that starts further on."""
+    """The first `rows` programs sum the short segments. Then every chunk of `PIECE` entries has two programs for long
+    segments: one sums the chunk's part of the segment that owns its first entry, the other that of a segment which
+    starts later in the chunk."""
     program = tl.program_id(0)
     across = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     if program < rows:
@@ -172,7 +173,7 @@ def _sum_parts(
     ENTRIES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The program of the chunk in which a long segment ends adds the segment's parts, in order."""
+    """Adds the parts of long segments in order. The program of the chunk in which a segment ends does it."""
     chunk = tl.program_id(0)
     across = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     start = chunk * PIECE

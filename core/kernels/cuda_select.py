@@ -1,20 +1,20 @@
 """Exact selection of the largest positive pre-activations on a CUDA device.
 
-1. The maximum of every group of columns of a row is made (Triton). If n groups have a maximum >= t, n entries are
-   >= t: the n-th largest maximum is a lower bound that is certain, and close where there are enough groups.
-2. The few entries that reach it are counted group by group and written in row-major order; groups whose maximum is
-   below it are not read again. A sort of these candidates decides.
-3. Where ties or rows of unequal size leave too many candidates, the n-th largest value is found bit by bit instead,
-   four bits in one reading of the matrix, and equal values are taken from the front.
+1. Compute the maximum of every group of columns in a row (Triton). If n groups have a maximum >= t, at least n entries
+   are >= t. So the n-th largest maximum is a lower bound, and a close one if there are enough groups.
+2. Count the few entries that reach the bound, group by group, and write them in row-major order. Groups with a maximum
+   below the bound are not read again. A sort of these candidates decides.
+3. If ties or rows of unequal size leave too many candidates, determine the n-th largest value bit by bit instead, four
+   bits per pass over the matrix. Of equal values the first ones are kept.
 
-The device is waited for once, between counting and writing. Beside the pre-activations there is one int32 for every
-group (of at least 4 entries, 256 where few are wanted), and a few words for every candidate (at most one entry in
-`ENTRIES_PER_CANDIDATE`) or entry kept.
+The host waits for the device once, between counting and writing. Besides the pre-activations, memory is needed for one
+int32 per group (of at least 4 entries, up to 256 if few are wanted) and a few words per candidate (at most one entry in
+`ENTRIES_PER_CANDIDATE`) or kept entry.
 
 Values are compared as integers: the bits of a positive fp32 number grow with it. Ties go to the lower row-major
 position, entries <= 0 are never kept, and NaN counts as the largest value, as in `core.kernels.reference`.
 
-Shapes: B rows in the batch, d = d_model, m = dict_size, n = entries wanted, S segments: n entries are wanted of each.
+Shapes: B rows in the batch, d = d_model, m = dict_size, S segments, n = entries wanted from each segment.
 """
 
 # A kernel's arguments are pointers and device values, which have no Python type.
@@ -32,10 +32,10 @@ from torch import Tensor
 from core.kernels.codes import Support
 from core.kernels.cuda import on_device
 
-GROUPS_PER_ENTRY = 2  # groups for every entry wanted: more give a tighter bound and a longer search for it
+GROUPS_PER_ENTRY = 2  # groups per entry wanted: more give a tighter bound but take longer to search
 SMALLEST_GROUP, LARGEST_GROUP = 4, 256
-TILE_ENTRIES = 2048  # entries that one program handles at once
-ENTRIES_PER_CANDIDATE = 32  # candidates take about 50 bytes each while they are sorted
+TILE_ENTRIES = 2048  # entries handled by one program
+ENTRIES_PER_CANDIDATE = 32  # sorting takes about 50 bytes per candidate
 NAN = 0x7FFFFFFF  # the largest key
 
 Selected = tuple[Support, Tensor]
@@ -70,13 +70,13 @@ def largest(z: Tensor, n: int, segments: int) -> tuple[Tensor, Tensor]:
     below = _lower_bound(groups.maxima, n, segments).clamp(min=1) - 1
     counts, _ = groups.count(below)
     of_segment = counts.view(segments, -1).sum(1)
-    found, kept = torch.stack([of_segment.sum(), of_segment.clamp(max=n).sum()]).tolist()
-    if found == kept:
-        return groups.write(below, counts, torch.zeros_like(counts), kept)
-    if found > z.numel() // ENTRIES_PER_CANDIDATE:
-        return groups.write(*_exact(groups, n, segments), kept)
-    positions, values = groups.write(below, counts, torch.zeros_like(counts), found)
-    keep = _largest_candidates(values, of_segment, n, kept)
+    n_candidates, n_kept = torch.stack([of_segment.sum(), of_segment.clamp(max=n).sum()]).tolist()
+    if n_candidates == n_kept:
+        return groups.write(below, counts, torch.zeros_like(counts), n_kept)
+    if n_candidates > z.numel() // ENTRIES_PER_CANDIDATE:
+        return groups.write(*_exact(groups, n, segments), n_kept)
+    positions, values = groups.write(below, counts, torch.zeros_like(counts), n_candidates)
+    keep = _largest_candidates(values, of_segment, n, n_kept)
     return positions[keep], values[keep]
 
 
@@ -96,18 +96,18 @@ def _lower_bound(maxima: Tensor, n: int, segments: int) -> Tensor:
     return of_segment.topk(n, dim=1, sorted=False).values.amin(1)
 
 
-def _largest_candidates(values: Tensor, of_segment: Tensor, n: int, kept: int) -> Tensor:
-    """Which candidates, increasing, are the n largest of their segment; segment s owns `of_segment[s]` of them."""
+def _largest_candidates(values: Tensor, of_segment: Tensor, n: int, n_kept: int) -> Tensor:
+    """Indices, increasing, of the n largest candidates of each segment; segment s owns `of_segment[s]` of them."""
     key = values.view(torch.int32).masked_fill(values.isnan(), NAN).long()
     segment = torch.repeat_interleave(of_segment, output_size=values.numel())
     order = ((segment << 32) + (NAN - key)).argsort(stable=True)
     place = torch.arange(values.numel(), device=values.device) - (of_segment.cumsum(0) - of_segment)[segment]
-    return order.where(place < n, values.numel()).sort().values[:kept]
+    return order.where(place < n, values.numel()).sort().values[:n_kept]
 
 
 def _exact(groups: _Groups, n: int, segments: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The n-th largest key of every segment `[S]` (0 if fewer than n entries are positive), how many entries every
-    group keeps, and how many of these are equal to that key."""
+    """The n-th largest key of every segment `[S]` (0 if fewer than n entries are positive), the number of entries that
+    each group keeps, and how many of these equal that key."""
     last = _nth_largest_key(groups.z, n, segments)
     counts = groups.count(last)
     above, equal = (t.view(segments, -1) for t in counts)
@@ -118,7 +118,7 @@ def _exact(groups: _Groups, n: int, segments: int) -> tuple[Tensor, Tensor, Tens
 
 
 def _nth_largest_key(z: Tensor, n: int, segments: int) -> Tensor:
-    """int32 `[S]`: the largest key that n entries of the segment reach."""
+    """int32 `[S]`: the largest key that at least n entries of the segment reach."""
     key = torch.zeros(segments, dtype=torch.int32, device=z.device)
     for shift in range(28, -1, -4):
         counts = torch.empty(z.shape[0], 16, dtype=torch.int32, device=z.device)
@@ -136,7 +136,8 @@ def _of_rows(of_segments: Tensor, z: Tensor) -> Tensor:
 
 
 class _Groups:
-    """Groups of `size` neighbouring columns in every row of z `[B, m]`; their largest keys, int32 `[B, groups]`."""
+    """Groups of `size` neighbouring columns in every row of z `[B, m]`; `maxima` are their largest keys, int32
+    `[B, groups]`."""
 
     def __init__(self, z: Tensor, size: int) -> None:
         self.z, self.size = z, size
@@ -144,14 +145,14 @@ class _Groups:
         self._launch(_maxima)
 
     def count(self, limits: Tensor) -> tuple[Tensor, Tensor]:
-        """int32 `[B, groups]` twice: how many keys of a group are above, and equal to, the limit `[S]` of its part."""
+        """Two int32 `[B, groups]`: how many keys of a group are above, and equal to, the limit `[S]` of its segment."""
         above, equal = torch.empty_like(self.maxima), torch.empty_like(self.maxima)
         self._launch(_counts, _of_rows(limits, self.z), above, equal)
         return above, equal
 
     def write(self, limits: Tensor, counts: Tensor, ties: Tensor, total: int) -> tuple[Tensor, Tensor]:
-        """Positions and values of the `total` entries with keys above the limit `[S]` of their part, and of the first
-        `ties` of every group that are equal to it; these are `counts` in a group."""
+        """Positions and values of the `total` entries with keys above the limit `[S]` of their segment, and of the
+        first `ties` entries of every group that equal it. A group has `counts` of these entries."""
         starts = counts.flatten().cumsum(0) - counts.flatten()
         positions = torch.empty(total, dtype=torch.int64, device=self.z.device)
         values = torch.empty(total, dtype=torch.float32, device=self.z.device)
@@ -168,14 +169,14 @@ class _Groups:
 
 @triton.jit
 def _key(z):
-    """int32, larger for a larger value: the bits of a positive fp32 number, 0 for those <= 0, the largest for NaN."""
+    """int32 that grows with the value: the bits of a positive fp32 number, 0 for numbers <= 0, the maximum for NaN."""
     bits = z.to(tl.float32).to(tl.int32, bitcast=True)
     return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFFFFFF, tl.maximum(bits, 0))
 
 
 @triton.jit
 def _place(n_groups, groups_of_row, m, GROUP: tl.constexpr, TILE: tl.constexpr):
-    """Of `TILE` groups: their numbers, their rows `[TILE]`, the row-major positions of their entries and which of them
+    """For `TILE` groups: their indices and rows `[TILE]`, the row-major positions of their entries and whether these
     exist `[TILE, GROUP]`."""
     group = tl.program_id(0) * TILE + tl.arange(0, TILE)
     row = group // groups_of_row
@@ -233,7 +234,7 @@ def _entries(
 
 @triton.jit
 def _count_reaching(z, keys, counts, m, SHIFT: tl.constexpr, TILE: tl.constexpr):
-    """For one row: how many entries reach key + j 2^SHIFT, j from 0 to 15."""
+    """For one row: how many entries reach key + j 2^SHIFT, for j from 0 to 15."""
     row = tl.program_id(0)
     digit = tl.arange(0, 16)
     bound = tl.load(keys + row).to(tl.int64) + (digit.to(tl.int64) << SHIFT)

@@ -1,4 +1,4 @@
-"""Which kernels serve a tensor's device, and in what precision products are made there."""
+"""Which kernels run on a tensor's device, and in which precision they compute products."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _in_bf16 = ContextVar("in_bf16", default=False)
 
 @contextmanager
 def products_in_bf16(wanted: bool) -> Iterator[None]:
-    """Within, sparse encoding and decoding round what they multiply to bf16, forwards and backwards; sums, results and
-    parameters stay in fp32. It needs the Triton kernels."""
+    """Inside the block, sparse encoding and decoding round the factors of products to bf16, forwards and backwards.
+    Sums, results and parameters stay in fp32. Needs the Triton kernels."""
     token = _in_bf16.set(wanted)
     try:
         yield
@@ -33,20 +33,20 @@ def in_bf16() -> bool:
 
 
 def triton_kernels(x: Tensor) -> SimpleNamespace | None:
-    """The kernels `cuda` and `cuda_select` if they serve this tensor: on a CUDA device, where Triton is installed.
+    """The kernels `cuda` and `cuda_select` if they can run on this tensor: on a CUDA device with Triton installed.
 
-    Raises UserError where products in bf16 are wanted and these kernels are not to be had.
+    Raises UserError if products in bf16 are wanted and these kernels are not available.
     """
-    found = _imported() if _is_served(x) else None
-    if found is None and in_bf16():
+    kernels = _imported() if _is_supported(x) else None
+    if kernels is None and in_bf16():
         raise UserError(
             f"trainer.precision=bf16-mixed needs a CUDA device and Triton; this is {x.device.type}, "
             f"Triton is {'' if find_spec('triton') else 'not '}installed. Set trainer.precision=32-true."
         )
-    return found
+    return kernels
 
 
-def _is_served(x: Tensor) -> bool:
+def _is_supported(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64
 
 

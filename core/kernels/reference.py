@@ -1,5 +1,5 @@
-"""Encoding and decoding as plain dense autograd: what the sparse kernels have to equal, and the faster choice where
-the dictionary is small or the codes are not sparse.
+"""Encoding and decoding as plain dense autograd. The sparse kernels must equal it. It is also the faster choice for
+small dictionaries and for codes that are not sparse.
 
 Shapes: B rows in the batch, d = d_model (or `2, d`, a pair of models), m = dict_size. Ties go to the entry with the
 lower row-major position.

@@ -1,16 +1,16 @@
-"""Exact selection of the largest positive pre-activations, without ever holding all of them.
+"""Exact selection of the largest positive pre-activations, without holding all of them in memory.
 
-On the CPU the pre-activations are made in blocks that reuse one buffer, and of each block only the few entries survive
-that may be among the largest. A partition of the survivors then decides exactly. Survivors are found in two ways:
-  by groups   the entries of a block of rows are put in groups: where n groups have a maximum >= t, n entries are >= t,
-              and only groups with such a maximum need be looked into
-  by columns  (BatchTopK on large matrices) the bound is estimated from a few rows, a little too low, and blocks of
-              columns small enough for the cache are compared with it; should fewer than n entries reach it, the
-              estimate was too high, and groups decide instead
-CUDA devices use `core.kernels.cuda_select`, others `topk` on the whole matrix.
+On the CPU the pre-activations are computed in blocks that reuse one buffer. Of each block only the few candidates are
+kept that may be among the largest. A partition of all candidates then decides exactly. There are two ways to get them:
+  by groups   the entries of a block of rows are divided into groups. If n groups have a maximum >= t, at least n
+              entries are >= t, and only the groups with such a maximum are read again
+  by columns  (BatchTopK on large matrices) a bound is estimated from a few rows, a little too low, and compared with
+              blocks of columns that fit into the cache. If fewer than n entries reach it, it was too high, and the
+              selection is repeated by groups
+CUDA devices use `core.kernels.cuda_select`, other devices `topk` on the whole matrix.
 
 Shapes: B rows in the batch, R rows in a block, d = d_model, m = dict_size, n = entries kept. Ties go to the entry with
-the lower row-major position. Entries <= 0 are never kept; NaN counts as the largest value, so that it is not hidden.
+the lower row-major position. Entries <= 0 are never kept. NaN counts as the largest value, so that it is not hidden.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from core.kernels.device import in_bf16, triton_kernels
 
 BLOCK_ENTRIES = 1 << 24  # pre-activations in a block of rows: 64 MiB in fp32
 CACHED_ENTRIES = 1 << 22  # in a block of columns: 16 MiB
-GATHER_COST = 8  # of an entry looked up on its own, in entries of a matrix that is read through
-SAMPLED_ROWS = 64  # from which the bound is estimated
-SAMPLE_MARGIN = 1.25  # entries that the estimated bound should let through, for each one wanted
+GATHER_COST = 8  # cost of reading one entry by its index, relative to one entry of a whole matrix
+SAMPLED_ROWS = 64  # rows from which the bound is estimated
+SAMPLE_MARGIN = 1.25  # entries that should reach the estimated bound, per entry wanted
 POSITIVE = float(np.finfo(np.float32).smallest_subnormal)
 
 Selected = tuple[Support, Tensor]
@@ -45,24 +45,24 @@ def select_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> Selec
     return _of_blocks(x, W_enc, b_enc, lambda z: _row_candidates(z, k), lambda z: mask_of_largest(z, k))
 
 
-class NotSparse(Exception):  # noqa: N818 - it is no error, only an answer
-    """More entries stand above the threshold than are wanted."""
+class NotSparse(Exception):  # noqa: N818 - it is an answer, not an error
+    """More entries are above the threshold than allowed."""
 
 
 def select_above(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor, densest: float = 1.0) -> Selected:
     """The entries above `threshold` (a scalar, or `[m]`, one per latent).
 
-    Raises NotSparse if a part of the matrix has more than a share `densest` of its entries above it.
+    Raises NotSparse if in some block of the matrix more than a share `densest` of the entries is above it.
     """
 
     def mask(z: Tensor) -> Tensor:
         return ~(z <= threshold)
 
     def choose(z: Tensor) -> np.ndarray:
-        found = np.flatnonzero(mask(z).numpy())
-        if found.size > densest * z.numel():
+        positions = np.flatnonzero(mask(z).numpy())
+        if positions.size > densest * z.numel():
             raise NotSparse
-        return found
+        return positions
 
     if _on_cpu(x):
         return _of_blocks(x, W_enc, b_enc, choose, mask)
@@ -78,15 +78,15 @@ def select_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> 
     n = k * B
     if triton := triton_kernels(x):
         return triton.select.batchtopk(_pre_activations(x, W_enc, b_enc), k)
-    found = None
+    selected = None
     if _on_cpu(x):
         large = B * m > CACHED_ENTRIES and B >= 4 * SAMPLED_ROWS
-        found = _largest_by_columns(x, W_enc, b_enc, n) if large else None
-        found = found or _largest_by_groups(x, W_enc, b_enc, n)
-    if found is None:
+        selected = _largest_by_columns(x, W_enc, b_enc, n) if large else None
+        selected = selected or _largest_by_groups(x, W_enc, b_enc, n)
+    if selected is None:
         z = _pre_activations(x, W_enc, b_enc)
         return _of_mask(z, lambda z: mask_of_largest(z.flatten(), n).view_as(z))
-    index, values = found
+    index, values = selected
     return _support(torch.from_numpy(index), (B, m)), torch.from_numpy(values)
 
 
@@ -113,7 +113,7 @@ def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, out: Tensor
 
 
 def _blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-    """(index of the first row, pre-activations `[R, m]`) of block after block; each overwrites the one before."""
+    """(index of the first row, pre-activations `[R, m]`) of every block. Each block overwrites the previous one."""
     n_rows = min(x.shape[0], max(1, BLOCK_ENTRIES // W_enc.shape[0]))
     buffer = x.new_empty(n_rows, W_enc.shape[0])
     for first in range(0, x.shape[0], n_rows):
@@ -128,18 +128,18 @@ def _of_blocks(
     choose: Callable[[Tensor], np.ndarray],
     mask_if_nan: Callable[[Tensor], Tensor],
 ) -> Selected:
-    """What `choose` (block -> row-major positions in it) keeps of every block."""
+    """The entries that `choose` (block -> row-major positions in it) keeps, over all blocks."""
     indices, values = [], []
     for first_row, z in _blocks(x, W_enc, b_enc):
-        found = np.flatnonzero(mask_if_nan(z).numpy()) if _has_nan(z) else choose(z)
-        indices.append(found + first_row * z.shape[1])
-        values.append(z.numpy().ravel()[found])
+        positions = np.flatnonzero(mask_if_nan(z).numpy()) if _has_nan(z) else choose(z)
+        indices.append(positions + first_row * z.shape[1])
+        values.append(z.numpy().ravel()[positions])
     index = torch.from_numpy(np.concatenate(indices))
     return _support(index, (x.shape[0], W_enc.shape[0])), torch.from_numpy(np.concatenate(values))
 
 
 def _of_mask(z: Tensor, choose: Callable[[Tensor], Tensor]) -> Selected:
-    """What `choose` (matrix -> bool mask) keeps, on any device; waits for the device once to learn how many."""
+    """The entries that `choose` (matrix -> bool mask) keeps, on any device. Waits for the device once."""
     index = choose(z).flatten().nonzero().squeeze(1)
     return _support(index, (z.shape[0], z.shape[1])), z.flatten()[index]
 
@@ -163,13 +163,13 @@ def _largest_by_groups(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, n: int) -
         if _has_nan(z):
             return None
         groups = Groups.of(z, -(-n // x.shape[0]))
-        found = groups.entries_from(max(bound, groups.reached_by(n)))
-        index = np.concatenate([index, found + first_row * m])
-        values = np.concatenate([values, z.numpy().ravel()[found]])
+        positions = groups.entries_from(max(bound, groups.reached_by(n)))
+        index = np.concatenate([index, positions + first_row * m])
+        values = np.concatenate([values, z.numpy().ravel()[positions]])
         if values.size >= n:
             keep = _largest(values, n)
             index, values = index[keep], values[keep]
-            bound = np.nextafter(values.min(), np.inf, dtype=values.dtype)  # an equal one further down would lose
+            bound = np.nextafter(values.min(), np.inf, dtype=values.dtype)  # a later equal entry would lose the tie
     return index, values
 
 
@@ -190,10 +190,10 @@ def _largest_by_columns(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, n: int) 
         z = _pre_activations(x, W, b, out=buffer[: B * len(W)].view(B, len(W)))
         if _has_nan(z):
             return None
-        found = np.flatnonzero(z.numpy() >= bound)
-        rows, columns = np.divmod(found, len(W))
+        positions = np.flatnonzero(z.numpy() >= bound)
+        rows, columns = np.divmod(positions, len(W))
         indices.append(rows * m + (columns + first))
-        values.append(z.numpy().ravel()[found])
+        values.append(z.numpy().ravel()[positions])
     if sum(map(len, values)) < n and bound > POSITIVE:
         return None
     index, value = np.concatenate(indices), np.concatenate(values)
@@ -204,9 +204,9 @@ def _largest_by_columns(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, n: int) 
 
 
 class Groups(NamedTuple):
-    """The entries of a block of pre-activations z `[R, m]` in groups of columns that stand far apart.
+    """The entries of a block of pre-activations z `[R, m]`, in groups of columns that are far apart.
 
-    Column j belongs to group j modulo the number of groups; the last columns, fewer than `size`, to none.
+    Column j belongs to group j modulo the number of groups. The last columns, fewer than `size`, belong to none.
     """
 
     z: np.ndarray  # [R, m]
@@ -215,8 +215,8 @@ class Groups(NamedTuple):
 
     @classmethod
     def of(cls, z: Tensor, k: int) -> Groups:
-        """Groups for finding about k entries in every row: larger ones make fewer maxima, but more to look into, and
-        every entry wanted needs two groups or more."""
+        """Groups to select about k entries per row. Larger groups mean fewer maxima but more entries to read again;
+        every entry wanted needs at least two groups."""
         m = z.shape[1]
         size = 1
         while (2 * size) ** 2 * k <= 2 * m and m // (2 * size) >= 2 * k:
@@ -225,20 +225,20 @@ class Groups(NamedTuple):
         return cls(z.numpy(), z[:, : n_groups * size].unflatten(1, (size, n_groups)).amax(1).numpy(), size)
 
     def reached_by(self, n: int) -> float:
-        """A value that at least `n` entries reach; -inf where there are too few to say."""
+        """A value that at least `n` entries reach; -inf if there are fewer than n groups."""
         if self.maxima.size < n:
             return -np.inf
         return float(np.partition(self.maxima.ravel(), self.maxima.size - n)[self.maxima.size - n])
 
     def reached_per_row(self, k: int) -> np.ndarray:
-        """`[R, 1]`: values that at least k entries of each row reach; -inf where there are too few to say."""
+        """`[R, 1]`: for each row a value that at least k entries reach; -inf if there are fewer than k groups."""
         n_groups = self.maxima.shape[1]
         if n_groups < k:
             return np.full((len(self.z), 1), -np.inf, self.z.dtype)
         return np.partition(self.maxima, n_groups - k, axis=1)[:, [n_groups - k]]
 
     def entries_from(self, bound: float | np.ndarray) -> np.ndarray:
-        """Row-major positions, sorted, of the entries >= bound: a number, or one for each row `[R, 1]`."""
+        """Sorted row-major positions of the entries >= bound, which is a number or one per row `[R, 1]`."""
         m, n_groups = self.z.shape[1], self.maxima.shape[1]
         reached = np.flatnonzero(self.maxima >= bound)
         if reached.size * self.size * GATHER_COST > self.z.size:
@@ -246,28 +246,28 @@ class Groups(NamedTuple):
         rows, first = np.divmod(reached, n_groups)
         inside = (rows * m + first)[:, None] + np.arange(self.size) * n_groups
         least = bound[rows] if isinstance(bound, np.ndarray) else bound
-        found = inside[self.z.ravel()[inside] >= least]
+        positions = inside[self.z.ravel()[inside] >= least]
         if n_groups * self.size < m:
             rest_rows, rest = np.nonzero(self.z[:, n_groups * self.size :] >= bound)
-            found = np.concatenate([found, rest_rows * m + rest + n_groups * self.size])
-        found.sort()
-        return found
+            positions = np.concatenate([positions, rest_rows * m + rest + n_groups * self.size])
+        positions.sort()
+        return positions
 
 
 def _row_candidates(z: Tensor, k: int) -> np.ndarray:
     """Row-major positions of the k largest entries > 0 of every row of `[R, m]`."""
     n_rows, m = z.shape
     groups = Groups.of(z, k)
-    found = groups.entries_from(np.maximum(groups.reached_per_row(k), POSITIVE))
-    starts = np.searchsorted(found, np.arange(n_rows + 1) * m)
+    positions = groups.entries_from(np.maximum(groups.reached_per_row(k), POSITIVE))
+    starts = np.searchsorted(positions, np.arange(n_rows + 1) * m)
     surplus = np.flatnonzero(np.diff(starts) > k)
     if surplus.size == 0:
-        return found
-    return found[_trim_rows(groups.z.ravel()[found], starts, surplus, k)]
+        return positions
+    return positions[_trim_rows(groups.z.ravel()[positions], starts, surplus, k)]
 
 
 def _trim_rows(values: np.ndarray, starts: np.ndarray, surplus: np.ndarray, k: int) -> np.ndarray:
-    """bool mask that leaves k candidates in each of the rows `surplus`; row i owns starts[i] : starts[i + 1]."""
+    """bool mask that keeps k candidates in each of the rows `surplus`; row i owns starts[i] : starts[i + 1]."""
     lengths = np.diff(starts)[surplus]
     place = np.arange(lengths.max())
     inside = place < lengths[:, None]  # [rows with surplus, longest]
@@ -291,7 +291,7 @@ def _largest(values: np.ndarray, n: int) -> np.ndarray:
 
 
 def _has_nan(z: Tensor) -> bool:
-    """Whether a product has a NaN: one in an input row fills its row, one in a weight fills its column."""
+    """Whether a product has a NaN. A NaN in an input fills its row, and one in a weight fills its column."""
     return bool(z[0].isnan().any() or z[:, 0].isnan().any())
 
 

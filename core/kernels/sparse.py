@@ -1,12 +1,12 @@
-"""Encoding and decoding with k of m latents: one dense product, everything else on the entries that were kept.
+"""Encoding and decoding with k of m latents: one dense product, and everything else on the kept entries.
 
-A dense step makes five products of 2 B d m operations (pre-activations, decoding, and their three gradients). Here the
-first is dense, and the rest costs 2 B d k each: sums of scaled rows (`embedding_bag`; Triton on CUDA) and products
-sampled at the support. Pre-activations are not kept for the backward pass. `core.kernels.reference` says the same in
-plain autograd.
+A dense step makes five products of 2 B d m operations (pre-activations, decoding, and their three gradients). Here only
+the first is dense. The others cost 2 B d k each: sums of scaled rows (`embedding_bag`; Triton on CUDA) and products
+sampled at the support. Pre-activations are not kept for the backward pass. `core.kernels.reference` computes the same
+in plain autograd.
 
-Shapes: B rows in the batch, d = d_model, m = dict_size, n = entries kept. Wherever `[.., d]` stands, a pair of models
-on the same tokens may be `[.., 2, d]` (x, centre, W_enc and W_dec alike): a pre-activation sums over both.
+Shapes: B rows in the batch, d = d_model, m = dict_size, n = entries kept. For a pair of models on the same tokens,
+`[.., d]` may be `[.., 2, d]` in x, centre, W_enc and W_dec alike; a pre-activation then sums over both models.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from core.kernels.codes import Codes, DenseCodes, SparseCodes, Support
 from core.kernels.device import in_bf16, triton_kernels
 from core.kernels.select import NotSparse, Select, mask_of_largest, select_above, select_topk
 
-# PyTorch says this once for every program that makes a CSR tensor; only `sampled_product` does here.
+# PyTorch prints this warning once in every program that makes a CSR tensor, as `sampled_product` does.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 Path = Literal["auto", "sparse", "dense"]
-MIN_LATENTS_PER_ENTRY = 4  # `auto` is sparse from m = 4 k on: on a CPU, at d 192, there both are about equally fast
+MIN_LATENTS_PER_ENTRY = 4  # `auto` is sparse from m = 4 k on, where both are about equally fast (on a CPU, d = 192)
 
 
 def use_sparse(path: Path, dict_size: int, k: float) -> bool:
-    """Whether codes with k of `dict_size` latents per row are handled sparsely. Results are equal to rounding."""
+    """Whether codes with k of `dict_size` latents per row are handled sparsely. Results are equal up to rounding."""
     return path == "sparse" or (path == "auto" and dict_size >= MIN_LATENTS_PER_ENTRY * k)
 
 
@@ -43,8 +43,8 @@ def encode_topk(
 ) -> Codes:
     """The k largest entries > 0 of every row of (x - centre) W_enc^T + b_enc, x `[B, d]`, W_enc `[m, d]`.
 
-    `centre` `[d]` may be left to the kernel because its gradient, - sum_ij df_ij W_enc_j, then costs one product of
-    a vector and a matrix. The selection is constant to the gradient.
+    Subtracting `centre` `[d]` here is cheaper: its gradient, - sum_ij df_ij W_enc_j, then costs only one product of a
+    vector and a matrix. The gradient treats the selection as constant.
     """
     if not use_sparse(path, W_enc.shape[0], k):
         z = reference.pre_activations(x, W_enc, b_enc, centre)
@@ -55,8 +55,8 @@ def encode_topk(
 def encode_batchtopk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, centre: Tensor | None = None, path: Path = "sparse"
 ) -> Codes:
-    """The B k largest entries > 0 of the whole matrix (x - centre) W_enc^T + b_enc; fewer if fewer are > 0. Of several
-    ranks (`core.distributed`), the largest of all their matrices."""
+    """The B k largest entries > 0 of the whole matrix (x - centre) W_enc^T + b_enc; fewer if fewer are > 0. With
+    several ranks (`core.distributed`), the largest of all their matrices."""
     if not use_sparse(path, W_enc.shape[0], k):
         z = reference.pre_activations(x, W_enc, b_enc, centre)
         return DenseCodes(z.where(mask_of_batchtopk(z.detach(), k), 0))
@@ -78,10 +78,10 @@ def pre_activations_above(
     centre: Tensor | None = None,
     path: Path = "auto",
 ) -> Codes:
-    """What a rule that looks at nothing below `floor` (a scalar, or `[m]`) needs of z = (x - centre) W_enc^T + b_enc.
+    """z = (x - centre) W_enc^T + b_enc, for a rule that ignores entries below `floor` (a scalar, or `[m]`).
 
-    Sparse: the entries of z above the floor; dense: all of z, whatever the floor. `auto` counts this very batch and is
-    sparse where fewer than one entry in `MIN_LATENTS_PER_ENTRY` stands above it.
+    Sparse: only the entries of z above the floor. Dense: all of z, whatever the floor. `auto` counts the entries of
+    each batch and is sparse if fewer than one in `MIN_LATENTS_PER_ENTRY` is above the floor.
     """
     if path != "dense":
         densest = 1.0 if path == "sparse" else 1 / MIN_LATENTS_PER_ENTRY
@@ -159,7 +159,7 @@ class _Decode(torch.autograd.Function):
 
 
 def _factor(x: Tensor, to_bf16: bool) -> Tensor:
-    """x as products see it."""
+    """x in the precision of a factor of a product."""
     return x.bfloat16() if to_bf16 else x
 
 

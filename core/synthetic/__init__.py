@@ -1,1 +1,1 @@
-"""Sources with a ground truth: planted entities, and sparse codes under a known dictionary."""
+"""Data with a ground truth: planted entities, and sparse codes with a known dictionary."""

@@ -1,7 +1,7 @@
-"""The synthetic problem of O'Neill et al. 2025 with more samples than fit into memory densely.
+"""The synthetic problem of O'Neill et al. 2025 with more samples than fit into memory as dense codes.
 
-A sample is kept as its K active codes: an index (2 bytes) and a value (4) each, where the dense codes of a thousand
-atoms take 4,000 bytes. Observations are computed batch by batch.
+A sample is stored as its K active codes, with an index (2 bytes) and a value (4 bytes) each. Dense codes of a thousand
+atoms would take 4,000 bytes. Observations are computed batch by batch.
 
 Shapes: n samples, B of a batch, N true codes, M observed dimensions, K active codes; D `[N, M]`, atoms are rows.
 """
@@ -17,7 +17,7 @@ from core.seeding import generator
 from core.synthetic.sparse_codes import SparseCodes
 
 MOST_CODES = 2**16  # an index has 16 bits
-DRAWN_AT_ONCE = 4096  # samples; part of what a seed means
+DRAWN_AT_ONCE = 4096  # samples; changing it changes the samples of a seed
 
 
 class LargeSparseCodes:
@@ -30,7 +30,7 @@ class LargeSparseCodes:
 
     def __init__(self, law: SparseCodes, n: int, seed: int, purpose: str = "train") -> None:
         if law.N > MOST_CODES:
-            raise UserError(f"source.N: {law.N} codes, but at most {MOST_CODES:,} can be told apart by 16 bits.")
+            raise UserError(f"source.N: {law.N} codes, but a 16-bit index allows at most {MOST_CODES:,}.")
         if n < 1:
             raise UserError(f"source.n_{purpose}: {n} must be at least 1.")
         self.law, self.seed, self.D = law, seed, law.dictionary(seed)
@@ -48,14 +48,14 @@ class LargeSparseCodes:
 
     @property
     def n_bytes(self) -> int:
-        """What the samples take, without the dictionary."""
+        """Memory of the samples, without the dictionary."""
         return self.indices.nbytes + self.values.nbytes
 
     def batch(self, step: int, size: int) -> tuple[Tensor, Tensor]:
         """Active codes of an optimiser step's samples: indices `[B, K]`, int64, and values `[B, K]`.
 
-        A pass shows every sample at most once, in an order of its own; the samples of a last batch that would be
-        smaller wait for the next pass. A step's batch depends on the step alone. Raises UserError if size > n.
+        A pass shows every sample at most once, in its own order, and leaves out a smaller last batch. The batch of a
+        step depends only on the step. Raises UserError if size > n.
         """
         if not 1 <= size <= len(self):
             raise UserError(f"batch_size: {size} must be between 1 and the {len(self):,} samples there are.")
@@ -66,7 +66,7 @@ class LargeSparseCodes:
         return self.active(self._order[place * size : (place + 1) * size])
 
     def active(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """As `batch`, of some samples."""
+        """As `batch`, for the given samples."""
         return self.indices[rows].to(torch.int64), self.values[rows]
 
     def observed(self, indices: Tensor, values: Tensor) -> Tensor:

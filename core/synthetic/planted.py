@@ -1,7 +1,7 @@
-"""Activations with a known structure: entities that share attributes, as a test bed of dictionaries of several sizes.
+"""Activations with a known structure: entities that share attributes, to test dictionaries of several sizes.
 
-A row is a sum of a few entities. An entity's vector is a direction of its own plus the directions of a few attributes,
-so that a small dictionary does best by learning attributes and a large one by learning entities.
+A row is a sum of a few entities. An entity's vector is its own direction plus the directions of a few attributes. So a
+small dictionary does best if it learns attributes, and a large one if it learns entities.
 
 Shapes: B rows in the batch, d = d_model, E = n_entities, A = n_attributes.
 """
@@ -28,9 +28,9 @@ class PlantedEntities:
     entities_per_row       smallest and largest number of entities in a row, uniform; equal numbers make all rows
                            equally complex (the negative control of the BatchTopK comparison)
     weights                smallest and largest weight of an entity in a row, uniform
-    extra_attribute        probability of one more attribute, on its own, in a row
+    extra_attribute        probability that a row has one more attribute, without an entity
     noise                  standard deviation per coordinate
-    seed                   of the directions; rows are drawn from generators of their own
+    seed                   of the directions; rows have their own generators
 
     Entities are drawn with probability proportional to 1 / rank (Zipf), without replacement.
     """
@@ -63,7 +63,7 @@ class PlantedEntities:
         """`n` rows. Truth: `entities` `[n, E]` and `attributes` `[n, A]`, the weight of each in the row."""
         low, high = self.entities_per_row
         count = torch.randint(low, high + 1, (n, 1), generator=g)
-        race = torch.rand(n, len(self.frequencies), generator=g).log() / self.frequencies  # the largest: a draw each
+        race = torch.rand(n, len(self.frequencies), generator=g).log() / self.frequencies  # the largest are drawn
         order = race.topk(high, dim=1).indices
         weight = torch.empty(n, high).uniform_(*self.weights, generator=g) * (torch.arange(high) < count)
         entities = torch.zeros(n, len(self.frequencies)).scatter(1, order, weight)

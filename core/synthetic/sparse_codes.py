@@ -36,9 +36,9 @@ class SparseCodes:
     """The law that codes and dictionary are drawn from (O'Neill et al. 2025, and the Zipf variant of their code).
 
     Exactly K codes of a sample are active. Without `zipf_alpha` every set of K codes is equally likely and magnitudes
-    are half-normal, |N(0, 1)|. With it, code i = 1..N has the weight w_i = i^-alpha / sum_j j^-alpha: the K codes are
-    drawn one after the other without replacement in proportion to w, and code i's magnitude is |N(0, 1)| (w_i + 0.1),
-    so both frequency and magnitude fall with i.
+    are half-normal, |N(0, 1)|. With it, code i = 1..N has the weight w_i = i^-alpha / sum_j j^-alpha. The K codes are
+    drawn one after another, without replacement, in proportion to w. The magnitude of code i is |N(0, 1)| (w_i + 0.1).
+    So both frequency and magnitude fall with i.
     Raises UserError for sizes below 1, K > N, or a `zipf_alpha` that is not a positive number.
     """
 
@@ -60,7 +60,7 @@ class SparseCodes:
             )
 
     def draw(self, n_train: int, n_test: int, seed: int) -> Problem:
-        """A problem that depends on `seed` alone: the test set does not change with `n_train`, nor D with either."""
+        """A problem that depends only on `seed`: `n_train` does not change the test set, and neither size changes D."""
         _at_least_1("n_train", n_train)
         _at_least_1("n_test", n_test)
         D = self.dictionary(seed)
@@ -80,8 +80,8 @@ class SparseCodes:
     def active(self, n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
         """The active codes of n samples: indices int64 `[n, K]`, all different within a row, and values `[n, K]` > 0.
 
-        Codes race with exponential arrival times of rates w; the first K to arrive are distributed as K draws without
-        replacement. Takes memory for n * N float32 arrival times.
+        Each code gets an exponential arrival time of rate w; the first K to arrive are distributed as K draws without
+        replacement. Needs memory for n * N float32 arrival times.
         """
         arrival = torch.empty(n, self.N).exponential_(generator=g) / self.weights()
         indices = arrival.topk(self.K, dim=1, largest=False, sorted=False).indices

@@ -1,6 +1,6 @@
 """The bundled corpus: real text that every Python installation already has, harvested on the user's machine.
 
-Four kinds of documents stand for the subsets of a corpus:
+There are four kinds of documents, like the subsets of a corpus:
   prose      help topics of the language (`pydoc_data.topics`), read-me files and other text files of installed packages
   docstring  the docstrings of a module, each after the signature of its object
   code       the same module's source without its docstrings

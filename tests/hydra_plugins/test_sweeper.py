@@ -6,15 +6,15 @@ GRID = [
 ]
 
 
-def test_without_arguments_the_grid_stays():
+def test_without_arguments_the_grid_does_not_change():
     assert narrowed(GRID, {}) == GRID
 
 
-def test_a_value_of_the_grid_narrows_its_blocks_and_drops_the_others():
+def test_a_value_of_the_grid_narrows_its_blocks_and_drops_other_blocks():
     assert narrowed(GRID, {"method": ["method=topk"]}) == [{"method": ["method=topk"], "k": ["k=8", "k=16"]}]
 
 
-def test_a_value_that_no_block_has_replaces_the_axis_where_there_is_one():
+def test_a_value_that_no_block_has_replaces_the_axis_in_the_blocks_that_have_it():
     assert narrowed(GRID, {"k": ["k=4"]}) == [{"method": ["method=topk", "method=batchtopk"], "k": ["k=4"]}]
 
 
@@ -22,11 +22,11 @@ def test_no_given_value_is_lost_when_some_are_in_the_grid_and_some_are_not():
     assert [block["k"] for block in narrowed(GRID, {"k": ["k=8", "k=4"]})] == [["k=8", "k=4"]]
 
 
-def test_a_setting_that_is_no_axis_is_added_to_every_block():
+def test_a_setting_that_is_not_an_axis_is_added_to_every_block():
     assert all(block["seed"] == ["seed=1", "seed=2"] for block in narrowed(GRID, {"seed": ["seed=1", "seed=2"]}))
 
 
-def test_blocks_without_the_narrowed_axis_fall_out():
+def test_blocks_without_the_narrowed_axis_are_dropped():
     assert narrowed(GRID, {"k": ["k=16"]}) == [{"method": ["method=topk", "method=batchtopk"], "k": ["k=16"]}]
     assert narrowed(GRID, {"method": ["method=jumprelu"], "k": ["k=16"]}) == []
 
@@ -38,16 +38,15 @@ def cells(*arguments: str) -> set[str]:
     return {" ".join(sorted(cell)) for cell in cells_of(BLOCKS, arguments, alone=["method=read"])}
 
 
-def test_what_fits_into_no_grid_runs_once_for_every_combination_given():
+def test_an_assignment_that_fits_no_grid_runs_once_for_every_given_combination():
     assert cells("method=read") == {"method=read"}
     assert cells("method=read", "path=a,b", "seed=3") == {"method=read path=a seed=3", "method=read path=b seed=3"}
 
 
-def test_what_fits_into_no_grid_stands_beside_the_cells_of_the_grid():
+def test_an_assignment_that_fits_no_grid_runs_next_to_the_cells_of_the_grid():
     assert cells("method=read,jumprelu") == {"method=read", "method=jumprelu seed=0", "method=jumprelu seed=1"}
 
 
-def test_a_grid_that_names_it_keeps_it():
+def test_such_an_assignment_is_an_ordinary_value_in_a_grid_that_names_it():
     blocks = [*BLOCKS, {"method": "read", "path": "a,b"}, {"method": "read", "path": "c"}]
-    found = cells_of(blocks, ["method=read", "path=b"], alone=["method=read"])
-    assert found == [["method=read", "path=b"]]
+    assert cells_of(blocks, ["method=read", "path=b"], alone=["method=read"]) == [["method=read", "path=b"]]

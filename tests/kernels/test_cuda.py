@@ -1,7 +1,7 @@
-"""The Triton kernels equal plain PyTorch: on a GPU compiled, elsewhere in Triton's interpreter, where it is installed.
+"""The Triton kernels equal plain PyTorch: compiled on a GPU, or else in Triton's interpreter, if it is installed.
 
-The interpreter must be chosen before Triton is imported, so without a GPU one test runs this file again in a process of
-its own. It shows that the kernels compute the right thing; that they compile is shown for a GPU that need not be there.
+The interpreter must be chosen before Triton is imported. So without a GPU one test runs this file again in a separate
+process, which shows that the kernels compute the right thing. Another test compiles them, which needs no GPU.
 """
 
 import os
@@ -64,7 +64,7 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter's functions cannot be compiled")
 @pytest.mark.parametrize("capability", [80, 90])
-def test_every_kernel_compiles_for_a_gpu_that_need_not_be_there(
+def test_every_kernel_compiles_even_on_a_machine_without_a_gpu(
     capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     import triton
@@ -88,7 +88,7 @@ def support_of(lengths: list[int], n_rows: int, g: torch.Generator) -> tuple[Ten
 
 
 def bag(weights: Tensor, index: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
-    """The sums in fp64, one segment after the other."""
+    """The sums in fp64, one segment at a time."""
     rows = weights.double()[:, None] * table.double()[index]
     parts = [rows[a:b].sum(0) for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
     return torch.stack(parts).float() if parts else torch.zeros(0, table.shape[1])
@@ -111,9 +111,9 @@ def test_sums_of_rows_equal_a_loop(lengths: list[int], d: int, piece: int, wides
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "PIECE", piece)
         patch.setattr(cuda, "WIDEST", widest)
-        found = [cuda.sums_of_rows(*(t.to(DEVICE) for t in (weights, index, offsets, table))) for _ in range(2)]
-    assert found[0].dtype == torch.float32 and torch.equal(found[0], found[1])
-    torch.testing.assert_close(found[0].cpu(), bag(weights, index, offsets, table), atol=1e-4, rtol=1e-4)
+        actual = [cuda.sums_of_rows(*(t.to(DEVICE) for t in (weights, index, offsets, table))) for _ in range(2)]
+    assert actual[0].dtype == torch.float32 and torch.equal(actual[0], actual[1])
+    torch.testing.assert_close(actual[0].cpu(), bag(weights, index, offsets, table), atol=1e-4, rtol=1e-4)
 
 
 @here
@@ -121,19 +121,19 @@ def test_sums_of_rows_by_hand():
     """Rows 1, 10, 100: 2 x 1 + 3 x 100; nothing; 5 x 10."""
     table = torch.tensor([[1.0, -1.0], [10.0, -10.0], [100.0, -100.0]])
     arguments = (torch.tensor([2.0, 3.0, 5.0]), torch.tensor([0, 2, 1]), torch.tensor([0, 2, 2, 3]), table)
-    found = cuda.sums_of_rows(*(t.to(DEVICE) for t in arguments))
-    assert found.tolist() == [[302, -302], [0, 0], [50, -50]]
+    actual = cuda.sums_of_rows(*(t.to(DEVICE) for t in arguments))
+    assert actual.tolist() == [[302, -302], [0, 0], [50, -50]]
 
 
 @here
 def test_a_long_segment_is_the_sum_of_its_pieces_wherever_it_starts():
-    """Exact in small integers: segments of 150 and 200 around borders of pieces of 64, empty ones between."""
+    """Exact with small integers: segments of 150 and 200 entries across pieces of 64, with empty ones between."""
     lengths = [3, 150, 0, 0, 64, 1, 200, 0]
     g = torch.Generator().manual_seed(0)
     weights, index, offsets = support_of(lengths, 4, g)
     weights, table = weights.round(), torch.randint(-3, 4, (4, 3), generator=g).float()
-    found = cuda.sums_of_rows(*(t.to(DEVICE) for t in (weights, index, offsets, table)))
-    assert torch.equal(found.cpu(), bag(weights, index, offsets, table))
+    actual = cuda.sums_of_rows(*(t.to(DEVICE) for t in (weights, index, offsets, table)))
+    assert torch.equal(actual.cpu(), bag(weights, index, offsets, table))
 
 
 @here
@@ -151,9 +151,9 @@ def test_a_sampled_product_equals_the_dense_one(n: int, d: int, widest: int, dty
     rows, cols = torch.randint(0, 4, (n,), generator=g), torch.randint(0, 7, (n,), generator=g)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "WIDEST", widest)
-        found = cuda.sampled_product(*(t.to(DEVICE) for t in (left, right, rows, cols)))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.cpu(), (left @ right.float().T)[rows, cols], atol=1e-4, rtol=1e-4)
+        actual = cuda.sampled_product(*(t.to(DEVICE) for t in (left, right, rows, cols)))
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.cpu(), (left @ right.float().T)[rows, cols], atol=1e-4, rtol=1e-4)
 
 
 @here
@@ -161,22 +161,22 @@ def test_a_sampled_product_equals_the_dense_one(n: int, d: int, widest: int, dty
 def test_pre_activations_are_the_product_in_bf16_and_the_bias_in_fp32(bias: bool):
     g = torch.Generator().manual_seed(0)
     x, W, b = torch.randn(8, 16, generator=g), torch.randn(24, 16, generator=g), torch.randn(24, generator=g) / 3
-    found = cuda.pre_activations(x.to(DEVICE), W.to(DEVICE), b.to(DEVICE) if bias else None).cpu()
+    actual = cuda.pre_activations(x.to(DEVICE), W.to(DEVICE), b.to(DEVICE) if bias else None).cpu()
     expected = x.bfloat16().double() @ W.bfloat16().double().T + (b.double() if bias else 0)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-6)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-6)
 
 
 @here
-def test_the_bias_keeps_all_the_bits_of_fp32():
+def test_the_bias_keeps_all_bits_of_fp32():
     b = torch.randn(50, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 4, 50)
-    found = cuda.pre_activations(torch.zeros(2, 8, device=DEVICE), torch.ones(50, 8, device=DEVICE), b.to(DEVICE))
-    assert torch.equal(found.cpu(), b.expand(2, 50))
+    actual = cuda.pre_activations(torch.zeros(2, 8, device=DEVICE), torch.ones(50, 8, device=DEVICE), b.to(DEVICE))
+    assert torch.equal(actual.cpu(), b.expand(2, 50))
 
 
 @st.composite
 def matrices(draw: st.DrawFn) -> tuple[Tensor, int]:
-    """Pre-activations and k: with ties, NaN, infinities, few or no positive entries, rows of unequal size."""
+    """Pre-activations and k, with ties, NaN, infinities, few or no positive entries, rows of unequal size."""
     B, m = draw(st.integers(1, 5)), draw(st.integers(1, 50))
     g = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
     z = torch.randint(-2, 4, (B, m), generator=g).float() if draw(st.booleans()) else torch.randn(B, m, generator=g)
@@ -198,8 +198,8 @@ def expected_selection(rule: str, z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return positions, flat[positions]
 
 
-def assert_selected(found: tuple[Support, Tensor], z: Tensor, expected: tuple[Tensor, Tensor]) -> None:
-    support, values = found
+def assert_selected(actual: tuple[Support, Tensor], z: Tensor, expected: tuple[Tensor, Tensor]) -> None:
+    support, values = actual
     positions, expected_values = expected
     assert torch.equal(support.rows * z.shape[1] + support.cols, positions)
     assert support.shape == z.shape and values.dtype == torch.float32
@@ -211,7 +211,7 @@ def assert_selected(found: tuple[Support, Tensor], z: Tensor, expected: tuple[Te
 @pytest.mark.parametrize("rule", ["topk", "batchtopk"])
 @examples
 @given(problem=matrices(), entries_per_candidate=st.sampled_from([1, 10_000]), smallest=st.sampled_from([1, 4]))
-def test_selection_keeps_the_entries_that_a_full_sort_keeps(
+def test_selection_keeps_the_same_entries_as_a_full_sort(
     rule: str, problem: tuple[Tensor, int], entries_per_candidate: int, smallest: int
 ):
     z, k = problem
@@ -220,20 +220,20 @@ def test_selection_keeps_the_entries_that_a_full_sort_keeps(
         patch.setattr(cuda_select, "SMALLEST_GROUP", smallest)
         patch.setattr(cuda_select, "TILE_ENTRIES", 256)
         support, values = getattr(cuda_select, rule)(z.to(DEVICE), k)
-    found = (Support(support.rows.cpu(), support.cols.cpu(), support.shape, support.offsets.cpu()), values.cpu())
-    assert_selected(found, z, expected_selection(rule, z, k))
+    actual = (Support(support.rows.cpu(), support.cols.cpu(), support.shape, support.offsets.cpu()), values.cpu())
+    assert_selected(actual, z, expected_selection(rule, z, k))
 
 
 @here
 @pytest.mark.parametrize("rule", ["topk", "batchtopk"])
 @pytest.mark.parametrize("n_equal", [0, 3000])
 def test_large_groups_and_many_candidates_select_the_same(rule: str, n_equal: int):
-    """Groups of 128 columns; 3000 of 7200 entries equal make more candidates than are sorted."""
+    """Groups of 128 columns. With 3000 of 7200 entries equal there are too many candidates to sort."""
     z = torch.randn(6, 1200, generator=torch.Generator().manual_seed(0))
     z.flatten()[:n_equal] = 2.5
     support, values = getattr(cuda_select, rule)(z.to(DEVICE), 4)
-    found = (Support(support.rows.cpu(), support.cols.cpu(), support.shape, support.offsets.cpu()), values.cpu())
-    assert_selected(found, z, expected_selection(rule, z, 4))
+    actual = (Support(support.rows.cpu(), support.cols.cpu(), support.shape, support.offsets.cpu()), values.cpu())
+    assert_selected(actual, z, expected_selection(rule, z, 4))
 
 
 @here
@@ -249,7 +249,7 @@ def test_selection_by_hand():
 
 
 @here
-def test_a_row_with_few_positive_entries_keeps_them_beside_one_full_of_ties():
+def test_a_row_with_few_positive_entries_keeps_them_next_to_a_row_of_ties():
     z = torch.stack([-torch.ones(40), torch.ones(40), torch.zeros(40)])
     z[0, 30] = 2
     support, values = cuda_select.topk(z.to(DEVICE), 3)
@@ -258,13 +258,13 @@ def test_a_row_with_few_positive_entries_keeps_them_beside_one_full_of_ties():
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything goes through the Triton kernels, in the interpreter too."""
-    monkeypatch.setattr(device, "_is_served", lambda x: x.dtype != torch.float64)
+def through_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything goes through the Triton kernels, also in the interpreter."""
+    monkeypatch.setattr(device, "_is_supported", lambda x: x.dtype != torch.float64)
 
 
 @here
-@pytest.mark.usefixtures("served")
+@pytest.mark.usefixtures("through_triton")
 @pytest.mark.parametrize(("to_bf16", "tolerance"), [(False, 1e-4), (True, 3e-2)])
 @pytest.mark.parametrize("encoder", ["encode_topk", "encode_batchtopk"])
 def test_encoding_decoding_and_all_gradients_equal_dense_autograd(encoder: str, to_bf16: bool, tolerance: float):
@@ -281,16 +281,16 @@ def test_encoding_decoding_and_all_gradients_equal_dense_autograd(encoder: str, 
         return [t.detach() for t in (codes.dense(), x_hat, x.grad, W_enc.grad, b_enc.grad, W_dec.grad)]
 
     with device.products_in_bf16(to_bf16):
-        found = run(sparse)
-    for a, b in zip(found, run(reference), strict=True):
+        actual = run(sparse)
+    for a, b in zip(actual, run(reference), strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, atol=tolerance * float(b.abs().max()), rtol=0)
 
 
 @here
-@pytest.mark.usefixtures("served")
+@pytest.mark.usefixtures("through_triton")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_training_through_the_kernels_comes_close_to_training_on_the_cpu(precision: str, monkeypatch):
+def test_training_with_the_kernels_is_close_to_training_on_the_cpu(precision: str, monkeypatch):
     from core.batch import Batch
     from core.methods.batchtopk import BatchTopK
 
@@ -309,20 +309,20 @@ def test_training_through_the_kernels_comes_close_to_training_on_the_cpu(precisi
         with torch.autocast(on, torch.bfloat16, enabled=bf16):
             return [float(method.update(Batch(b.to(on)), optimizer)["loss"]) for b in x]
 
-    found = losses(DEVICE, precision == "bf16-mixed")
-    monkeypatch.setattr(device, "_is_served", lambda x: False)
+    actual = losses(DEVICE, precision == "bf16-mixed")
+    monkeypatch.setattr(device, "_is_supported", lambda x: False)
     expected = losses("cpu", False)
-    assert found == pytest.approx(expected, rel=2e-2 if precision == "bf16-mixed" else 1e-4)
+    assert actual == pytest.approx(expected, rel=2e-2 if precision == "bf16-mixed" else 1e-4)
 
 
-# ---- at the sizes of a training step; only on a GPU
+# ---- sizes of a real training step; only on a GPU
 
 B, D, M, K = 4096, 768, 24576, 32
 
 
 @pytest.fixture
 def z() -> Tensor:
-    """Pre-activations of a bf16 product, a few latents of which fire often."""
+    """Pre-activations of a bf16 product in which a few latents fire often."""
     torch.manual_seed(0)
     x, W, b = torch.randn(B, D, device="cuda"), torch.randn(M, D, device="cuda"), torch.randn(M, device="cuda")
     b[:5] += 100
@@ -331,7 +331,7 @@ def z() -> Tensor:
 
 @gpu
 @pytest.mark.parametrize("rule", ["topk", "batchtopk"])
-@pytest.mark.parametrize("kind", ["as made", "bf16", "rows of unequal size"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "rows of unequal size"])
 def test_full_size_selection_equals_a_sort_waits_once_and_needs_little_memory(rule: str, kind: str, z: Tensor):
     if kind == "rows of unequal size":
         z[:100] *= 10
@@ -343,11 +343,11 @@ def test_full_size_selection_equals_a_sort_waits_once_and_needs_little_memory(ru
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = getattr(cuda_select, rule)(z, K)
+            actual = getattr(cuda_select, rule)(z, K)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     peak = torch.cuda.max_memory_allocated() - before
-    assert_selected(found, z, expected)
+    assert_selected(actual, z, expected)
     assert sum("synchroniz" in str(w.message) for w in caught) <= 1
     assert peak <= 2 * z.numel()  # bytes: half of the pre-activations in fp32
 

@@ -1,4 +1,4 @@
-"""The sparse kernels equal dense autograd, whatever the shapes, ties and signs."""
+"""The sparse kernels equal dense autograd for any shapes, ties and signs."""
 
 import pytest
 import torch
@@ -47,8 +47,8 @@ def run(module, encoder: str, problem: dict, **options) -> list[Tensor]:
     return [t.detach().float() for t in (codes.dense(), x_hat, codes.l0_per_row(), codes.fired(), *gradients)]
 
 
-def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
-    for a, b in zip(found, expected, strict=True):
+def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4 * (1 + float(b.abs().max())), rtol=1e-4)
 
 
@@ -63,28 +63,28 @@ def test_values_and_all_gradients_equal_dense_autograd(encoder: str, path: str, 
         patch.setattr(select, "SAMPLED_ROWS", problem["sampled"])
         patch.setattr(select, "GATHER_COST", problem["gather"])
         patch.setattr(select, "SAMPLE_MARGIN", problem["margin"])
-        found = run(sparse, encoder, problem, path=path)
-    assert_equal(found, run(reference, encoder, problem))
+        actual = run(sparse, encoder, problem, path=path)
+    assert_equal(actual, run(reference, encoder, problem))
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 @settings(max_examples=25, deadline=None)
 @given(problem=problems())
-def test_the_path_of_other_devices_selects_the_same_entries(encoder: str, problem: dict):
+def test_the_code_path_for_other_devices_selects_the_same_entries(encoder: str, problem: dict):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(select, "_on_cpu", lambda x: False)
-        found = run(sparse, encoder, problem)
-    assert_equal(found, run(reference, encoder, problem))
+        actual = run(sparse, encoder, problem)
+    assert_equal(actual, run(reference, encoder, problem))
 
 
 @settings(max_examples=40, deadline=None)
 @given(problem=problems(), per_latent=st.booleans())
-def test_threshold_codes_equal_the_dense_ones(problem: dict, per_latent: bool):
+def test_codes_above_a_threshold_equal_the_dense_ones(problem: dict, per_latent: bool):
     x, W_enc, b_enc, centre, _ = problem["tensors"]
     threshold = b_enc.abs() if per_latent else torch.tensor(0.5)
-    found = sparse.encode_threshold(x, W_enc, b_enc, threshold, centre)
+    actual = sparse.encode_threshold(x, W_enc, b_enc, threshold, centre)
     expected = reference.encode_threshold(x, W_enc, b_enc, threshold, centre)
-    torch.testing.assert_close(found.dense(), expected.dense())
+    torch.testing.assert_close(actual.dense(), expected.dense())
 
 
 @pytest.mark.parametrize("path", ["sparse", "dense", "auto"])
@@ -111,7 +111,7 @@ def test_pre_activations_above_a_floor_and_their_gradients_equal_dense_autograd(
 
 
 @pytest.mark.parametrize(("share", "kind"), [(0.24, SparseCodes), (0.26, DenseCodes)])
-def test_auto_counts_whether_fewer_than_a_quarter_of_the_batch_stands_above_the_floor(share: float, kind: type):
+def test_auto_is_sparse_if_less_than_a_quarter_of_the_batch_is_above_the_floor(share: float, kind: type):
     z = torch.linspace(0, 1, 100)[torch.randperm(100, generator=torch.Generator().manual_seed(0))].view(10, 10)
     codes = sparse.pre_activations_above(z, torch.eye(10), None, torch.tensor(1 - share))
     assert isinstance(codes, kind)
@@ -119,7 +119,7 @@ def test_auto_counts_whether_fewer_than_a_quarter_of_the_batch_stands_above_the_
 
 @pytest.mark.parametrize("path", ["sparse", "dense"])
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_a_pair_of_models_is_encoded_by_the_sum_over_both_and_decoded_into_both(encoder: str, path: str):
+def test_a_pair_of_models_is_encoded_as_the_sum_over_both_and_decoded_to_both(encoder: str, path: str):
     g = torch.Generator().manual_seed(0)
     x, W_enc, W_dec = (torch.randn(shape, generator=g) for shape in ((6, 2, 5), (40, 2, 5), (40, 2, 5)))
     b_enc, centre = torch.randn(40, generator=g), torch.randn(2, 5, generator=g)
@@ -144,7 +144,7 @@ def test_ties_go_to_the_lower_row_major_position():
 
 
 def test_batchtopk_by_hand():
-    """Pre-activations [[3, 1], [2, 5]], k 1: the two largest of four, both in the second column's favour."""
+    """k = 1 keeps the two largest of four pre-activations: 3 and 5, then 2 and 5."""
     codes = sparse.encode_batchtopk(torch.tensor([[3.0, 1.0], [2.0, 5.0]]), torch.eye(2), None, 1)
     assert codes.dense().tolist() == [[3, 0], [0, 5]]
     codes = sparse.encode_batchtopk(torch.tensor([[1.0, 1.5], [2.0, 5.0]]), torch.eye(2), None, 1)
@@ -192,19 +192,19 @@ def test_gradients_equal_finite_differences(encoder: str):
     assert torch.autograd.gradcheck(f, inputs, eps=1e-7, atol=1e-5)
 
 
-def test_selection_holds_no_more_than_a_block_of_pre_activations(monkeypatch: pytest.MonkeyPatch):
-    made = []
+def test_selection_holds_only_one_block_of_pre_activations(monkeypatch: pytest.MonkeyPatch):
+    buffers = []
     original = select._pre_activations
 
     def spy(x: Tensor, W: Tensor, b: Tensor | None, out: Tensor | None = None) -> Tensor:
-        made.append(out)
+        buffers.append(out)
         return original(x, W, b, out)
 
     monkeypatch.setattr(select, "_pre_activations", spy)
     monkeypatch.setattr(select, "BLOCK_ENTRIES", 4 * 32)
     sparse.encode_batchtopk(torch.randn(10, 8), torch.randn(32, 8), None, 3)
-    assert [out.shape for out in made] == [(4, 32), (4, 32), (2, 32)]
-    assert len({out.data_ptr() for out in made}) == 1
+    assert [out.shape for out in buffers] == [(4, 32), (4, 32), (2, 32)]
+    assert len({out.data_ptr() for out in buffers}) == 1
 
 
 def test_codes_agree_with_their_dense_form():
@@ -221,7 +221,7 @@ def test_codes_agree_with_their_dense_form():
     assert codes.values[by_column.order].tolist() == [3, 2, 1, 4]
 
 
-def test_products_in_bf16_are_refused_where_no_kernel_makes_them():
+def test_products_in_bf16_are_an_error_without_the_kernels():
     with pytest.raises(UserError, match=r"trainer\.precision=bf16-mixed needs a CUDA device"), products_in_bf16(True):
         sparse.encode_topk(torch.ones(2, 3), torch.ones(8, 3), None, 1)
 

@@ -1,4 +1,4 @@
-"""Many samples as indices and values: the same problem as the dense one, and batches that depend on the step alone."""
+"""Many samples stored as indices and values: the same problem as the dense one, and batches that depend on the step."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_a_batch_by_hand():
     assert torch.allclose(X, torch.tensor([[4.0, 4.0], [6.0, 10.0]]))
 
 
-def test_a_first_chunk_of_samples_is_what_the_dense_source_draws_with_the_same_generator():
+def test_the_first_samples_equal_those_of_the_dense_source_with_the_same_generator():
     from core.seeding import generator
 
     source = LargeSparseCodes(LAW, n=50, seed=3)
@@ -36,7 +36,7 @@ def test_a_first_chunk_of_samples_is_what_the_dense_source_draws_with_the_same_g
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 40), st.data())
-def test_a_pass_shows_every_sample_of_whole_batches_once(n: int, data: st.DataObject):
+def test_a_pass_shows_no_sample_twice(n: int, data: st.DataObject):
     source = LargeSparseCodes(LAW, n=n, seed=0)
     size = data.draw(st.integers(1, n))
     n_batches, epoch = n // size, data.draw(st.integers(0, 3))
@@ -46,7 +46,7 @@ def test_a_pass_shows_every_sample_of_whole_batches_once(n: int, data: st.DataOb
     assert torch.equal((seen[:, None] == every[None]).all(-1).sum(1), torch.ones(len(seen), dtype=torch.int64))
 
 
-def test_a_batch_depends_on_its_step_alone_and_passes_differ_in_their_order():
+def test_a_batch_depends_only_on_its_step_and_every_pass_has_its_own_order():
     one, other = (LargeSparseCodes(LAW, n=100, seed=1) for _ in range(2))
     for step in range(7):
         one.batch(step, 30)
@@ -56,7 +56,7 @@ def test_a_batch_depends_on_its_step_alone_and_passes_differ_in_their_order():
     assert not torch.equal(one.batch(0, 30)[1], one.batch(3, 30)[1])
 
 
-def test_seeds_and_purposes_give_other_samples_and_a_seed_one_dictionary():
+def test_samples_depend_on_seed_and_purpose_and_the_dictionary_only_on_the_seed():
     train, test, other = (
         LargeSparseCodes(LAW, n=20, seed=seed, purpose=purpose)
         for seed, purpose in ((0, "train"), (0, "test"), (1, "train"))
@@ -74,7 +74,7 @@ def test_half_a_million_samples_of_twenty_codes_take_sixty_megabytes():
     assert all(len(set(row)) == 20 for row in indices[-3:].tolist())
 
 
-def test_the_largest_index_survives_its_sixteen_bits():
+def test_the_largest_index_fits_into_sixteen_bits():
     source = LargeSparseCodes(SparseCodes(N=2**16, M=2, K=1), n=1, seed=0)
     source.indices[0, 0] = 2**16 - 1
     assert source.dense(*source.active(slice(None))).nonzero().tolist() == [[0, 2**16 - 1]]
@@ -89,6 +89,6 @@ def test_the_largest_index_survives_its_sixteen_bits():
         (lambda: LargeSparseCodes(LAW, n=5, seed=0).batch(0, 0), "batch_size"),
     ],
 )
-def test_a_wrong_size_is_named(call, named):
+def test_a_wrong_size_is_named_in_the_error(call, named):
     with pytest.raises(UserError, match=named):
         call()

@@ -35,7 +35,7 @@ def test_uniform_codes_are_half_normal_and_equally_frequent():
 
 
 def supports(S: torch.Tensor) -> np.ndarray:
-    """Each sample's active codes, read as a binary number."""
+    """Each sample's active codes as a binary number."""
     return ((S > 0).long() * 2 ** torch.arange(S.shape[1])).sum(1).numpy()
 
 
@@ -46,7 +46,7 @@ def test_all_sets_of_k_codes_are_equally_likely():
     assert counts[counts > 0] / 50_000 == pytest.approx(np.full(10, 0.1), abs=0.007)
 
 
-def test_zipf_supports_are_those_of_successive_draws_without_replacement():
+def test_zipf_supports_have_the_frequencies_of_successive_draws_without_replacement():
     N, K, n = 5, 3, 100_000
     w = 1 / np.arange(1, N + 1) / sum(1 / np.arange(1, N + 1))
     expected = np.zeros(2**N)
@@ -56,7 +56,7 @@ def test_zipf_supports_are_those_of_successive_draws_without_replacement():
     assert np.bincount(supports(S), minlength=2**N) / n == pytest.approx(expected, abs=0.007)
 
 
-def test_a_first_zipf_draw_has_the_probabilities_worked_by_hand_and_magnitudes_fall_with_them():
+def test_the_first_zipf_draw_has_probabilities_worked_by_hand_and_magnitudes_fall_with_them():
     # N = 3, alpha = 1: weights 1, 1/2, 1/3 over 11/6 are 6/11, 3/11, 2/11.
     source = SparseCodes(3, 2, 1, zipf_alpha=1.0)
     w = np.array([6, 3, 2]) / 11
@@ -73,7 +73,7 @@ def test_atoms_point_in_all_directions():
     assert D.mean(0).numpy() == pytest.approx(np.zeros(3), abs=0.02)
 
 
-def test_a_seed_gives_the_same_problem_whatever_the_other_sizes():
+def test_a_seed_gives_the_same_problem_whatever_the_sizes():
     source = SparseCodes(16, 8, 3)
     one, again, other = source.draw(50, 20, seed=0), source.draw(50, 20, seed=0), source.draw(50, 20, seed=1)
     assert all(torch.equal(getattr(one, name), getattr(again, name)) for name in vars(one))
@@ -84,7 +84,7 @@ def test_a_seed_gives_the_same_problem_whatever_the_other_sizes():
 
 
 @pytest.mark.parametrize("alpha", [None, 1.0])
-def test_active_codes_are_the_nonzeros_of_dense_ones(alpha: float | None):
+def test_active_codes_are_the_nonzero_entries_of_dense_codes(alpha: float | None):
     source = SparseCodes(30, 8, 4, alpha)
     dense = source.codes(100, generator(0, "test"))
     indices, values = source.active(100, generator(0, "test"))
@@ -93,7 +93,7 @@ def test_active_codes_are_the_nonzeros_of_dense_ones(alpha: float | None):
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"K": 17}, r"source\.K: 17 active codes cannot be chosen from source\.N = 16"),
         ({"K": 0}, r"source\.K: 0 must be a whole number of at least 1"),
@@ -104,23 +104,23 @@ def test_active_codes_are_the_nonzeros_of_dense_ones(alpha: float | None):
         ({"zipf_alpha": math.nan}, r"source\.zipf_alpha: nan"),
     ],
 )
-def test_sizes_that_allow_no_problem_are_refused_by_name(settings: dict, says: str):
-    with pytest.raises(UserError, match=says):
+def test_sizes_that_allow_no_problem_are_named_in_the_error(settings: dict, message: str):
+    with pytest.raises(UserError, match=message):
         SparseCodes(**{"N": 16, "M": 8, "K": 3, **settings})
 
 
 @pytest.mark.parametrize("sizes", [{"n_train": 0, "n_test": 1}, {"n_train": 1, "n_test": 0}])
-def test_an_empty_half_is_refused_by_name(sizes: dict):
+def test_an_empty_split_is_named_in_the_error(sizes: dict):
     name = next(name for name, value in sizes.items() if value == 0)
     with pytest.raises(UserError, match=rf"source\.{name}: 0"):
         SparseCodes(16, 8, 3).draw(**sizes, seed=0)
 
 
 @pytest.mark.parametrize(("K", "chance"), [(3, 0.50), (9, 0.42)])
-def test_chance_of_latents_of_an_untrained_encoder(K: int, chance: float):
+def test_latents_of_an_untrained_encoder_score_by_chance_as_expected(K: int, chance: float):
     assert chance_latent_mcc(SparseCodes(16, 8, K)) == pytest.approx(chance, abs=0.025)
 
 
-def test_chance_of_latents_repeats_with_its_seed():
+def test_the_chance_score_of_latents_is_decided_by_its_seed():
     one, again, other = (chance_latent_mcc(SparseCodes(8, 4, 2), n_draws=2, seed=seed) for seed in (1, 1, 2))
     assert one == again != other

@@ -124,8 +124,7 @@ def test_facts_without_statements_and_too_many_statements_are_refused(words):
 def test_names_and_values_of_the_planted_facts_are_single_tokens_of_the_bundled_model():
     facts = instantiate(OmegaConf.load(ROOT / "conf/facts/planted.yaml"))
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "core/models/bundled")
-    asked = ask(facts, tokenizer)
-    for entity, questions in asked.items():
+    for entity, questions in ask(facts, tokenizer).items():
         for question in (q for qs in questions.values() for q in qs):
             assert tokenizer.decode(question.tokens[question.entity_position]) == f" {entity}"
 
