@@ -42,7 +42,7 @@ def run_cell(cfg: DictConfig, folder: Path) -> None:
     from core import results
 
     if not cfg.force and results.is_finished(folder, cfg):
-        print(f"finished before, skipped: {folder}", file=sys.stderr)
+        print(f"already finished, skipped: {folder}", file=sys.stderr)
         return
     torch.manual_seed(cfg.seed)
     module = import_module(cfg.module)

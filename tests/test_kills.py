@@ -429,7 +429,7 @@ def test_a_sweep_that_is_told_to_stop_stops_and_the_same_command_goes_on(command
     kept = command_line.results("a")
     assert 1 <= len(kept) < 3
     code, err = command_line.finish(command_line.start("3", "a"), "3")
-    assert code == 0 and err.count("finished before, skipped") == len(kept)
+    assert code == 0 and err.count("already finished, skipped") == len(kept)
     assert len(command_line.results("a")) == 3 and command_line.results("a").items() >= kept.items()
     assert not list(tmp_path.rglob("failed.json"))
 

@@ -57,7 +57,7 @@ def test_a_sweep_writes_one_folder_of_results_per_cell_and_skips_them_the_next_t
     capsys.readouterr()
     assert cli(*SMOKE)[0] == 0
     err = capsys.readouterr().err
-    assert "3 cells, 0 to run" in err and err.count("finished before, skipped") == 3
+    assert "3 cells, 0 to run" in err and err.count("already finished, skipped") == 3
     assert read(folder) == first
 
 

@@ -56,7 +56,7 @@ def test_cells_give_the_same_results_in_separate_processes_as_one_by_one(sweep, 
     first, _ = sweep("two", "method=topk", "method.k=8")
     two, err = sweep("two", "method.k=8,1000", "trainer.cell_processes=2", code=1)
     assert len(first) == 1 and len(one) == 2 and one == two
-    assert "4 cells, 3 to run, 2 at a time" in err and err.count("finished before, skipped") == 1
+    assert "4 cells, 3 to run, 2 at a time" in err and err.count("already finished, skipped") == 1
     assert err.count("results.json") == 1 and "3 of 3 cells, 0 s left" in err
     assert "2 of 4 cells failed" in err and "Traceback" not in err
     failed = [read(tmp_path / name, "failed.json") for name in ("one", "two")]
