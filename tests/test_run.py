@@ -123,7 +123,8 @@ def test_a_grid_setting_that_the_method_lacks_is_an_error_with_a_way_out(cli, ca
     code, folder = cli(*SMOKE, "method=lca")
     assert code == 1 and read(folder) == {}
     err = capsys.readouterr().err
-    assert "method.k is set by the experiment's grid, but there is no such setting with method=lca. Use hydra" in err
+    assert "method.k is set by the experiment's grid, but there is no such setting with method=lca." in err
+    assert "hydra.mode=RUN" in err
 
 
 def test_a_full_disk_is_reported_without_a_result_and_trained_dictionaries_stay(cli, capsys, monkeypatch):

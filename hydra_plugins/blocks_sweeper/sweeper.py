@@ -7,13 +7,13 @@ a sparsity coefficient instead of k. Each such part is a block:
       - {method: "topk,batchtopk", method.dict_size: "768,1536", method.k: 32}
       - {method: jumprelu, method.dict_size: 768, method.l0_coefficient: "0.1,0.2"}
 
-A setting on the command line narrows the grid. If some blocks have it as an axis, the other blocks are dropped, and
-only the given values of the axis remain; a value that no block has is used in every block with the axis (`seed=7`). A
-setting that is not an axis of any block applies to all cells (`method.lr=0.001`).
+A setting given on the command line narrows the grid. If blocks have it as an axis, the other blocks fall out, and of
+those only the given values stay; values that are nowhere in the grid go to every block that has the axis (`seed=7`). A
+setting that is no axis of any block holds in all cells (`method.lr=0.001`).
 
-An assignment listed in `hydra.sweeper.alone` fits no grid unless a block names it (`method=pretrained`: a loaded
-dictionary has no size or sparsity to vary). On the command line, it replaces the grid: the experiment's own settings
-run once for every combination of the given values.
+Assignments named in `hydra.sweeper.alone` fit into no grid that does not name them (`method=pretrained`: a dictionary
+that is read has no size or sparsity to vary). Given on the command line, they leave the grid out: the experiment's own
+settings run, once for every combination of what is given.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Axis = list[str]  # one axis: ["key=value1", "key=value2"]
 
 
 class BlocksSweeper(BasicSweeper):
-    """The basic sweeper over a union of products. Raises UserError if the grid is empty or does not fit the method."""
+    """The basic sweeper over a union of products. Raises UserError when the grid is empty or does not fit."""
 
     def __init__(
         self, blocks: ListConfig | list[DictConfig], alone: Sequence[str] = (), max_batch_size: int | None = None
@@ -55,19 +55,19 @@ class BlocksSweeper(BasicSweeper):
         except ConfigCompositionException as error:
             raise self._explained(error, arguments) from error
         for result in results:
-            _ = result.return_value  # raises the cell's error
+            _ = result.return_value  # raises what the cell raised
         return [results]
 
     def _explained(self, error: ConfigCompositionException, arguments: Sequence[str]) -> Exception:
-        """A UserError if the error is about a setting of the grid that is not on the command line, else the error."""
-        match = re.search(r"'([\w./@]+)'", str(error))
-        key = match[1] if match else ""
+        """The error itself, unless it is about a setting that the grid has, and the command line has not."""
+        found = re.search(r"'([\w./@]+)'", str(error))
+        key = found[1] if found else ""
         if key in _axes(arguments, None) or not any(key in block for block in self.blocks):
             return error
         chosen = [word for word in arguments if word.startswith(f"{key.split('.')[0]}=")] or arguments
         return UserError(
             f"{key} is set by the experiment's grid, but there is no such setting with {' '.join(chosen)}. "
-            "Use hydra.mode=RUN to run without the grid, with the experiment's own settings and yours."
+            "hydra.mode=RUN leaves the grid out: the experiment's own settings run, with yours."
         )
 
 
@@ -77,14 +77,14 @@ def cells_of(
     config_loader: ConfigLoader | None = None,
     alone: Sequence[str] = (),
 ) -> list[list[str]]:
-    """The overrides of every cell, without repetitions, block by block. Raises UserError if there are no cells."""
+    """The overrides of every cell, without repetitions, block after block. Raises UserError if there is none."""
     given = _axes(arguments, config_loader)
     parsed = [_axes([f"{key}={value}" for key, value in block.items()], config_loader) for block in blocks]
     within, without = split_alone(parsed, given, alone)
     chosen = [*(narrowed(parsed, within) if within is not None else []), *([without] if without is not None else [])]
     cells = {cell: None for block in chosen for cell in product(*block.values())}
     if not cells:
-        raise UserError(f"The grid has no cell with {' '.join(arguments)}. See `grid` in the experiment's YAML.")
+        raise UserError(f"The grid has no cell with {' '.join(arguments)}: see `grid` in the experiment's YAML.")
     return [list(cell) for cell in cells]
 
 
@@ -100,7 +100,7 @@ def _axes(overrides: Sequence[str], config_loader: ConfigLoader | None) -> dict[
 def split_alone(
     blocks: Sequence[Mapping[str, Axis]], given: Mapping[str, Axis], alone: Sequence[str]
 ) -> tuple[dict[str, Axis] | None, dict[str, Axis] | None]:
-    """The given axes for the grid, and those that replace it (see the head of this file); None if there are none."""
+    """What is given for the grid, and what leaves it out (see the head of this file); None where there is no such."""
     apart = {value for value in alone if not any(value in axis for block in blocks for axis in block.values())}
     if not any(value in apart for axis in given.values() for value in axis):
         return dict(given), None
@@ -110,7 +110,7 @@ def split_alone(
 
 
 def narrowed(blocks: list[dict[str, Axis]], given: dict[str, Axis]) -> list[dict[str, Axis]]:
-    """The blocks, narrowed by the axes given on the command line (see the head of this file)."""
+    """The blocks under the axes given on the command line (see the head of this file)."""
     axes = {key for block in blocks for key in block}
     for key, values in given.items():
         having = [block for block in blocks if key in block or key not in axes]
