@@ -1,42 +1,40 @@
-"""Claims of the papers (reports/paper/*.yaml) and what the results say about each of them.
+"""Claims of the papers (reports/papers/<paper>/claims/<experiment>.yaml).
 
-A paper's file names the paper, says per experiment on which settings its cells are matched and what its table shows,
+A file says on which settings the experiment's cells are matched (`match`), which metrics its table shows (`columns`),
 and lists the claims. A claim's `cells` says at which scales it can be judged and on which cells, for example
-`{paper: {model.name: gpt2_small}}`: a cell passes if it does not know the setting or has one of the values; of a list
-of such conditions it must pass one. Without `cells`, all cells of both scales count.
+`{paper: {model.name: gpt2_small}}`. A cell passes a condition if it does not have the setting, or has one of the
+values. Of a list of conditions it must pass one. Without `cells`, all cells of both scales count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from core.metrics.statistics import sign_test
-from reports.checks import Check, Comparison, Within, compare, make_check
-from reports.checks.base import effect_over_seeds
-from reports.collect import Cell
-from reports.matching import AmbiguousCellsError
+from core.errors import UserError
+from reports import papers
+from reports.checks import Check, Within, make_check
+from reports.collect import Cell, grid_size, one_per_folder
 
-PAPERS = Path(__file__).parent / "paper"
+PAPERS = Path(papers.__path__[0])
 Scale = Literal["paper", "demo"]
 Conditions = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 SCALES: tuple[Scale, ...] = ("paper", "demo")  # smoke results are never reported
 
-AGREES, DIRECTION, PARTLY, DISAGREES, NOT_RUN = "agrees", "direction agrees", "partly", "disagrees", "not run"
-AMBIGUOUS = "cannot be judged"
-NOT_APPLICABLE = "-"  # the claim is not judged at this scale
-
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One row of a paper's file.
+    """One statement of a paper, and the check that it must pass. Claims are read alone.
 
-    `paper` is its value, or None with the reason in `paper_note`; `anchors` are values that were published elsewhere:
-    in the authors' repository, or by others.
+    `paper` is the paper's value, or None with the reason in `paper_note`. `anchors` are values published elsewhere: in
+    the authors' repository, or by others. `needs` names what must be built before the claim can be judged.
     """
 
     id: str
@@ -50,6 +48,7 @@ class Claim:
     paper_note: str = ""
     tolerance: str | None = None
     anchors: Sequence[Mapping[str, Any]] = ()
+    needs: str = ""
     cells: Mapping[Scale, Conditions] = field(default_factory=lambda: {"paper": {}, "demo": {}})
 
     @property
@@ -60,10 +59,14 @@ class Claim:
     def others_say(self) -> str:
         return "; ".join(f"{_range(anchor['value'])} ({anchor['mark']}: {anchor['what']})" for anchor in self.anchors)
 
+    def includes(self, cell: Cell, scale: Scale) -> bool:
+        """Whether the claim is judged on this cell."""
+        return _passes(cell, self.cells[scale])
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentRows:
-    """How an experiment's cells are matched, and what its table shows: `columns` are metrics."""
+    """The settings on which an experiment's cells are matched, and the metrics that its table shows."""
 
     match: Sequence[str]
     columns: Sequence[str] = ()
@@ -71,51 +74,59 @@ class ExperimentRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Paper:
-    """One file of claims."""
+    """One folder below reports/papers. A paper without claims is planned, not built."""
 
     name: str
     title: str
     experiments: Mapping[str, ExperimentRows]
     claims: Sequence[Claim]
 
+    def claim(self, claim_id: str) -> Claim:
+        return next(claim for claim in self.claims if claim.id == claim_id)
+
     def check(self, claim: Claim) -> Check:
         return make_check(self.experiments[claim.experiment].match, **claim.check)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Judgement:
-    """What the cells of one scale say about a claim."""
-
-    verdict: str
-    ours: str = ""
-    n_seeds: int = 0
-    comparisons: Sequence[Comparison] = ()
-    effects: Sequence[str] = ()  # in words, one for each comparison
-    holds: Sequence[bool | None] = ()  # None: not judged
+    def metrics(self, experiment: str) -> dict[str, list[str]]:
+        """Every metric that the report reads of an experiment -> what reads it: `columns`, or the ids of claims."""
+        readers: dict[str, list[str]] = {name: ["columns"] for name in self.experiments[experiment].columns}
+        for claim in self.claims:
+            if claim.experiment == experiment and not claim.needs:
+                for name in self.check(claim).metrics:
+                    readers.setdefault(name, []).append(claim.id)
+        return readers
 
 
 def load_papers(folder: Path = PAPERS) -> list[Paper]:
-    """Every paper's claims, checked: a key that does not exist, or a check that cannot be made, raises ValueError."""
-    return [load_paper(path) for path in sorted(folder.glob("*.yaml"))]
+    """Every paper. An unknown key, or a check that cannot be made, raises ValueError with the name of the file."""
+    return [load_paper(path.parent) for path in sorted(folder.glob("*/paper.yaml"))]
 
 
-def load_paper(path: Path) -> Paper:
-    content = yaml.safe_load(path.read_text())
-    try:
-        experiments = {name: ExperimentRows(**rows) for name, rows in content.pop("experiments").items()}
-        paper = Paper(experiments=experiments, claims=[Claim(**row) for row in content.pop("claims")], **content)
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from error
-    for claim in paper.claims:
+def load_paper(folder: Path) -> Paper:
+    rows: dict[str, ExperimentRows] = {}
+    claims: list[Claim] = []
+    for path in sorted((folder / "claims").glob("*.yaml")):
+        content = yaml.safe_load(path.read_text())
         try:
-            _checked(paper, claim)
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{path}: {claim.id}: {error}") from error
-    return paper
+            own = [Claim(experiment=path.stem, **row) for row in content.pop("claims")]
+            rows[path.stem] = ExperimentRows(**content)
+        except TypeError as error:
+            raise ValueError(f"{path}: {error}") from error
+        for claim in own:
+            try:
+                _validate(claim, make_check(rows[path.stem].match, **claim.check))
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{path}: {claim.id}: {error}") from error
+        claims += own
+    try:
+        return Paper(
+            name=folder.name, experiments=rows, claims=claims, **yaml.safe_load((folder / "paper.yaml").read_text())
+        )
+    except TypeError as error:
+        raise ValueError(f"{folder / 'paper.yaml'}: {error}") from error
 
 
-def _checked(paper: Paper, claim: Claim) -> None:
-    check = paper.check(claim)
+def _validate(claim: Claim, check: Check) -> None:
     if claim.paper is None and not claim.paper_note:
         raise ValueError("paper: null needs a paper_note that says why")
     if unknown := set(claim.cells) - set(SCALES):
@@ -124,66 +135,48 @@ def _checked(paper: Paper, claim: Claim) -> None:
         raise ValueError("a paper's value is never compared with demo results: set cells: {paper: {...}}")
 
 
-def judge(paper: Paper, claim: Claim, scale: Scale, cells: Sequence[Cell], n_failed: int) -> Judgement:
-    """Join a claim with the cells of its experiment at one scale, of which `n_failed` more ended in an error."""
-    if scale not in claim.cells:
-        return Judgement(verdict=NOT_APPLICABLE)
-    check = paper.check(claim) if scale == "paper" else paper.check(claim).at_demo()
-    if check is None:
-        return Judgement(verdict=NOT_APPLICABLE)
-    chosen = [cell for cell in cells if _passes(cell, claim.cells[scale])]
-    try:
-        comparisons = compare(check, chosen)
-    except AmbiguousCellsError as error:
-        return Judgement(verdict=AMBIGUOUS, ours=str(error))
-    holds = [check.holds(comparison) if comparison.pairs else None for comparison in comparisons]
-    effects = [check.effects(comparison) if comparison.pairs else {} for comparison in comparisons]
-    found = [comparison for comparison in comparisons if comparison.pairs]
-    return Judgement(
-        verdict=verdict(holds, scale, n_failed, check.directed),
-        ours=_ours(check, found, holds) if found else "",
-        n_seeds=_n_seeds(check, found) if found else 0,
-        comparisons=comparisons,
-        effects=[check.say(effect_over_seeds([by_seed])) if by_seed else "" for by_seed in effects],
-        holds=holds,
-    )
+def with_derived(papers: Iterable[Paper], cells: Iterable[Cell]) -> list[Cell]:
+    """The cells in their order, with the further metrics that their papers compute from several of them.
 
-
-def verdict(holds: Sequence[bool | None], scale: Scale, n_failed: int, directed: bool) -> str:
-    """One word for all comparisons; None stands for one that could not be judged.
-
-    `agrees` only if every comparison was judged and goes as claimed. At demo scale a direction that shows is called
-    just that. Failed cells are named beside the verdict, or are all there is to say.
+    A paper may have a module `derived` with `derive(cells)`. It is given the cells of the paper's experiments, and
+    returns as many in the same order.
     """
-    judged = [held for held in holds if held is not None]
-    failures = f"failed cells: {n_failed}" if n_failed else ""
-    if not judged:
-        return failures or NOT_RUN
-    if all(held is True for held in holds):
-        word = DIRECTION if scale == "demo" and directed else AGREES
-    else:
-        word = PARTLY if any(judged) else DISAGREES
-    return f"{word}; {failures}" if failures else word
+    cells = list(cells)
+    for paper in papers:
+        name = f"reports.papers.{paper.name}.derived"
+        own = [i for i, cell in enumerate(cells) if cell.experiment in paper.experiments]
+        if own and find_spec(name) is not None:
+            for i, cell in zip(own, import_module(name).derive([cells[i] for i in own]), strict=True):
+                cells[i] = cell
+    return cells
 
 
-def _ours(check: Check, found: Sequence[Comparison], holds: Sequence[bool | None]) -> str:
-    """What the comparisons that have pairs come to."""
-    judged = [held for held in holds if held is not None]
-    n_shared, n_seeds = _n_seeds(check, found), len({seed for comparison in found for seed in comparison.pairs})
-    everywhere = f" at every setting (of {n_seeds})" if n_seeds > n_shared else ""
-    parts = [f"{check.summary(found)}, {n_shared} seed{'s' if n_shared > 1 else ''}{everywhere}"]
-    parts.append(f"{sum(judged)} of {len(judged)} settings")
-    if len(judged) < len(holds):
-        parts.append(f"{len(holds) - len(judged)} more not judged")
-    if check.directed:
-        differences = [a - b for comparison in found for a, b in comparison.pairs.values()]
-        parts.append(f"sign test p = {sign_test(differences):.2g} ({len(differences)} pairs)")
-    return "; ".join(parts)
+def unknown_metrics(paper: Paper, experiment: str, cells: Iterable[Cell]) -> dict[str, list[str]]:
+    """The metrics that the report reads of an experiment, but that none of its cells has -> what reads them."""
+    emitted = {name for cell in cells if cell.experiment == experiment for name in cell.metrics}
+    return {name: readers for name, readers in paper.metrics(experiment).items() if name not in emitted}
 
 
-def _n_seeds(check: Check, found: Sequence[Comparison]) -> int:
-    """Over how many seeds the effect's interval goes: those that every comparison has."""
-    return effect_over_seeds([check.effects(comparison) for comparison in found]).n
+def validate_metrics(papers: Iterable[Paper], cells: Iterable[Cell]) -> None:
+    """Raise UserError if a claims file names a metric that nothing emits.
+
+    That is known where all cells of the paper's grid have finished. A part of a grid may lack some metrics.
+    """
+    of_experiment: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        if cell.scale == "paper":
+            of_experiment[cell.experiment].append(cell)
+    for paper in papers:
+        for experiment in paper.experiments:
+            own = of_experiment[experiment]
+            if len(one_per_folder(own)) >= (grid_size(experiment, "paper") or 1):
+                unknown = unknown_metrics(paper, experiment, own)
+                if unknown:
+                    names = "; ".join(f"{name} (read by {', '.join(readers)})" for name, readers in unknown.items())
+                    raise UserError(
+                        f"{PAPERS / paper.name / 'claims' / experiment}.yaml: no finished cell of the paper's grid has "
+                        f"the metric {names}. Correct its name."
+                    )
 
 
 def _passes(cell: Cell, conditions: Conditions) -> bool:

@@ -1,8 +1,8 @@
 """Compare all results with the papers' claims: `python -m reports.compare [--outputs outputs] [--to outputs/report]`.
 
 Cells that are not in the outputs are read from the results kept in the repository (`--kept FOLDER`, `--no-kept`).
-Writes report.md, report.html (one file with the figures inside), claims.json and the figures, prints the claims and
-where the files are. Smoke results are not reported.
+Writes report.md, report.html (one file with the figures inside), claims.json and the figures. Prints the claims and the
+paths of the files. Smoke results are not reported.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from rich.table import Table as RichTable
 
 from core.artifacts import write_atomically
 from reports import figures, render, tables
-from reports.claims import DISAGREES, SCALES, Claim, Judgement, Paper, Scale, judge, load_papers
+from core.errors import UserError
+from reports.claims import SCALES, Claim, Paper, Scale, load_papers, validate_metrics, with_derived
 from reports.collect import KEPT, Cell, Failure, deviations, one_per_folder, read_failures, with_kept
-from reports.crossings import with_crossings
 from reports.render import Block, Bullets, Figure, Heading, Paragraph
+from reports.verdicts import DISAGREES, Judgement, judge
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that is known: results, failures, and the papers' claims."""
+    """The results, the failures, and the papers' claims."""
 
     outputs: Path
     papers: Sequence[Paper]
@@ -38,19 +39,23 @@ class Report:
 
     @classmethod
     def read(cls, outputs: Path, kept: Path | None) -> Report:
-        return cls(outputs, load_papers(), with_crossings(with_kept(outputs, kept)), read_failures(outputs))
+        """Raises UserError if a claims file names a metric that a finished grid does not have."""
+        papers = load_papers()
+        cells = with_derived(papers, with_kept(outputs, kept))
+        validate_metrics(papers, cells)
+        return cls(outputs, papers, cells, read_failures(outputs))
 
     @property
     def experiments(self) -> list[str]:
         """The experiments that left something at a reported scale."""
-        found: list[Cell | Failure] = [*self.all_cells, *self.all_failures]
-        return sorted({one.experiment for one in found if one.scale in SCALES})
+        ended: list[Cell | Failure] = [*self.all_cells, *self.all_failures]
+        return sorted({one.experiment for one in ended if one.scale in SCALES})
 
     def cells(self, experiment: str, scale: Scale) -> list[Cell]:
         return [cell for cell in self.all_cells if (cell.experiment, cell.scale) == (experiment, scale)]
 
     def failures(self, experiment: str, scale: Scale) -> list[Failure]:
-        """The cells without results; one that has older results is a cell all the same."""
+        """The failed cells without results. One that has older results counts as a finished cell."""
         return [
             failure
             for failure in self.all_failures
@@ -72,7 +77,7 @@ class Report:
 
 
 def write(report: Report, to: Path) -> list[Path]:
-    """Write everything; the figures' paths, PNG and SVG."""
+    """Write everything and return the figures' paths, PNG and SVG."""
     drawn = {
         (experiment, scale): figures.draw(experiment, report.cells(experiment, scale), to / "figures")
         for experiment in report.experiments
@@ -86,18 +91,19 @@ def write(report: Report, to: Path) -> list[Path]:
 
 
 def report_blocks(report: Report, drawn: dict[tuple[str, Scale], list[Path]]) -> list[Block]:
-    """The report from top to bottom: claims, then each experiment's tables, figures and circumstances."""
+    """The report from top to bottom: claims, then each experiment's figures, tables and circumstances."""
     blocks: list[Block] = [
         Heading(1, "Results beside the papers' claims"),
         Paragraph(
-            "At paper scale our numbers stand beside the paper's. At demo scale (a small model, short runs) only the "
-            "direction of a claim is judged. Intervals are 95 % t intervals over seeds. Percentages compare two "
-            "measured values on equal seeds and settings."
+            "At paper scale, our numbers are compared with the paper's. At demo scale (a small model, short runs), only "
+            "the direction of a claim is judged. Intervals are 95 % t intervals over seeds. A percentage compares two "
+            "measured values at equal seeds and settings."
         ),
         tables.finished(report.experiments, report.cells, report.failures),
     ]
     for paper in report.papers:
-        blocks += [Heading(2, paper.title), tables.claims(paper, report.judgements)]
+        if paper.claims:
+            blocks += [Heading(2, paper.title), tables.claims(paper, report.judgements)]
     for experiment in report.experiments:
         blocks.append(Heading(2, experiment))
         for scale in SCALES:
@@ -114,18 +120,18 @@ def _scale_blocks(report: Report, experiment: str, scale: Scale, drawn: Sequence
     blocks: list[Block] = [Heading(3, f"{experiment} at {scale} scale")]
     blocks += [Figure(path, path.stem.replace("_", " ")) for path in drawn if path.suffix == ".png"]
     for cell in one_per_folder(cells):
-        if written := tables.beside(cell):
-            blocks += [Paragraph(f"Cell {cell.folder.name}:"), written[0], Bullets(written[1])]
+        if own := tables.of_cell(cell):
+            blocks += [Paragraph(f"Cell {cell.folder.name}:"), own[0], Bullets(own[1])]
     if cells:
         blocks += [tables.results(cells, tables.rows_of(report.papers, experiment))]
         blocks += [Bullets(tables.circumstances(cells))]
     if failures:
-        blocks += [Paragraph("Failed cells, counted and left out of every number:"), tables.failures(failures)]
+        blocks += [Paragraph("Failed cells. They are counted, and are in no other number:"), tables.failures(failures)]
     if repeated := [
         f for f in report.all_failures if f.later_than_results and (f.experiment, f.scale) == (experiment, scale)
     ]:
         blocks += [
-            Paragraph("Cells whose latest run failed; what is shown is from the run before:"),
+            Paragraph("Cells whose latest run failed. The numbers shown are those of the run before:"),
             tables.failures(repeated),
         ]
     details = tables.details(report.papers, experiment, scale, report.judgements)
@@ -133,7 +139,7 @@ def _scale_blocks(report: Report, experiment: str, scale: Scale, drawn: Sequence
 
 
 def claims_json(report: Report) -> list[dict[str, Any]]:
-    """Every claim with its judgement at each scale, for programs."""
+    """Every claim with its judgement at each scale, for programs to read."""
     return [
         {
             "id": claim.id,
@@ -147,6 +153,7 @@ def claims_json(report: Report) -> list[dict[str, Any]]:
             "paper_value": claim.paper,
             "tolerance": claim.tolerance,
             "anchors": list(claim.anchors),
+            "needs": claim.needs,
             "scales": {scale: _judgement_json(report.judgements[claim.id][scale]) for scale in SCALES},
         }
         for paper in report.papers
@@ -187,7 +194,7 @@ def _terminal(judgement: Judgement) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 1 if there is nothing to report."""
+    """Exit code 1 if there is nothing to report, or if a claims file is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder with the results")
     parser.add_argument("--to", type=Path, default=None, help="folder for the report (default: <outputs>/report)")
@@ -196,7 +203,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     origin.add_argument("--no-kept", dest="kept", action="store_const", const=None, help="leave kept results out")
     options = parser.parse_args(arguments)
     to = options.to or options.outputs / "report"
-    report = Report.read(options.outputs, options.kept)
+    try:
+        report = Report.read(options.outputs, options.kept)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if not report.experiments:
         seen = "only smoke results, which are not reported" if report.all_cells else "no results"
         print(

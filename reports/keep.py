@@ -1,9 +1,9 @@
 """Keep results in the repository: `python -m reports.keep [--outputs outputs] [--scale paper] [experiment ...]`.
 
-Copies every finished cell's results to reports/results/<experiment>/<scale>/<cell>, and the figures drawn from what is
-kept to reports/results/<experiment>; reports/results/README.md shows all that is kept beside the papers' claims.
-Nothing is copied if a file is larger than 2 MB. What is left behind is named. With `--redraw` nothing is copied, and
-figures and README are made anew from what is kept.
+Copies every finished cell's results to reports/results/<experiment>/<scale>/<cell>, and draws the figures of the kept
+results into reports/results/<experiment>. reports/results/README.md shows all kept results beside the papers' claims.
+Nothing is copied if a file is larger than 2 MB. The files that are not copied are listed. With `--redraw`, nothing is
+copied: figures and README are made again from the kept results.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from core.artifacts import write_atomically
 from core.errors import UserError
 from core.results import FAILED
 from reports import figures, render, tables
-from reports.claims import AGREES, DIRECTION, DISAGREES, PARTLY, SCALES, Scale
+from reports.claims import SCALES, Scale, load_papers, with_derived
 from reports.collect import KEPT, Cell, deviations, grid_size, one_per_folder, read_cells
 from reports.compare import Report
 from reports.render import Block, Bullets, Figure, Heading, Paragraph, Table
+from reports.verdicts import AGREES, DIRECTION, DISAGREES, PARTLY
 
 MAX_BYTES = 2_000_000
 README = "README.md"
@@ -32,9 +33,9 @@ ENDINGS = (".json", ".parquet")  # of the files that the report reads
 
 
 def keep(outputs: Path, scale: str, experiments: Sequence[str], kept: Path) -> list[Path]:
-    """Copy the finished cells and draw; the folders and figures written.
+    """Copy the finished cells, draw their figures, and return the folders and files written.
 
-    Without names, of every experiment that finished a cell at this scale. Raises UserError if there is nothing to
+    Without names, all experiments with a finished cell at this scale are kept. Raises UserError if there is nothing to
     keep, or a file is too large.
     """
     cells = [cell for cell in one_per_folder(read_cells(outputs)) if cell.scale == scale]
@@ -45,7 +46,7 @@ def keep(outputs: Path, scale: str, experiments: Sequence[str], kept: Path) -> l
         raise UserError(f"{outputs} holds no finished cell at {scale} scale; --outputs names the folder.")
     chosen = [cell for cell in cells if cell.experiment in (experiments or finished)]
     refuse_large(file for cell in chosen for file in kept_files(cell.folder))
-    say_what_is_missing(chosen)
+    report_omissions(chosen)
     written = [copy(cell, kept / cell.experiment / cell.scale / cell.folder.name) for cell in chosen]
     for experiment in sorted({cell.experiment for cell in chosen}):
         written += draw(experiment, scale, kept)
@@ -53,11 +54,11 @@ def keep(outputs: Path, scale: str, experiments: Sequence[str], kept: Path) -> l
 
 
 def redraw(scale: str, experiments: Sequence[str], kept: Path) -> list[Path]:
-    """Figures, and the README, of what is kept already. Raises UserError if one of the experiments is not."""
-    there = sorted({cell.experiment for cell in read_cells(kept) if cell.scale == scale})
-    if missing := sorted(set(experiments) - set(there)):
+    """Make figures and README again from the kept results. Raises UserError if there are none of an experiment."""
+    available = sorted({cell.experiment for cell in read_cells(kept) if cell.scale == scale})
+    if missing := sorted(set(experiments) - set(available)):
         raise UserError(f"{kept} holds nothing of {', '.join(missing)} at {scale} scale.")
-    written = [path for experiment in experiments or there for path in draw(experiment, scale, kept)]
+    written = [path for experiment in experiments or available for path in draw(experiment, scale, kept)]
     return [*written, write_readme(kept)]
 
 
@@ -76,7 +77,7 @@ def refuse_large(files: Iterable[Path]) -> None:
 
 
 def copy(cell: Cell, to: Path) -> Path:
-    """Replace what was kept of the cell."""
+    """Copy the cell's files in the place of those kept before."""
     shutil.rmtree(to, ignore_errors=True)
     to.mkdir(parents=True)
     for file in kept_files(cell.folder):
@@ -84,20 +85,22 @@ def copy(cell: Cell, to: Path) -> Path:
     return to
 
 
-def say_what_is_missing(cells: Sequence[Cell]) -> None:
-    """What is left behind of the cells, and how many were made from code with uncommitted changes."""
-    left = Counter(
+def report_omissions(cells: Sequence[Cell]) -> None:
+    """Print which files are not copied, and how many cells were made from code with uncommitted changes."""
+    omitted = Counter(
         entry.name for cell in cells for entry in cell.folder.iterdir() if entry not in kept_files(cell.folder)
     )
-    if left:
-        print(f"left behind: {', '.join(f'{name} (in {n} cells)' for name, n in left.items())}", file=sys.stderr)
+    if omitted:
+        print(f"not copied: {', '.join(f'{name} (in {n} cells)' for name, n in omitted.items())}", file=sys.stderr)
     if dirty := [cell for cell in cells if cell.record["commit"].endswith("-dirty")]:
         print(f"warning: {len(dirty)} cells were made from code with uncommitted changes", file=sys.stderr)
 
 
 def draw(experiment: str, scale: str, kept: Path) -> list[Path]:
     """The experiment's figures as PNG, from all its kept cells of one scale."""
-    cells = [cell for cell in read_cells(kept / experiment) if cell.scale == scale]
+    cells = with_derived(
+        load_papers(), [cell for cell in read_cells(kept / experiment) if cell.scale == scale]
+    )
     with TemporaryDirectory() as scratch:
         drawn = [path for path in figures.draw(experiment, cells, Path(scratch)) if path.suffix == ".png"]
         refuse_large(drawn)
@@ -110,19 +113,20 @@ def write_readme(kept: Path) -> Path:
 
 
 def readme(kept: Path) -> str:
-    """All that is kept, in Markdown: an overview, then each experiment's claims, figures and circumstances."""
+    """All kept results in Markdown: an overview, then each experiment's claims, figures and circumstances."""
     report = Report.read(kept, None)
-    there = [(name, scale) for name in report.experiments for scale in SCALES if report.cells(name, scale)]
+    sections = [(name, scale) for name in report.experiments for scale in SCALES if report.cells(name, scale)]
     blocks: list[Block] = [
         Heading(1, "Results kept in the repository"),
         Paragraph(
-            "Written by `python -m reports.keep` from the files beside it. Intervals are 95 % t intervals over seeds; "
-            "how each claim is judged stands in [reports/paper](../paper). Hours are the wall time of all cells added "
-            "up, two at a time on two cores, also where the machine was paused or did other work beside them."
+            "Written by `python -m reports.keep` from the files in this folder. Intervals are 95 % t intervals over "
+            "seeds. The claims and how each is judged are in [reports/papers](../papers). Hours are the sum of the wall "
+            "times of all cells. Two cells ran at a time on two cores. The sum includes pauses of the machine, and times "
+            "when it did other work."
         ),
-        overview(report, there),
+        overview(report, sections),
     ]
-    for experiment, scale in there:
+    for experiment, scale in sections:
         cells = report.cells(experiment, scale)
         blocks += [Heading(2, f"{experiment}, {scale} scale")]
         blocks += [tables.judged(report.papers, experiment, scale, report.judgements)]
@@ -134,14 +138,14 @@ def readme(kept: Path) -> str:
     return render.markdown(blocks, kept)
 
 
-def overview(report: Report, there: Sequence[tuple[str, Scale]]) -> Table:
-    """A row for each experiment and one for all: its cells, their hours, and how many claims have which verdict."""
+def overview(report: Report, sections: Sequence[tuple[str, Scale]]) -> Table:
+    """A row for each experiment and one for all: cells, hours, and the number of claims with each verdict."""
     rows, hours, verdicts = [], 0.0, Counter[str]()
-    for experiment, scale in there:
+    for experiment, scale in sections:
         cells = one_per_folder(report.cells(experiment, scale))
         own_hours = sum(map(tables.seconds_of, cells)) / 3600
         judgements = [report.judgements[claim.id][scale] for _, claim in tables.claims_of(report.papers, experiment)]
-        own = Counter(judgement.verdict.partition(";")[0] for judgement in judgements if judgement.ours)
+        own = Counter(judgement.word for judgement in judgements if judgement.ours)
         size = grid_size(experiment, scale) or "?"
         rows.append(
             [experiment, scale, f"{len(cells)} of {size}", f"{own_hours:.2f}", *(str(own[word]) for word in VERDICTS)]
@@ -157,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder with the results")
     parser.add_argument("--scale", choices=SCALES, default="paper", help="default: paper")
     parser.add_argument("--kept", type=Path, default=KEPT, help="folder to keep them in (default: reports/results)")
-    parser.add_argument("--redraw", action="store_true", help="copy nothing; figures and README of what is kept, anew")
+    parser.add_argument("--redraw", action="store_true", help="copy nothing; make figures and README of the kept results again")
     options = parser.parse_args(arguments)
     try:
         if options.redraw:

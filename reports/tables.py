@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from core.bench import TABLE
 from core.results import read
 from reports.checks.base import interval, spelled
-from reports.claims import SCALES, Claim, ExperimentRows, Judgement, Paper, Scale
+from reports.claims import SCALES, Claim, ExperimentRows, Paper, Scale
 from reports.collect import Cell, Failure, grid_size, one_per_folder
 from reports.matching import order, refined, shown
 from reports.render import Table
+from reports.verdicts import Judgement
 
 Judgements = Mapping[str, Mapping[Scale, Judgement]]
 
@@ -22,7 +23,7 @@ def finished(
     cells: Callable[[str, Scale], list[Cell]],
     failed: Callable[[str, Scale], list[Failure]],
 ) -> Table:
-    """How many cells of each grid are there."""
+    """How many cells of each grid have finished or failed."""
     rows = []
     for experiment in experiments:
         for scale in SCALES:
@@ -39,7 +40,7 @@ def claims(paper: Paper, judgements: Judgements) -> Table:
     rows = []
     for claim in paper.claims:
         row = [claim.id, claim.statement, claim.where, claim.paper_says, elsewhere(paper, claim)]
-        row.append(f"{claim.source}; {claim.confidence}")
+        row.append(f"{claim.source}; {claim.confidence}" + (f"; needs {claim.needs}" if claim.needs else ""))
         for scale in SCALES:
             judgement = judgements[claim.id][scale]
             row += [judgement.ours, judgement.verdict]
@@ -48,7 +49,7 @@ def claims(paper: Paper, judgements: Judgements) -> Table:
 
 
 def elsewhere(paper: Paper, claim: Claim) -> str:
-    """What is published beside the paper's text."""
+    """The numbers that are published, but not in the paper's text."""
     return "; ".join(part for part in (paper.check(claim).published, claim.others_say) if part)
 
 
@@ -96,12 +97,12 @@ def details(papers: Sequence[Paper], experiment: str, scale: Scale, judgements: 
 
 
 def rows_of(papers: Sequence[Paper], experiment: str) -> ExperimentRows | None:
-    """How an experiment's table is made, if a paper's file says so."""
+    """The columns of an experiment's table; None for an experiment without claims."""
     return next((paper.experiments[experiment] for paper in papers if experiment in paper.experiments), None)
 
 
 def results(cells: Sequence[Cell], rows: ExperimentRows | None) -> Table:
-    """Means over seeds with their intervals: one row for each method and setting, or each metric if nothing is said."""
+    """Means over seeds with their intervals, a row for each method and setting. Without `rows`, a row for each metric."""
     groups: dict[tuple[str, ...], list[Cell]] = defaultdict(list)
     if rows is None:
         for cell in cells:
@@ -128,18 +129,18 @@ def mean(cells: Sequence[Cell], metric: str) -> str:
     return spelled(interval(values), ".4g")
 
 
-def beside(cell: Cell) -> tuple[Table, list[str]] | None:
-    """What an experiment wrote into `table.json` beside its results: a table and notes; None without such a file."""
-    written = read(cell.folder / TABLE)
-    if written is None:
+def of_cell(cell: Cell) -> tuple[Table, list[str]] | None:
+    """The table and notes that an experiment wrote into `table.json` beside its results; None without such a file."""
+    content = read(cell.folder / TABLE)
+    if content is None:
         return None
-    header = list(dict.fromkeys(column for row in written["rows"] for column in row))
-    body = [[_figures(row.get(column)) for column in header] for row in written["rows"]]
-    return Table(header, body), written["notes"]
+    header = list(dict.fromkeys(column for row in content["rows"] for column in row))
+    body = [[_digits(row.get(column)) for column in header] for row in content["rows"]]
+    return Table(header, body), content["notes"]
 
 
-def _figures(value: object) -> str:
-    """Four significant digits, all those before the decimal point."""
+def _digits(value: object) -> str:
+    """Four significant digits, and all those before the decimal point."""
     if not isinstance(value, float):
         return shown(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
@@ -151,30 +152,30 @@ def failures(failed: Sequence[Failure]) -> Table:
 
 
 def circumstances(cells: Sequence[Cell]) -> list[str]:
-    """Hardware, commits, versions and time of the cells, and which of them are kept results."""
+    """Hardware, commits, versions and time of the cells, and how many of them are kept results."""
     folders = one_per_folder(cells)
     records = [cell.record for cell in folders]
     versions = sorted({f"{name} {version}" for record in records for name, version in record["versions"].items()})
     seconds = [seconds_of(cell) for cell in folders]
-    found = [
+    lines = [
         f"device: {', '.join(sorted({record['device'] for record in records}))}",
         f"commit: {', '.join(sorted({record['commit'] for record in records}))}",
         f"versions: {', '.join(versions)}",
         f"time: {sum(seconds):,.0f} s in {len(folders)} cells, {statistics.median(seconds):,.1f} s in the median one "
-        "(dictionaries that were trained together before the cells, or found in the store, are not in it)",
+        "(without the training of dictionaries that were trained together before the cells, or that were in the store)",
     ]
     if len(cells) > len(folders):
-        found.append(f"runs: {len(cells)}, stacked in the {len(folders)} cells")
+        lines.append(f"runs: {len(cells)}, stacked in the {len(folders)} cells")
     if kept := [cell for cell in folders if cell.kept]:
         commits = ", ".join(sorted({cell.record["commit"] for cell in kept}))
-        found.append(
+        lines.append(
             f"kept results: {len(kept)} of {len(folders)} cells were read from the repository, commit {commits}"
         )
-    return found
+    return lines
 
 
 def seconds_of(cell: Cell) -> float:
-    """What the cell took, with the time before a checkpoint that it went on from."""
+    """The time that the cell took, including that before the checkpoint from which it resumed."""
     return float(cell.metrics.get("seconds", cell.record["seconds"]))
 
 

@@ -67,6 +67,11 @@ class Check(ABC):
         """The number in words; its interval where it has one."""
 
     @property
+    def metrics(self) -> set[str]:
+        """Every metric that the check reads."""
+        return {self.metric}
+
+    @property
     def directed(self) -> bool:
         """Whether a direction is judged, not a size."""
         return False
@@ -98,6 +103,10 @@ class TwoSides(Check):
 
     b_metric: str | None = None
     along: str | None = None
+
+    @property
+    def metrics(self) -> set[str]:
+        return {self.metric, self.b_metric or self.metric}
 
     @abstractmethod
     def sides(self, cells: Sequence[Cell]) -> Iterable[Side]:

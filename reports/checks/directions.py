@@ -153,6 +153,10 @@ class Interpolated(Directed):
     along: str | None = None
     l0: str = "l0_mean"
 
+    @property
+    def metrics(self) -> set[str]:
+        return {self.metric, self.l0}
+
     def compare(self, cells: Sequence[Cell]) -> list[Comparison]:
         ours = by_setting(of(cells, [self.a]), self.match)
         curves = defaultdict(list)

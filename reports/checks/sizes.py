@@ -10,7 +10,7 @@ import numpy as np
 
 from core.metrics.statistics import Interval
 from reports.checks.base import Check, Comparison, Side, TwoSides, comparison, of, spelled
-from reports.collect import Cell
+from reports.collect import METRIC, Cell
 from reports.matching import by_setting, shown, words
 
 LISTED = 6  # so many published numbers a claim's row names one by one
@@ -34,6 +34,11 @@ class Within(Bounded):
 
     methods: tuple[str, ...]
     reference: str | float = 1.0
+
+    @property
+    def metrics(self) -> set[str]:
+        names = [self.metric] + ([self.reference] if str(self.reference).startswith(METRIC) else [])
+        return {str(name).removeprefix(METRIC) for name in names}
 
     def compare(self, cells: Sequence[Cell]) -> list[Comparison]:
         found = []

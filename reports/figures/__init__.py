@@ -1,23 +1,34 @@
-"""Figures, one module for each experiment that has some: `draw(cells, folder)` gives the files it wrote.
+"""Figures: `draw(cells, folder)` of a module with the experiment's name, here or in reports/papers/<paper>/figures.
 
-`cells` are the finished cells of one experiment at one scale. A module is found by the experiment's name.
+`cells` are the finished cells of one experiment at one scale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
+from reports import looks
+from reports.claims import PAPERS
 from reports.collect import Cell
 
 
 def draw(experiment: str, cells: Sequence[Cell], folder: Path) -> list[Path]:
-    """The experiment's figures as PNG and SVG; an empty list if it has no figure module or too few cells."""
-    name = f"{__name__}.{experiment}"
-    if not cells or find_spec(name) is None:
+    """Draw the experiment's figures and return their paths, PNG and SVG.
+
+    Empty for an experiment without a figure module, or with too few cells.
+    """
+    here = Path(__file__).parent
+    modules = [f"reports.figures.{path.stem}" for path in here.glob(f"{experiment}.py")]
+    modules += [
+        f"reports.papers.{path.parts[-3]}.figures.{path.stem}" for path in PAPERS.glob(f"*/figures/{experiment}.py")
+    ]
+    if not cells or not modules:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    found: list[Path] = import_module(name).draw(cells, folder)
-    return found
+    written: list[Path] = []
+    with looks.styled():
+        for module in modules:
+            written += import_module(module).draw(cells, folder)
+    return written

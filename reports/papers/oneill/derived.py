@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from reports.collect import Cell
-from reports.curves import SETTINGS, curve_of, total_flops
+from reports.papers.oneill.curves import SETTINGS, curve_of, total_flops
 
 BASELINE = "SAE"
 MODES = ("paper", "corrected")
@@ -30,7 +30,7 @@ FEWEST_POINTS = 10  # of a curve that can be read between its points
 Group = tuple[Any, ...]
 
 
-def with_crossings(cells: Iterable[Cell]) -> list[Cell]:
+def derive(cells: Iterable[Cell]) -> list[Cell]:
     """The cells, with the crossings as further metrics of those runs that have one.
 
     crossing_flops_<mode>, dict_crossing_flops_<mode>  training and one inference; latents, dictionary
