@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from core.artifacts import write_atomically
-from reports import figures, render, tables
 from core.errors import UserError
+from reports import figures, render, tables
 from reports.claims import SCALES, Claim, Paper, Scale, load_papers, validate_metrics, with_derived
 from reports.collect import KEPT, Cell, Failure, deviations, one_per_folder, read_failures, with_kept
 from reports.render import Block, Bullets, Figure, Heading, Paragraph
@@ -95,8 +95,8 @@ def report_blocks(report: Report, drawn: dict[tuple[str, Scale], list[Path]]) ->
     blocks: list[Block] = [
         Heading(1, "Results beside the papers' claims"),
         Paragraph(
-            "At paper scale, our numbers are compared with the paper's. At demo scale (a small model, short runs), only "
-            "the direction of a claim is judged. Intervals are 95 % t intervals over seeds. A percentage compares two "
+            "At paper scale, our numbers are compared with the paper's. At demo scale (a small model, short runs), "
+            "only the direction of a claim is judged. Intervals are 95 % t intervals over seeds. A percentage compares two "
             "measured values at equal seeds and settings."
         ),
         tables.finished(report.experiments, report.cells, report.failures),

@@ -98,9 +98,7 @@ def report_omissions(cells: Sequence[Cell]) -> None:
 
 def draw(experiment: str, scale: str, kept: Path) -> list[Path]:
     """The experiment's figures as PNG, from all its kept cells of one scale."""
-    cells = with_derived(
-        load_papers(), [cell for cell in read_cells(kept / experiment) if cell.scale == scale]
-    )
+    cells = with_derived(load_papers(), [cell for cell in read_cells(kept / experiment) if cell.scale == scale])
     with TemporaryDirectory() as scratch:
         drawn = [path for path in figures.draw(experiment, cells, Path(scratch)) if path.suffix == ".png"]
         refuse_large(drawn)
@@ -120,9 +118,9 @@ def readme(kept: Path) -> str:
         Heading(1, "Results kept in the repository"),
         Paragraph(
             "Written by `python -m reports.keep` from the files in this folder. Intervals are 95 % t intervals over "
-            "seeds. The claims and how each is judged are in [reports/papers](../papers). Hours are the sum of the wall "
-            "times of all cells. Two cells ran at a time on two cores. The sum includes pauses of the machine, and times "
-            "when it did other work."
+            "seeds. The claims, and how each is judged, are in [reports/papers](../papers). Hours are the sum of the "
+            "wall times of all cells. Two cells ran at a time on two cores. The sum includes pauses of the machine, "
+            "and times when it did other work."
         ),
         overview(report, sections),
     ]
@@ -161,7 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder with the results")
     parser.add_argument("--scale", choices=SCALES, default="paper", help="default: paper")
     parser.add_argument("--kept", type=Path, default=KEPT, help="folder to keep them in (default: reports/results)")
-    parser.add_argument("--redraw", action="store_true", help="copy nothing; make figures and README of the kept results again")
+    parser.add_argument(
+        "--redraw", action="store_true", help="copy nothing; make figures and README of the kept results again"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.redraw:

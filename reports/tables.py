@@ -102,7 +102,7 @@ def rows_of(papers: Sequence[Paper], experiment: str) -> ExperimentRows | None:
 
 
 def results(cells: Sequence[Cell], rows: ExperimentRows | None) -> Table:
-    """Means over seeds with their intervals, a row for each method and setting. Without `rows`, a row for each metric."""
+    """Means over seeds with their intervals: a row for each method and setting, or, without `rows`, for each metric."""
     groups: dict[tuple[str, ...], list[Cell]] = defaultdict(list)
     if rows is None:
         for cell in cells:

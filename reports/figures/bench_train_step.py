@@ -1,4 +1,4 @@
-"""The figure of bench_train_step: for each implementation a bar, a complete step over one encoder product."""
+"""The figure of bench_train_step: a bar for each implementation, its complete step over one encoder product."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from matplotlib.figure import Figure
 from core.bench import TABLE
 from core.results import read
 from reports.collect import Cell
-from reports.figures.style import BLUE, ORANGE, save, styled
+from reports.looks import BLACK, look, save
 
-KINDS = {"batchtopk": ("BatchTopK", BLUE), "topk": ("TopK", ORANGE)}
+NAMES = {"batchtopk": "BatchTopK", "topk": "TopK"}
 OURS = "ours"
 
 
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """One figure for each cell that has a table, a panel for each dictionary size."""
     written: list[Path] = []
-    with styled():
-        for cell in cells:
-            if table := read(cell.folder / TABLE):
-                written += save(bars(table), folder / f"bench_train_step_{cell.scale}_{cell.folder.name}")
+    for cell in cells:
+        if table := read(cell.folder / TABLE):
+            written += save(bars(table), folder / f"bench_train_step_{cell.scale}_{cell.folder.name}")
     return written
 
 
@@ -45,11 +44,12 @@ def bars(table: Mapping[str, Any]) -> Figure:
 def panel(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     ordered = sorted(rows, key=lambda row: row["step over product"])
     values = [row["step over product"] for row in ordered]
-    labels = [f"{_name(row)}, {KINDS[row['method']][0]}" for row in ordered]
+    labels = [f"{_name(row)}, {NAMES[row['method']]}" for row in ordered]
     places = range(len(ordered))
     below = [max(0.0, row["step over product"] - row["quartile 1"]) for row in ordered]
     above = [max(0.0, row["quartile 3"] - row["step over product"]) for row in ordered]
-    bars = axes.barh(places, values, xerr=[below, above], color=[KINDS[row["method"]][1] for row in ordered], capsize=2)
+    colours = [look(NAMES[row["method"]]).colour for row in ordered]
+    bars = axes.barh(places, values, xerr=[below, above], color=colours, capsize=2)
     for bar, row in zip(bars, ordered, strict=True):
         bar.set_alpha(1.0 if row["who"] == OURS else 0.55)
     for place, value, row in zip(places, values, ordered, strict=True):
@@ -59,7 +59,7 @@ def panel(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.margins(x=0.1)
     axes.set_yticks(places, labels)
     axes.invert_yaxis()
-    axes.axvline(1, color="#444444", linewidth=0.9, linestyle="--")
+    axes.axvline(1, color=BLACK, linewidth=0.9, linestyle="--")
     axes.grid(axis="y", visible=False)
 
 

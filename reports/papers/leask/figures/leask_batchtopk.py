@@ -1,4 +1,4 @@
-"""The figures of leask_batchtopk, drawn like figures 1 to 3 of Bussmann et al. 2024.
+"""The figures of leask_batchtopk: figures 1 to 3 of Bussmann et al. 2024.
 
 For each language model and site: NMSE and cross-entropy degradation against the dictionary size at a fixed k and
 against the measured L0 at a fixed size; and the histogram of BatchTopK's L0 per token.
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,36 +18,21 @@ from matplotlib.ticker import PercentFormatter
 
 from reports.collect import HISTOGRAM, Cell
 from reports.figures.groups import by_model
-from reports.figures.style import BLUE, GREEN, ORANGE, VERMILION, log_axis, mean_and_half, save, styled
+from reports.looks import GREY, in_order, line, log_axis, look, mean_and_half, save, seeds_of
 from reports.matching import refined
 
 DICT_SIZE, K = "method.dict_size", "method.k"
 METRICS = {"nmse_token_std": "NMSE", "ce_degradation": "CE degradation (nats per token)"}
-
-
 FEWEST = 2e-5  # the histogram ends where a bin holds a smaller share of the tokens
-
-
-class Look(NamedTuple):
-    colour: str
-    marker: str
-    aside: float  # factor on the dictionary size, so that bars do not hide one another
-
-
-METHODS = {
-    "TopK": Look(ORANGE, "s", 0.985),
-    "BatchTopK": Look(BLUE, "o", 1.015),
-    "JumpReLU": Look(GREEN, "^", 1.0),
-}
+ASIDE = 1.03  # factor on the dictionary size from one method to the next, so that bars do not hide one another
 
 
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """Two figures for each model and site, as PNG and SVG. A figure for which there is no cell is left out."""
     written = []
-    with styled():
-        for title, name, group in by_model(cells):
-            written += save(curves(group, title), folder / f"leask_batchtopk_{name}_curves")
-            written += save(histogram(group, title), folder / f"leask_batchtopk_{name}_l0_histogram")
+    for title, name, group in by_model(cells):
+        written += save(curves(group, title), folder / f"leask_batchtopk_{name}_curves")
+        written += save(histogram(group, title), folder / f"leask_batchtopk_{name}_l0_histogram")
     return written
 
 
@@ -68,12 +52,12 @@ def curves(cells: Sequence[Cell], title: str) -> Figure:
     axes[0, 0].set_title(f"k = {k}" if at_k else "no cell yet", fontsize=10)
     axes[0, 1].set_title(f"dictionary size {size}", fontsize=10)
     axes[0, 1].legend()
-    figure.suptitle(f"{title}, held-out text, {_seeds(cells)}", fontsize=10)
+    figure.suptitle(f"{title}, held-out text, {seeds_of(cell.seed for cell in cells)}", fontsize=10)
     return figure
 
 
 def histogram(cells: Sequence[Cell], title: str) -> Figure | None:
-    """L0 per token of BatchTopK under its threshold, all seeds together, beside the one value that TopK gives."""
+    """L0 per token of BatchTopK with its threshold, all seeds together, beside the k of TopK."""
     drawn = [cell for cell in cells if cell.method == "BatchTopK" and (cell.folder / HISTOGRAM).is_file()]
     size, k = _fixed(drawn, DICT_SIZE, K), _fixed(drawn, K, DICT_SIZE)
     chosen = [cell for cell in drawn if (cell.get(DICT_SIZE), cell.get(K)) == (size, k)]
@@ -82,14 +66,15 @@ def histogram(cells: Sequence[Cell], title: str) -> Figure | None:
     figure = Figure(figsize=(8.2, 3.4), layout="constrained")
     axes = figure.subplots()
     _bars(axes, _summed_histograms(chosen))
-    look = METHODS["TopK"]
-    axes.axvline(k, color=look.colour, linestyle="--", linewidth=1.8, label=f"k = {k}, what TopK gives every token")
+    axes.axvline(
+        k, color=look("TopK").colour, linestyle="--", linewidth=1.8, label=f"k = {k}, as TopK has for every token"
+    )
     axes.set_xlabel("L0 of a token (active latents)")
     axes.set_ylabel("share of tokens")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     axes.grid(axis="x", visible=False)
     axes.legend()
-    figure.suptitle(f"{title}, held-out text: BatchTopK with {size} latents under its threshold", fontsize=10)
+    figure.suptitle(f"{title}, held-out text: BatchTopK with {size} latents and its threshold", fontsize=10)
     return figure
 
 
@@ -106,33 +91,25 @@ def _fixed(cells: Sequence[Cell], key: str, varied: str) -> int | None:
 def _lines(axes: Axes, cells: Sequence[Cell], x: str, metric: str) -> None:
     """One line for each method, a point for each setting: means over seeds, and the t interval of the metric."""
     settings = refined(cells, (DICT_SIZE, K, "method.l0_coefficient"))
-    for method, look in METHODS.items():
+    methods = [m for m in in_order(cell.method for cell in cells) if x != DICT_SIZE or _has_k(cells, m)]
+    for number, method in enumerate(methods):
         points: dict[tuple[object, ...], list[Cell]] = defaultdict(list)
         for cell in cells:
             if cell.method == method and metric in cell.metrics:
                 points[tuple(cell.get(key) for key in settings)].append(cell)
-        if not points or (x == DICT_SIZE and method == "JumpReLU"):
+        if not points:
             continue
-        aside = look.aside if x == DICT_SIZE else 1.0
+        aside = ASIDE ** (number - (len(methods) - 1) / 2) if x == DICT_SIZE else 1.0
         drawn = sorted(
             (aside * _mean(group, x), *mean_and_half([cell.metrics[metric] for cell in group]))
             for group in points.values()
         )
         at, mean, half = (list(column) for column in zip(*drawn, strict=True))
-        axes.errorbar(
-            at,
-            mean,
-            yerr=half,
-            label=method,
-            color=look.colour,
-            linewidth=1.6,
-            elinewidth=1.0,
-            capsize=2.5,
-            marker=look.marker,
-            markersize=6,
-            markeredgecolor="white",
-            markeredgewidth=0.6,
-        )
+        line(axes, look(method), at, mean, half, method)
+
+
+def _has_k(cells: Sequence[Cell], method: str) -> bool:
+    return any(cell.get(K) is not None for cell in cells if cell.method == method)
 
 
 def _mean(cells: Sequence[Cell], key: str) -> float:
@@ -146,23 +123,18 @@ def _summed_histograms(cells: Sequence[Cell]) -> pd.DataFrame:
 
 
 def _bars(axes: Axes, table: pd.DataFrame) -> None:
-    """Shares of all tokens; those that begin a text stand on top of the others."""
+    """Shares of all tokens. The first tokens of texts are stacked on top of the others."""
     n_tokens = table["count"].sum()
     without_bos, everything = table["count_without_bos"] / n_tokens, table["count"] / n_tokens
     at = table.index.to_numpy()
     bos = everything - without_bos
     axes.set_xlim(-1, at[everything > FEWEST].max(initial=1) + 1)
-    axes.bar(at, without_bos, width=1.0, color="#7fb3d5", label="tokens inside a text")
+    axes.bar(at, without_bos, width=1.0, color=look("BatchTopK").colour, alpha=0.5, label="tokens inside a text")
     axes.bar(
         at,
         bos,
         width=1.0,
         bottom=without_bos,
-        color=VERMILION,
-        label=f"beginnings of text (BOS), {bos.sum():.2%} of all tokens",
+        color=GREY,
+        label=f"first tokens of texts (BOS), {bos.sum():.2%} of all tokens",
     )
-
-
-def _seeds(cells: Sequence[Cell]) -> str:
-    n_seeds = len({cell.seed for cell in cells})
-    return f"{n_seeds} seeds (bars: 95 % t intervals)" if n_seeds > 1 else "one seed"

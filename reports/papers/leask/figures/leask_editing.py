@@ -12,36 +12,34 @@ from matplotlib.ticker import PercentFormatter
 
 from reports.collect import Cell
 from reports.figures.groups import by_model
-from reports.figures.style import BLUE, GREY, ORANGE, SKY, VERMILION, mean_and_half, save, styled
+from reports.looks import GREY, mean_and_half, save, seeds_of, shades
 
+META, THIRD, SWAP, SWAP_AT_ENTITY = shades(4)
 KINDS = {
-    "meta": ("meta-latents\nof the target", BLUE),
-    "third": ("meta-latents of\na third entity", SKY),
+    "meta": ("meta-latents\nof the target", META),
+    "third": ("meta-latents of\na third entity", THIRD),
     "random": ("random\ndirections", GREY),
-    "swap": ("latents\nswapped", ORANGE),
-    "swap_at_entity": ("latents swapped,\nat the name only", VERMILION),
+    "swap": ("latents\nswapped", SWAP),
+    "swap_at_entity": ("latents swapped,\nat the name only", SWAP_AT_ENTITY),
 }
 PANELS = {
     "reached_proper_fraction": "proper subsets of attributes reached",
     "reached_all": "pairs where all attributes are reached",
     "target_change_nats": "change of log-odds, targets (nats)",
-    "other_change_nats": "the same, other attributes (nats)",
+    "other_change_nats": "change of log-odds, others (nats)",
 }
 
 
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
-    """One figure for each model, preset, way of splicing and set of pairs, as PNG and SVG; means over seeds with t
-    intervals."""
+    """One figure for each model, preset, way of splicing and set of pairs, as PNG and SVG."""
     written = []
-    with styled():
-        for title, name, group in by_model(cells, "editing.preset", "editing.splice", "meta.preset"):
-            of_pairs: dict[str, list[Cell]] = defaultdict(list)
-            for cell in group:
-                of_pairs[str(cell.get("editing.pairs"))].append(cell)
-            for number, (_, part) in enumerate(sorted(of_pairs.items())):
-                seeds = len({cell.seed for cell in part})
-                figure = panels(part, f"{title}, {seeds} seed{'s' * (seeds > 1)}")
-                written += save(figure, folder / f"leask_editing_{name}_{number}")
+    for title, name, group in by_model(cells, "editing.preset", "editing.splice", "meta.preset"):
+        of_pairs: dict[str, list[Cell]] = defaultdict(list)
+        for cell in group:
+            of_pairs[str(cell.get("editing.pairs"))].append(cell)
+        for number, (_, part) in enumerate(sorted(of_pairs.items())):
+            figure = panels(part, f"{title}, {seeds_of(cell.seed for cell in part)}")
+            written += save(figure, folder / f"leask_editing_{name}_{number}")
     return written
 
 

@@ -14,30 +14,19 @@ from matplotlib.ticker import PercentFormatter
 
 from reports.collect import Cell
 from reports.figures.groups import by_model
-from reports.figures.style import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILION,
-    log_axis,
-    mean_and_half,
-    save,
-    styled,
-)
+from reports.looks import GREY, Look, line, log_axis, mean_and_half, save, shades
 
 SIZE, K, AUX, PRESET = "meta.method.dict_size", "meta.method.k", "meta.method.aux", "meta.preset"
 COSINES = "cosines.parquet"
-LOOKS = {"ve": (BLUE, "o", "decoder directions"), "ve_null": (GREY, "s", "random directions")}
+META, REPLACED, PURSUIT = shades(3)
+LINES = {"ve": (Look(META, "o"), "decoder directions"), "ve_null": (Look(GREY, "s"), "random directions")}
 BARS = {
-    "ve": ("meta-SAE", BLUE),
-    "ve_replaced_tuned": ("nearest latents of smaller dictionaries,\nencoder trained for them", SKY),
-    "ve_replaced": ("the same, encoder as it was", SKY),
+    "ve": ("meta-SAE", META),
+    "ve_replaced_tuned": ("nearest latents of smaller dictionaries,\nencoder trained for them", REPLACED),
+    "ve_replaced": ("nearest latents of smaller dictionaries,\nencoder as it was", REPLACED),
     "ve_random_decoder_tuned": ("random directions,\nencoder trained for them", GREY),
-    "ve_random_decoder": ("the same, encoder as it was", GREY),
-    "ve_pursuit": ("pursuit over the small dictionary", ORANGE),
+    "ve_random_decoder": ("random directions,\nencoder as it was", GREY),
+    "ve_pursuit": ("pursuit over the small dictionary", PURSUIT),
     "ve_pursuit_random": ("pursuit over random directions", GREY),
     "ve_null": ("meta-SAE of random directions", GREY),
 }
@@ -48,10 +37,9 @@ def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """Up to three figures for each model and site, as PNG and SVG. One for which there is no cell is left out."""
     chosen = [cell for cell in cells if cell.get("rows") == "base" and cell.get("meta.sampling") != "frequency"]
     written = []
-    with styled():
-        for title, name, group in by_model(chosen):
-            for kind in (variance, cosines, decoders):
-                written += save(kind(group, title), folder / f"leask_meta_sae_{name}_{kind.__name__}")
+    for title, name, group in by_model(chosen):
+        for kind in (variance, cosines, decoders):
+            written += save(kind(group, title), folder / f"leask_meta_sae_{name}_{kind.__name__}")
     return written
 
 
@@ -78,13 +66,13 @@ def variance(cells: Sequence[Cell], title: str) -> Figure | None:
 
 
 def _lines(axes: Axes, cells: Sequence[Cell], key: str) -> None:
-    for metric, (colour, marker, label) in LOOKS.items():
+    for metric, (look, label) in LINES.items():
         points: dict[float, list[float]] = defaultdict(list)
         for cell in cells:
             points[cell.get(key)].append(cell.metrics[metric])
         at = sorted(points)
         mean, half = zip(*(mean_and_half(points[value]) for value in at), strict=True)
-        axes.errorbar(at, mean, yerr=half, color=colour, marker=marker, capsize=2.5, linewidth=1.6, label=label)
+        line(axes, look, at, mean, half, label)
 
 
 def cosines(cells: Sequence[Cell], title: str) -> Figure | None:
@@ -98,13 +86,14 @@ def cosines(cells: Sequence[Cell], title: str) -> Figure | None:
     left, right = figure.subplots(1, 2)
     names = [str(name) for name in counts]
     sizes = sorted((n for n in names if n.startswith("meta-latents to")), key=lambda n: int(n.split()[-1]))
-    shades = [SKY, GREEN, ORANGE, VERMILION, PURPLE, BLUE, GREY, "#333333"]
-    to = {name: (shades[i % len(shades)], f"latents of {name.split()[-1]}") for i, name in enumerate(sizes)}
+    to = {
+        name: (colour, f"latents of {name.split()[-1]}") for name, colour in zip(sizes, shades(len(sizes)), strict=True)
+    }
     _steps(left, counts, {**to, "null to the small one": (GREY, "of random directions, to the small one")})
     within = {
-        "within meta": (BLUE, "meta-latents"),
-        "within small": (SKY, "small dictionary"),
-        "within base": (VERMILION, "base"),
+        "within meta": (META, "meta-latents"),
+        "within small": (REPLACED, "small dictionary"),
+        "within base": (PURSUIT, "base dictionary"),
     }
     _steps(right, counts, within)
     left.set_title("from a meta-latent to the nearest of other latents", fontsize=10)
@@ -128,11 +117,11 @@ def _steps(axes: Axes, counts: pd.DataFrame, series: Mapping[str, tuple[str, str
 
 
 def decoders(cells: Sequence[Cell], title: str) -> Figure | None:
-    """Variance explained with other decoder rows, and by a pursuit over latents that are there already."""
+    """Variance explained with other decoder rows, and by a matching pursuit over existing latents."""
     chosen = _detailed(cells)
     if not chosen:
         return None
-    figure = Figure(figsize=(8.2, 3.6), layout="constrained")
+    figure = Figure(figsize=(8.2, 4.2), layout="constrained")
     axes = figure.subplots()
     names = [name for name in BARS if all(name in cell.metrics for cell in chosen)]
     at = np.arange(len(names))[::-1]
@@ -155,10 +144,10 @@ def decoders(cells: Sequence[Cell], title: str) -> Figure | None:
 
 
 def _detailed(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells with details of one preset and auxiliary loss: lw and the correct one, where there are some."""
-    found = [cell for cell in cells if "ve_replaced" in cell.metrics and (cell.folder / COSINES).is_file()]
-    found.sort(key=lambda cell: (cell.get(PRESET) != "lw", cell.get(AUX) != "r1", str(cell.get(PRESET))))
-    return [cell for cell in found if all(cell.get(key) == found[0].get(key) for key in (PRESET, AUX, SIZE, K))]
+    """The cells with details, of one preset and auxiliary loss: `lw` and `r1` if there are some."""
+    detailed = [cell for cell in cells if "ve_replaced" in cell.metrics and (cell.folder / COSINES).is_file()]
+    detailed.sort(key=lambda cell: (cell.get(PRESET) != "lw", cell.get(AUX) != "r1", str(cell.get(PRESET))))
+    return [cell for cell in detailed if all(cell.get(key) == detailed[0].get(key) for key in (PRESET, AUX, SIZE, K))]
 
 
 def _what(cells: Sequence[Cell]) -> str:
@@ -169,6 +158,6 @@ def _what(cells: Sequence[Cell]) -> str:
 
 
 def _commonest(cells: Sequence[Cell], key: str) -> object:
-    """The value that most cells have; of equals, the first met."""
+    """The value that most cells have; of equals, the first."""
     values = [cell.get(key) for cell in cells]
     return max(dict.fromkeys(values), key=values.count)

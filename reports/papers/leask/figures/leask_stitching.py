@@ -18,38 +18,39 @@ from matplotlib.figure import Figure
 
 from reports.collect import Cell
 from reports.figures.groups import by_model
-from reports.figures.style import BLACK, BLUE, GREEN, GREY, ORANGE, SKY, VERMILION, log_axis, save, styled
+from reports.looks import BLACK, GREY, PALE, log_axis, save, shades
 
 LATENTS, INTERPOLATION, FRANKENSTEIN = "latents.parquet", "interpolation.parquet", "frankenstein.parquet"
 PAPER_THRESHOLD = 0.7
 PANELS = {"mse": "MSE over that of the small", "l0": "L0 (active latents)", "ce": "loss (nats per token)"}
+NOVEL, RECONSTRUCTION = shades(2)
+PAPER, DATA, PARENTS = shades(3)
 WAYS = {
-    "paper": (BLUE, "similar from cosine 0.7 on"),
-    "data": (VERMILION, "from the best cosine on"),
-    "parents": (GREEN, "the same, only with the most similar one"),
+    "paper": (PAPER, "similar from cosine 0.7 on"),
+    "data": (DATA, "similar from the best cosine on"),
+    "parents": (PARENTS, "each with the most similar one only"),
 }
 MAX_COLUMNS = 7
 
 
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
-    """Three figures for each model, site and method, as PNG and SVG; those without a cell are left out."""
+    """Three figures for each model, site and method, as PNG and SVG; a figure without cells is left out."""
     written: list[Path] = []
-    with styled():
-        for model, name, group in by_model(cells, "method"):
-            title = f"{model}, held-out text"
-            pairs = sorted((c for c in group if c.get("part") == "pair"), key=_place)[:MAX_COLUMNS]
-            shown = {
-                "latents": latents([c for c in pairs if (c.folder / LATENTS).is_file()], title),
-                "interpolation": interpolations([c for c in pairs if (c.folder / INTERPOLATION).is_file()], title),
-                "grown": grown([c for c in group if (c.folder / FRANKENSTEIN).is_file()], title),
-            }
-            for kind, figure in shown.items():
-                written += save(figure, folder / f"leask_stitching_{name}_{kind}")
+    for model, name, group in by_model(cells, "method"):
+        title = f"{model}, held-out text"
+        pairs = sorted((c for c in group if c.get("part") == "pair"), key=_place)[:MAX_COLUMNS]
+        shown = {
+            "latents": latents([c for c in pairs if (c.folder / LATENTS).is_file()], title),
+            "interpolation": interpolations([c for c in pairs if (c.folder / INTERPOLATION).is_file()], title),
+            "grown": grown([c for c in group if (c.folder / FRANKENSTEIN).is_file()], title),
+        }
+        for kind, figure in shown.items():
+            written += save(figure, folder / f"leask_stitching_{name}_{kind}")
     return written
 
 
 def _place(cell: Cell) -> tuple[int, float]:
-    """Pairs by the error of their small dictionary, the largest first, seed by seed: that is by size."""
+    """Sorts pairs by seed, then by the error of the small dictionary, the largest first: that is by its size."""
     return cell.seed, -cell.metrics.get("mse_small", 0.0)
 
 
@@ -77,7 +78,10 @@ def latents(cells: Sequence[Cell], title: str) -> Figure | None:
         table = pd.read_parquet(cell.folder / LATENTS)
         alive = table[table["class"] != "dead"]
         novel = alive["delta_mse"] < 0
-        for chosen, colour, label in ((novel, BLUE, "novel: lowers the error"), (~novel, ORANGE, "reconstruction")):
+        for chosen, colour, label in (
+            (novel, NOVEL, "novel: lowers the error"),
+            (~novel, RECONSTRUCTION, "reconstruction"),
+        ):
             above.hist(alive.loc[chosen, "cosine"], bins=bins, color=colour, alpha=0.65, label=label)
             below.scatter(alive.loc[chosen, "cosine"], alive.loc[chosen, "delta_mse"], s=4, color=colour, linewidths=0)
         for panel in (above, below):
@@ -122,14 +126,14 @@ def _way(axes: Axes, table: pd.DataFrame, metric: str, colour: str, label: str) 
     axes.plot(table["point"], table[metric] / start, color=colour, marker="o", markersize=3, linewidth=1.4, label=label)
     if metric == "mse":
         refit = table["mse_refit"] / start
-        axes.plot(table["point"], refit, color=colour, linestyle=":", linewidth=1.2, label="its best decoder bias")
+        axes.plot(table["point"], refit, color=colour, linestyle=":", linewidth=1.2, label="with its best decoder bias")
     for phase in ("insert", "swap"):
         last = table.loc[table["phase"] == phase, "point"].max()
-        axes.axvline(last, color="#cccccc", linewidth=0.8, zorder=0)
+        axes.axvline(last, color=PALE, linewidth=0.8, zorder=0)
 
 
 def grown(cells: Sequence[Cell], title: str) -> Figure | None:
-    """Over the number of latents: error, and L0, of the family and of what is grown of it; a line for each family."""
+    """Error and L0 over the number of latents, of the family and of what is grown from it; a line for each family."""
     if not cells:
         return None
     figure = Figure(figsize=(7.4, 3.6), layout="constrained")
@@ -137,13 +141,13 @@ def grown(cells: Sequence[Cell], title: str) -> Figure | None:
     tables = [pd.read_parquet(cell.folder / FRANKENSTEIN) for cell in cells]
     for axes, metric, label in zip(panels, ("mse", "l0"), ("MSE", "L0 (active latents)"), strict=True):
         for table in tables:
-            for kind, colour, words in (("family", BLACK, "trained"), ("grown", BLUE, "grown by novel latents")):
+            for kind, colour, words in (("family", BLACK, "trained"), ("grown", NOVEL, "grown by novel latents")):
                 name = words if table is tables[0] else None
                 chosen = table[table["kind"] == kind]
                 axes.plot(chosen["n_latents"], chosen[metric], color=colour, marker="o", linewidth=1.5, label=name)
                 if metric == "mse" and kind == "grown":
-                    name = name and "the same, best decoder bias"
-                    axes.plot(chosen["n_latents"], chosen["mse_refit"], color=SKY, marker=".", label=name)
+                    name = name and "grown, with its best decoder bias"
+                    axes.plot(chosen["n_latents"], chosen["mse_refit"], color=RECONSTRUCTION, marker=".", label=name)
         axes.set_ylabel(label)
         sizes = pd.concat(tables)
         log_axis(axes, sizes.loc[sizes["kind"] == "family", "n_latents"], "latents")

@@ -1,4 +1,4 @@
-"""What the figures of the synthetic experiments of O'Neill et al. 2025 share: looks, curves with bands, references.
+"""What the figures of the synthetic experiments of O'Neill et al. 2025 share: curves with bands, levels, crossings.
 
 Lines are means over seeds, bands their 95 % t intervals. Open diamonds at paper scale are the numbers of the authors'
 result files, read from the claims.
@@ -8,65 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
+from reports import looks
 from reports.checks import Near
 from reports.claims import PAPERS, load_paper
 from reports.collect import Cell
-from reports.crossings import BASELINE, sae_levels
-from reports.figures.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, mean_and_half
+from reports.looks import GREY, look, mean_and_half
+from reports.papers.oneill.derived import BASELINE, sae_levels
 
 MODES = {"paper": "FLOPs, the paper's counting", "corrected": "FLOPs, corrected"}
 MCC = {"latent_mcc": "latent MCC", "dict_mcc": "dictionary MCC"}
-AUTHORS = "authors' result files"
-SPREAD = "filled: one data set for all runs; open: one for each run; below the names their standard deviations"
-
-
-class Look(NamedTuple):
-    colour: str
-    marker: str
-    line: Literal["-", "--", ":", "none"] = "-"
-
-
-LOOKS = {
-    "SAE": Look(ORANGE, "s"),
-    "SAE+ITO": Look(VERMILION, "D", "--"),
-    "MLP32": Look(SKY, "v"),
-    "MLP256": Look(BLUE, "^"),
-    "MLP1024": Look(BLACK, "P"),
-    "SC": Look(GREEN, "o"),
-    "SC from -2": Look(GREEN, "o", "--"),
-    "SC truncated": Look(GREEN, "X", ":"),
-    "ITO": Look(PURPLE, "o"),
-    "ITO from -2": Look(PURPLE, "o", "--"),
-    "ITO warm": Look(VERMILION, "D", ":"),
-    "ITO warm floor": Look(VERMILION, "D"),
-    "TopK SAE": Look(ORANGE, "s", "--"),
-    "TopK MLP": Look(SKY, "v", "--"),
-    "TopK SC": Look(GREEN, "o", "--"),
-    "TopK SC ReLU": Look(GREEN, "D", ":"),
-}
 CONVERGED = ("L0 oracle", "FISTA", "NNLS")  # solvers whose result is one number
-
-
-def look(method: str) -> Look:
-    return LOOKS.get(method, Look(GREY, "."))
-
-
-def in_order(methods: Iterable[Any]) -> list[str]:
-    """The methods that have a look, in the order of the looks."""
-    found = set(methods)
-    return [method for method in LOOKS if method in found]
+SPREAD = "filled: one data set for all runs; open: one for each run; below the names: standard deviations"
 
 
 def one_data_set(cells: Sequence[Cell]) -> Sequence[Cell]:
-    """The runs that share one data set, as the paper's do; where there are none, those with data of their own."""
+    """The runs that share one data set, as the paper's do; if there are none, those with data of their own."""
     return [cell for cell in cells if not cell.get("source.per_run")] or cells
 
 
@@ -81,26 +44,18 @@ def bands(axes: Axes, table: pd.DataFrame, x: str, y: str, methods: Sequence[str
         at, mean, half = (np.array(column) for column in zip(*points, strict=True))
         style = look(method)
         axes.plot(at, mean, color=style.colour, linestyle=style.line, linewidth=1.6, label=method)
-        axes.plot(at[-1:], mean[-1:], color=style.colour, marker=style.marker, markersize=5, linestyle="none")
-        axes.fill_between(at, mean - half, mean + half, color=style.colour, alpha=0.18, linewidth=0)
+        axes.plot(
+            at[-1:], mean[-1:], color=style.colour, marker=style.marker, markerfacecolor=style.face, linestyle="none"
+        )
+        axes.fill_between(at, mean - half, mean + half, color=style.colour, alpha=0.15, linewidth=0)
 
 
 def references(axes: Axes, numbers: Mapping[tuple[Any, ...], float], methods: Sequence[str]) -> None:
-    """Published numbers as open diamonds beyond the right end, beside one another where they would hide each other."""
+    """Published numbers right of the axes, alternately in two columns so that they do not hide one another."""
     shown = [(method, numbers[(method,)]) for method in methods if (method,) in numbers]
     for i, (method, number) in enumerate(sorted(shown, key=lambda entry: entry[1])):
-        axes.plot(
-            1.02 + 0.03 * (i % 2),
-            number,
-            transform=axes.get_yaxis_transform(),
-            clip_on=False,
-            marker="D",
-            markersize=5.5,
-            markerfacecolor="white",
-            markeredgecolor=look(method).colour,
-            markeredgewidth=1.5,
-            zorder=5,
-        )
+        place = {"transform": axes.get_yaxis_transform(), "clip_on": False}
+        looks.published(axes, [1.02 + 0.03 * (i % 2)], [number], look(method).colour, **place)
 
 
 def level(axes: Axes, value: float, text: str, line: str = ":", left: bool = False, below: bool = False) -> None:
@@ -113,30 +68,45 @@ def level(axes: Axes, value: float, text: str, line: str = ":", left: bool = Fal
     )  # fmt: skip
 
 
+def ceilings(axes: Axes, cells: Sequence[Cell]) -> None:
+    """What converged solvers reach: a line for each, and their names one below the other."""
+    means = {}
+    for method in CONVERGED:
+        if values := [cell.metrics["latent_mcc"] for cell in cells if cell.method == method]:
+            means[method] = float(np.mean(values))
+            axes.axhline(means[method], color=GREY, linestyle="-.", linewidth=1.0, zorder=1)
+    if means:
+        axes.annotate(
+            "solvers, from above:\n" + "\n".join(f"{method} {value:.3f}" for method, value in means.items()),
+            (0.02, min(means.values())), xycoords=axes.get_yaxis_transform(), xytext=(0, -3),
+            textcoords="offset points", va="top", fontsize=7, color=GREY,
+        )  # fmt: skip
+
+
 def chance(axes: Axes, cells: Iterable[Cell], metric: str) -> None:
-    """What an untrained encoder or a random dictionary reaches, where the cells know it."""
-    found = {cell.metrics[f"{metric}_chance"] for cell in cells if f"{metric}_chance" in cell.metrics}
-    for value in {round(value, 2) for value in found}:
+    """What an untrained encoder or a random dictionary reaches, where the cells have it."""
+    values = {cell.metrics[f"{metric}_chance"] for cell in cells if f"{metric}_chance" in cell.metrics}
+    for value in {round(value, 2) for value in values}:
         if value > 0:
             level(axes, value, f"chance {value:.2f}")
 
 
 def crossing_at(axes: Axes, cells: Sequence[Cell], name: str, method: str, height: float) -> None:
     """A vertical line at the crossing `name` (the mean where cells have several), labelled at a height from 0 to 1."""
-    found = [cell.metrics[name] for cell in cells if cell.method == method and name in cell.metrics]
-    if not found:
+    values = [cell.metrics[name] for cell in cells if cell.method == method and name in cell.metrics]
+    if not values:
         return
-    mean = float(np.mean(found))
+    mean = float(np.mean(values))
     axes.axvline(mean, color=look(method).colour, linestyle=(0, (2, 2)), linewidth=1.2)
     axes.annotate(
         f"{method} passes\nthe SAE: {power_of_10(mean)}", (mean, height), xycoords=axes.get_xaxis_transform(),
-        xytext=(4, 0), textcoords="offset points", ha="left", va="bottom", fontsize=7, color=BLACK,
+        xytext=(4, 0), textcoords="offset points", ha="left", va="bottom", fontsize=7, color=looks.BLACK,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8},
     )  # fmt: skip
 
 
 def sae_level(axes: Axes, cells: Sequence[Cell], metric: str) -> None:
-    """What is passed at the crossings: a level of the SAE's mean curve."""
+    """The level that is passed at the crossings: one of the SAE's mean curve."""
     for levels in sae_levels([cell for cell in cells if cell.method == BASELINE]).values():
         if metric in levels:
             axes.axhline(levels[metric], color=look(BASELINE).colour, linestyle=(0, (2, 2)), linewidth=1.0)
@@ -155,31 +125,15 @@ def same_range(panels: Sequence[Axes]) -> None:
         axes.set_xlim(ends[:, 0].min(), ends[:, 1].max())
 
 
-def legend(figure: Figure, methods: Sequence[str], authors: bool) -> None:
-    """One legend for all panels, below them."""
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=look(m).colour,
-            linestyle=look(m).line,
-            marker=look(m).marker,
-            markersize=5,
-            label=m,
-            markerfacecolor="white" if m.startswith("TopK") else look(m).colour,
-        )
-        for m in methods
-    ]
-    if authors:
-        handles.append(
-            Line2D([], [], color=BLACK, marker="D", markerfacecolor="white", linestyle="none", label=AUTHORS)
-        )
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7))
+def legend(figure: Figure, methods: Sequence[str], with_published: bool) -> None:
+    """One legend for all panels, below them, in rows of equal length."""
+    entries = looks.handles(methods, with_published)
+    n_rows = -(-len(entries) // 7)
+    figure.legend(handles=entries, loc="outside lower center", ncols=-(-len(entries) // n_rows))
 
 
 def seeds_of(cells: Iterable[Cell]) -> str:
-    n_seeds = len({cell.seed for cell in cells})
-    return f"{n_seeds} seeds (bands and bars: 95 % t intervals)" if n_seeds > 1 else "one seed"
+    return looks.seeds_of(cell.seed for cell in cells)
 
 
 def sizes_of(cells: Sequence[Cell]) -> str:
@@ -189,10 +143,9 @@ def sizes_of(cells: Sequence[Cell]) -> str:
 
 @cache
 def published(claim_id: str) -> dict[tuple[Any, ...], float]:
-    """The numbers of a claim that stand beside ours: the values of its keys -> the number."""
-    paper = load_paper(PAPERS / "oneill.yaml")
-    [claim] = [claim for claim in paper.claims if claim.id == claim_id]
-    check = paper.check(claim)
+    """The published numbers of a claim: the values of its keys -> the number."""
+    paper = load_paper(PAPERS / "oneill")
+    check = paper.check(paper.claim(claim_id))
     if not isinstance(check, Near):
         raise ValueError(f"{claim_id} has no numbers: its check is not `near`")
     return {tuple(point[: len(check.over)]): float(point[len(check.over)]) for point in check.points}

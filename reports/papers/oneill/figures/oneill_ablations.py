@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from reports import looks
 from reports.collect import Cell, one_per_folder
-from reports.figures.oneill import MCC, in_order, look, published, seeds_of
-from reports.figures.style import BLUE, GREEN, VERMILION, log_axis, mean_and_half, save, styled
+from reports.looks import Look, in_order, line, log_axis, look, mean_and_half, save, shades
+from reports.papers.oneill.figures.common import MCC, published, seeds_of
 
 ATOMS = "atoms.parquet"
 WIDTH_CLAIMS = {"latent_mcc": "oneill/ablations-1", "dict_mcc": "oneill/ablations-2"}
@@ -28,7 +30,7 @@ ZIPF_CLAIMS = {
     ("unknown", "latent_mcc"): "oneill/ablations-10",
     ("unknown", "dict_mcc"): "oneill/ablations-11",
 }
-SHAPES = ((BLUE, "o"), (GREEN, "s"), (VERMILION, "^"))  # of the lines over width
+MARKERS = "os^Dv"  # of the lines over width
 GEOMETRY = ("SAE", "MLP32", "SC")
 
 
@@ -38,10 +40,9 @@ def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     for cell in cells:
         parts[str(cell.get("part"))].append(cell)
     written: list[Path] = []
-    with styled():
-        for part, make in {"width": width, "bias": bias, "zipf": zipf, "geometry": geometry}.items():
-            if parts[part]:
-                written += save(make(parts[part]), folder / f"oneill_ablations_{cells[0].scale}_{part}")
+    for part, make in {"width": width, "bias": bias, "zipf": zipf, "geometry": geometry}.items():
+        if parts[part]:
+            written += save(make(parts[part]), folder / f"oneill_ablations_{cells[0].scale}_{part}")
     return written
 
 
@@ -52,12 +53,12 @@ def width(cells: Sequence[Cell]) -> Figure:
     widths = sorted({cell.get("coder.width") for cell in cells})
     for axes, (metric, label) in zip(figure.subplots(1, 2), MCC.items(), strict=True):
         numbers = published(WIDTH_CLAIMS[metric]) if cells[0].scale == "paper" else {}
-        for (N, M, K), (colour, marker) in zip(shapes, SHAPES * len(shapes), strict=False):
+        for (N, M, K), colour, marker in zip(shapes, shades(len(shapes)), MARKERS, strict=False):
             own = [cell for cell in cells if (cell.get("source.N"), cell.get("source.M")) == (N, M)]
             points = _by(own, "coder.width", metric)
-            _errorbar(axes, points, colour, marker, f"N {N}, M {M}, K {K}")
+            _points(axes, points, Look(colour, marker), f"N {N}, M {M}, K {K}")
             theirs = {w: numbers[f"MLP{w}", N, M] for w in widths if (f"MLP{w}", N, M) in numbers}
-            _diamonds(axes, theirs, colour)
+            looks.published(axes, theirs.keys(), theirs.values(), colour)
         log_axis(axes, widths, "hidden units of the MLP")
         axes.set_ylabel(label)
     axes.legend(fontsize=8)
@@ -68,17 +69,18 @@ def width(cells: Sequence[Cell]) -> Figure:
 def bias(cells: Sequence[Cell]) -> Figure:
     """MCC without and with biases, method by method."""
     figure = Figure(figsize=(8.4, 3.7), layout="constrained")
-    methods = sorted({str(cell.method) for cell in cells})
+    methods = in_order(cell.method for cell in cells)
     for axes, (metric, label) in zip(figure.subplots(1, 2), MCC.items(), strict=True):
         numbers = published(BIAS_CLAIMS[metric]) if cells[0].scale == "paper" else {}
-        for colour, with_bias, aside, name in ((BLUE, False, -0.12, "no bias"), (VERMILION, True, 0.12, "bias")):
+        without, bias_colour = shades(2)
+        for colour, with_bias, aside, name in ((without, False, -0.2, "no bias"), (bias_colour, True, 0.1, "bias")):
             own = [cell for cell in cells if bool(cell.get("coder.bias")) is with_bias]
             points = {methods.index(method) + aside: value for method, value in _by(own, "method", metric).items()}
-            _errorbar(axes, points, colour, "o", name, line="none")
+            _points(axes, points, Look(colour, "s" if with_bias else "o", "none"), name)
             theirs = {
-                i + aside + 0.07: numbers[m, with_bias] for i, m in enumerate(methods) if (m, with_bias) in numbers
+                i + aside + 0.1: numbers[m, with_bias] for i, m in enumerate(methods) if (m, with_bias) in numbers
             }
-            _diamonds(axes, theirs, colour)
+            looks.published(axes, theirs.keys(), theirs.values(), colour)
         axes.set_xticks(range(len(methods)), methods)
         axes.set_xlim(-0.6, len(methods) - 0.4)
         axes.grid(axis="x", visible=False)
@@ -101,8 +103,9 @@ def zipf(cells: Sequence[Cell]) -> Figure:
         methods = in_order(cell.method for cell in own if metric in cell.metrics)
         numbers = published(ZIPF_CLAIMS[task, metric]) if cells[0].scale == "paper" else {}
         for i, (method, value) in enumerate((m, _by(own, "method", metric)[m]) for m in methods):
-            _errorbar(axes, {i: value}, look(method).colour, look(method).marker, method, line="none")
-            _diamonds(axes, {i + 0.22: numbers[method,]} if (method,) in numbers else {}, look(method).colour)
+            _points(axes, {i: value}, replace(look(method), line="none"), method)
+            if (method,) in numbers:
+                looks.published(axes, [i + 0.22], [numbers[method,]], look(method).colour)
         axes.set_xticks(range(len(methods)), methods, rotation=30, ha="right")
         axes.set_xlim(-0.6, len(methods) - 0.4)
         axes.grid(axis="x", visible=False)
@@ -114,16 +117,16 @@ def zipf(cells: Sequence[Cell]) -> Figure:
 
 def geometry(cells: Sequence[Cell]) -> Figure | None:
     """|cosine| of every two atoms of the first run, for too few, enough and too many of them."""
-    found = [cell for cell in one_per_folder(cells) if (cell.folder / ATOMS).is_file()]
-    methods = [method for method in GEOMETRY if any(cell.method == method for cell in found)]
-    sizes = sorted({cell.get("coder.N") for cell in found})
+    with_atoms = [cell for cell in one_per_folder(cells) if (cell.folder / ATOMS).is_file()]
+    methods = [method for method in GEOMETRY if any(cell.method == method for cell in with_atoms)]
+    sizes = sorted({cell.get("coder.N") for cell in with_atoms})
     if not methods:
         return None
     figure = Figure(figsize=(1.4 + 2.3 * len(sizes), 0.9 + 2.3 * len(methods)), layout="constrained")
     panels = figure.subplots(len(methods), len(sizes), squeeze=False)
     for row, method in zip(panels, methods, strict=True):
         for axes, N in zip(row, sizes, strict=True):
-            own = [cell for cell in found if cell.method == method and cell.get("coder.N") == N]
+            own = [cell for cell in with_atoms if cell.method == method and cell.get("coder.N") == N]
             axes.set_axis_off()
             if own:
                 atoms = pd.read_parquet(own[0].folder / ATOMS).to_numpy()
@@ -150,28 +153,9 @@ def _by(cells: Sequence[Cell], key: str, metric: str) -> dict[Any, tuple[float, 
     return {value: mean_and_half(groups[value]) for value in sorted(groups)}
 
 
-def _errorbar(
-    axes: Axes, points: Mapping[float, tuple[float, float]], colour: str, marker: str, label: str, line: str = "-"
-) -> None:
+def _points(axes: Axes, points: Mapping[float, tuple[float, float]], look: Look, label: str) -> None:
     mean, half = (np.array([value[i] for value in points.values()]) for i in (0, 1))
-    axes.errorbar(
-        list(points),
-        mean,
-        yerr=half,
-        color=colour,
-        marker=marker,
-        markersize=5,
-        linestyle=line,
-        capsize=2.5,
-        label=label,
-    )
-
-
-def _diamonds(axes: Axes, points: Mapping[float, float], colour: str) -> None:
-    axes.plot(
-        list(points), list(points.values()), linestyle="none", marker="D", markersize=5.5, markerfacecolor="white",
-        markeredgecolor=colour, markeredgewidth=1.3, zorder=4,
-    )  # fmt: skip
+    line(axes, look, list(points), mean, half, label)
 
 
 def _title(cells: Sequence[Cell]) -> str:

@@ -1,4 +1,4 @@
-"""The figures of oneill_known_codes, like fig. 2 of O'Neill et al. 2025, and the spread of the runs."""
+"""The figures of oneill_known_codes: fig. 2 of O'Neill et al. 2025, and the spread of the runs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from reports.collect import Cell
-from reports.crossings import BASELINE
-from reports.curves import read_curves
-from reports.figures.oneill import (
+from reports.looks import in_order, save
+from reports.papers.oneill.curves import read_curves
+from reports.papers.oneill.derived import BASELINE
+from reports.papers.oneill.figures.common import (
     MODES,
     SPREAD,
     bands,
     crossing_at,
-    in_order,
     legend,
     one_data_set,
     published,
@@ -26,15 +26,13 @@ from reports.figures.oneill import (
     sizes_of,
     spread,
 )
-from reports.figures.style import save, styled
 
 
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """Curves of the cosine objective, and every run's final value."""
     cosine = [cell for cell in cells if cell.get("objective") == "cosine"]
-    with styled():
-        written = save(curves(cosine), folder / f"oneill_known_codes_{cells[0].scale}_curves")
-        return written + save(runs(cells), folder / f"oneill_known_codes_{cells[0].scale}_runs")
+    written = save(curves(cosine), folder / f"oneill_known_codes_{cells[0].scale}_curves")
+    return written + save(runs(cells), folder / f"oneill_known_codes_{cells[0].scale}_runs")
 
 
 def curves(cells: Sequence[Cell]) -> Figure | None:

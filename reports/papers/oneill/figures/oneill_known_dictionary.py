@@ -1,7 +1,7 @@
-"""The figures of oneill_known_dictionary, like fig. 3 of O'Neill et al. 2025, and what the start of ITO does.
+"""The figures of oneill_known_dictionary: fig. 3 of O'Neill et al. 2025, and the effect of ITO's start.
 
-For each penalty: MCC against steps and FLOPs, with what converged solvers reach; every run's final value. And ITO from
-different starts.
+For each penalty: MCC against steps and FLOPs, with what converged solvers reach, and every run's final value. And ITO
+from different starts.
 """
 
 from __future__ import annotations
@@ -9,23 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reports.collect import Cell
-from reports.curves import read_curves, total_flops
-from reports.figures.oneill import (
+from reports.looks import in_order, save
+from reports.papers.oneill.curves import read_curves, total_flops
+from reports.papers.oneill.figures.common import (
     CONVERGED,
     MODES,
     SPREAD,
     bands,
+    ceilings,
     chance,
     crossing_at,
-    in_order,
     legend,
-    level,
     one_data_set,
     published,
     references,
@@ -35,7 +33,6 @@ from reports.figures.oneill import (
     sizes_of,
     spread,
 )
-from reports.figures.style import save, styled
 
 MAIN = ("SAE", "MLP32", "MLP256", "ITO")
 STARTS = ("ITO", "ITO from -2", "ITO warm", "ITO warm floor")
@@ -46,17 +43,16 @@ def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """Two figures for each penalty at which there is an SAE, and one of the starts at the smallest of them."""
     written: list[Path] = []
     penalties = sorted({cell.get("coder.l1") for cell in cells if cell.method == "SAE"})
-    with styled():
-        for l1 in penalties:
-            own = [cell for cell in cells if cell.get("coder.l1") == l1]
-            shared = one_data_set(own)
-            table = read_curves(shared)
-            table = table[table["coder.l1"] == l1] if len(table) else table
-            name = f"oneill_known_dictionary_{cells[0].scale}"
-            written += save(curves(shared, table, l1), folder / f"{name}_l1_{l1:g}_curves")
-            written += save(runs(own, l1), folder / f"{name}_l1_{l1:g}_runs")
-            if l1 == penalties[0]:
-                written += save(starts(shared, table, l1), folder / f"{name}_starts")
+    for l1 in penalties:
+        own = [cell for cell in cells if cell.get("coder.l1") == l1]
+        shared = one_data_set(own)
+        table = read_curves(shared)
+        table = table[table["coder.l1"] == l1] if len(table) else table
+        name = f"oneill_known_dictionary_{cells[0].scale}"
+        written += save(curves(shared, table, l1), folder / f"{name}_l1_{l1:g}_curves")
+        written += save(runs(own, l1), folder / f"{name}_l1_{l1:g}_runs")
+        if l1 == penalties[0]:
+            written += save(starts(shared, table, l1), folder / f"{name}_starts")
     return written
 
 
@@ -89,22 +85,8 @@ def curves(cells: Sequence[Cell], table: pd.DataFrame, l1: float) -> Figure | No
     return figure
 
 
-def ceilings(axes: Axes, cells: Sequence[Cell]) -> None:
-    """What converged solvers reach."""
-    for method in CONVERGED:
-        if values := [cell.metrics["latent_mcc"] for cell in cells if cell.method == method]:
-            level(
-                axes,
-                float(np.mean(values)),
-                f"{method} {np.mean(values):.3f}",
-                line="-.",
-                left=True,
-                below=method != "L0 oracle",
-            )
-
-
 def starts(cells: Sequence[Cell], table: pd.DataFrame, l1: float) -> Figure | None:
-    """ITO from log-codes of -10, of -2, and from the SAE's codes: the delay is the start's."""
+    """ITO from log-codes of -10, of -2, and from the SAE's codes: the start causes the delay."""
     methods = [method for method in STARTS if method in set(table["coder.name"])]
     if len(methods) < 2:
         return None
@@ -114,15 +96,15 @@ def starts(cells: Sequence[Cell], table: pd.DataFrame, l1: float) -> Figure | No
     ceilings(axes, cells)
     axes.set_xlabel("iterations")
     axes.set_ylabel("latent MCC, held-out samples")
-    legend(figure, methods, authors=False)
+    legend(figure, methods, with_published=False)
     setting = f"{sizes_of(cells)}, penalty {l1:g}, {cells[0].scale} scale"
-    figure.suptitle(f"Where ITO starts, {setting}\n{seeds_of(cells)}", fontsize=10)
+    figure.suptitle(f"Starts of ITO, {setting}\n{seeds_of(cells)}", fontsize=10)
     return figure
 
 
 def runs(cells: Sequence[Cell], l1: float) -> Figure | None:
     """Final values run by run."""
-    methods = in_order(cell.method for cell in cells)
+    methods = in_order(cell.method for cell in cells if not str(cell.method).startswith(CONVERGED))
     if not methods:
         return None
     figure = Figure(figsize=(1.8 + 1.15 * len(methods), 3.6), layout="constrained")

@@ -3,52 +3,40 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from core.metrics.statistics import t_interval
 from reports.collect import Cell
 from reports.figures.groups import by_model
-from reports.figures.style import save, styled
+from reports.looks import Look, line, look, mean_and_half, save, seeds_of
 
 PANELS = {"fvu": "normalised error (fvu)", "alive_fraction": "alive latents (fraction of all)"}
 KNOBS = ("method.l1_coefficient", "method.l1")
 
 
-class Look(NamedTuple):
-    label: str
-    colour: str  # from the palette of Okabe and Ito
-    marker: str
-    filled: bool = True
-
-
-# The MLP is the same in both matched parts.
-SERIES = {
-    ("ReluL1", "matched_steps"): Look("SAE, equal steps", "#E69F00", "s"),
-    ("ReluL1", "matched_flops"): Look("SAE, equal FLOPs", "#D55E00", "D"),
-    ("MLPEncoder", "matched_steps"): Look("MLP encoder", "#0072B2", "o"),
-    ("ReluL1", "paper_text"): Look("SAE as published (axis slip)", "#E69F00", "s", False),
-    ("MLPEncoder", "paper_text"): Look("MLP encoder as published", "#0072B2", "o", False),
-    ("LCA", "paper_text"): Look("LCA", "#009E73", "^"),
-    ("ReluL1", "repo"): Look("SAE, authors' script", "#CC79A7", "s", False),
-    ("MLPEncoder", "repo"): Look("MLP encoder, authors' script", "#CC79A7", "o", False),
-    ("LCA", "repo"): Look("LCA, authors' script", "#CC79A7", "^", False),
+METHODS = {"ReluL1": "SAE", "MLPEncoder": "MLP encoder", "LCA": "LCA"}
+# The MLP encoder is the same in both matched parts. Markers are hollow where the settings are the authors'.
+PROFILES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "matched_steps": ("equal steps", {"line": "-"}),
+    "matched_flops": ("equal FLOPs", {"line": "--"}),
+    "paper_text": ("as published", {"line": ":", "hollow": True}),
+    "repo": ("authors' script", {"line": "-.", "hollow": True}),
 }
 
 
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """One figure for each model and site, as PNG and SVG."""
     written: list[Path] = []
-    with styled():
-        for title, name, group in by_model(cells):
-            figure = curves(group, f"{title}, held-out text, {_seeds(group)}")
-            written += save(figure, folder / f"oneill_llm_{name}")
+    for title, name, group in by_model(cells):
+        figure = curves(group, f"{title}, held-out text, {seeds_of(cell.seed for cell in group)}")
+        written += save(figure, folder / f"oneill_llm_{name}")
     return written
 
 
@@ -57,8 +45,10 @@ def curves(cells: Sequence[Cell], title: str) -> Figure:
     figure = Figure(figsize=(8.2, 3.9), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, (metric, label) in zip(panels, PANELS.items(), strict=True):
-        for key, look in SERIES.items():
-            _line(axes, [cell for cell in cells if (cell.method, cell.get("profile")) == key], metric, look)
+        for method, name in METHODS.items():
+            for profile, (words, changes) in PROFILES.items():
+                own = [cell for cell in cells if (cell.method, cell.get("profile")) == (method, profile)]
+                _line(axes, own, metric, replace(look(method), **changes), f"{name}, {words}")
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -72,7 +62,7 @@ def curves(cells: Sequence[Cell], title: str) -> Figure:
     return figure
 
 
-def _line(axes: Axes, cells: Sequence[Cell], metric: str, look: Look) -> None:
+def _line(axes: Axes, cells: Sequence[Cell], metric: str, look: Look, label: str) -> None:
     """A point for each coefficient: the means over seeds, and the t interval of the metric."""
     points: dict[Any, list[Cell]] = defaultdict(list)
     for cell in cells:
@@ -83,34 +73,9 @@ def _line(axes: Axes, cells: Sequence[Cell], metric: str, look: Look) -> None:
     drawn = sorted(
         (
             float(np.mean([cell.metrics["l0_mean"] for cell in group])),
-            *_interval([cell.metrics[metric] for cell in group]),
+            *mean_and_half([cell.metrics[metric] for cell in group]),
         )
         for group in points.values()
     )
     at, mean, half = (list(column) for column in zip(*drawn, strict=True))
-    axes.errorbar(
-        at,
-        mean,
-        yerr=half,
-        label=look.label,
-        color=look.colour,
-        marker=look.marker,
-        markerfacecolor=look.colour if look.filled else "white",
-        linewidth=1.4,
-        elinewidth=0.9,
-        capsize=2.5,
-        markersize=5.5,
-    )
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean over seeds and half the width of its interval; 0 where one seed gives none."""
-    if len(values) == 1:
-        return values[0], 0.0
-    interval = t_interval(values)
-    return interval.mean, interval.high - interval.mean
-
-
-def _seeds(cells: Sequence[Cell]) -> str:
-    n = len({cell.seed for cell in cells})
-    return f"{n} seeds (bars: 95 % t intervals)" if n > 1 else "one seed"
+    line(axes, look, at, mean, half, label)

@@ -1,7 +1,7 @@
-"""The figures of oneill_regimes, like fig. 5 of O'Neill et al. 2025: differences of methods over N, M and K.
+"""The figures of oneill_regimes: fig. 5 of O'Neill et al. 2025, differences of methods over N, M and K.
 
-A colour field for each pair of methods and each K. Beyond the line, M < K log(N / K), codes need not be identifiable.
-In brackets, at paper scale: the difference in the authors' result files.
+A colour field for each pair of methods and each K. Below the line M = K log(N / K), codes need not be identifiable. In
+brackets, at paper scale: the difference in the authors' result files.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from reports.collect import Cell
-from reports.figures.oneill import MCC, published, seeds_of
-from reports.figures.style import BLACK, save, styled
+from reports.looks import BLACK, save
+from reports.papers.oneill.figures.common import MCC, published, seeds_of
 
 PAIRS = (("SC", "SAE"), ("SC", "MLP32"), ("MLP32", "SAE"))
 CLAIMS = {
@@ -32,12 +32,11 @@ Means = Mapping[tuple[str, int, int, int], float]  # method, N, M, K -> mean ove
 
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """One figure for the latents, one for the dictionary."""
-    with styled():
-        return [
-            path
-            for metric in MCC
-            for path in save(fields(cells, metric), folder / f"oneill_regimes_{cells[0].scale}_{metric}")
-        ]
+    return [
+        path
+        for metric in MCC
+        for path in save(fields(cells, metric), folder / f"oneill_regimes_{cells[0].scale}_{metric}")
+    ]
 
 
 def fields(cells: Sequence[Cell], metric: str) -> Figure | None:

@@ -1,6 +1,6 @@
-"""The figure of oneill_sparsity, like fig. 6 of O'Neill et al. 2025: active codes against error and recovery.
+"""The figure of oneill_sparsity: fig. 6 of O'Neill et al. 2025, active codes against error and recovery.
 
-Full lines: L1 penalties; dashed lines: TopK. At paper scale, open diamonds are the authors' result files.
+Below: L1 penalties on the left, TopK on the right. At paper scale, open diamonds are the authors' result files.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from reports import looks
 from reports.collect import Cell
-from reports.figures.oneill import in_order, legend, look, published, seeds_of
-from reports.figures.style import GREY, mean_and_half, save, styled
+from reports.looks import GREY, in_order, look, mean_and_half, save
+from reports.papers.oneill.figures.common import legend, published, seeds_of
 
+SMALLEST = 1e-6  # error that is drawn
 MCC_OF_L1, L0_OF_L1, MSE_OF_L1 = "oneill/sparsity-1", "oneill/sparsity-3", "oneill/sparsity-2"
 
 
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """One figure of four panels."""
-    with styled():
-        return save(tradeoffs(cells), folder / f"oneill_sparsity_{cells[0].scale}")
+    return save(tradeoffs(cells), folder / f"oneill_sparsity_{cells[0].scale}")
 
 
 def tradeoffs(cells: Sequence[Cell]) -> Figure | None:
@@ -56,6 +57,7 @@ def tradeoffs(cells: Sequence[Cell]) -> Figure | None:
         )  # fmt: skip
         axes.set_xlabel("fraction of active codes")
     error.set_yscale("log")
+    error.set_ylim(bottom=SMALLEST)
     error.set_ylabel("mean squared error")
     over_l1.set_xscale("log")
     over_l1.set_xlabel("L1 penalty")
@@ -81,28 +83,13 @@ def line(axes: Axes, cells: Sequence[Cell], method: str, knob: str, x: str, y: s
         for value in sorted(groups)
     ]
     at, mean, half = (np.array(column) for column in zip(*points, strict=True))
-    style = look(method)
-    axes.errorbar(
-        at,
-        mean,
-        yerr=np.minimum(half, 0.999 * mean) if y == "mse" else half,
-        color=style.colour,
-        linestyle=style.line,
-        marker=style.marker,
-        markersize=5,
-        markerfacecolor="white" if method.startswith("TopK") else style.colour,
-        linewidth=1.4,
-        elinewidth=0.9,
-        capsize=2,
-    )
+    looks.line(axes, look(method), at, mean, np.minimum(half, 0.999 * mean) if y == "mse" else half)
 
 
 def authors(axes: Axes, x_claim: str | None, y_claim: str) -> None:
-    """Published pairs as open diamonds; without a claim for x, over the knob itself."""
+    """Published pairs as open diamonds; without a claim for x, x is the value of the knob."""
     xs, ys = published(x_claim) if x_claim else None, published(y_claim)
     for (method, knob), y in ys.items():
         x = knob if xs is None else xs.get((method, knob))
         if x is not None:
-            axes.plot(
-                x, y, marker="D", markersize=5, markerfacecolor="white", markeredgecolor=look(method).colour, zorder=4
-            )
+            looks.published(axes, [x], [y], look(method).colour)

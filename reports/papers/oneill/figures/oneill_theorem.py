@@ -5,33 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from reports.collect import RUNS, Cell, one_per_folder
-from reports.figures.style import BLACK, BLUE, GREEN, PURPLE, VERMILION, save, styled
+from reports.looks import BLACK, Look, line, look, save, shades
 
 ILLUSTRATION = "illustration.parquet"
 ENCODER, SOLVER = "L-NL", "NNLS"
-COLOURS = {ENCODER: VERMILION, SOLVER: BLUE}
-OF_K = {1: (GREEN, "^"), 2: (VERMILION, "o"), 3: (PURPLE, "s")}
+OF_K = {K: Look(colour, marker) for K, colour, marker in zip((1, 2, 3), shades(3), "^os", strict=True)}
 
 
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """One figure for each cell that has both tables."""
     written: list[Path] = []
-    with styled():
-        for cell in one_per_folder(cells):
-            if (cell.folder / ILLUSTRATION).is_file() and (cell.folder / RUNS).is_file():
-                runs, samples = pd.read_parquet(cell.folder / RUNS), pd.read_parquet(cell.folder / ILLUSTRATION)
-                written += save(figure(runs, samples), folder / f"oneill_theorem_{cell.scale}_{cell.folder.name}")
+    for cell in one_per_folder(cells):
+        if (cell.folder / ILLUSTRATION).is_file() and (cell.folder / RUNS).is_file():
+            runs, samples = pd.read_parquet(cell.folder / RUNS), pd.read_parquet(cell.folder / ILLUSTRATION)
+            written += save(figure(runs, samples), folder / f"oneill_theorem_{cell.scale}_{cell.folder.name}")
     return written
 
 
 def figure(runs: pd.DataFrame, samples: pd.DataFrame) -> Figure:
-    """Three panels: N 3 and M 2; error against N - M; atoms that can be read exactly when they are alone."""
+    """Three panels: codes at N 3 and M 2; error against N - M; atoms that are read exactly when they are alone."""
     drawn = Figure(figsize=(10.5, 3.6), layout="constrained")
     left, middle, right = drawn.subplots(1, 3)
     encoder = runs[(runs["coder.name"] == ENCODER) & (runs["source.M"] > 2)]
@@ -45,7 +44,8 @@ def figure(runs: pd.DataFrame, samples: pd.DataFrame) -> Figure:
 def scatter(axes: Axes, samples: pd.DataFrame) -> None:
     for name in (ENCODER, SOLVER):
         points = samples[samples["coder.name"] == name]
-        axes.scatter(points["true"], points["inferred"], s=7, alpha=0.6, color=COLOURS[name], label=name, linewidths=0)
+        size, own = (7, look(name)) if name == ENCODER else (3, look(name))
+        axes.scatter(points["true"], points["inferred"], s=size, alpha=0.6, color=own.colour, label=name, linewidths=0)
     axes.set_title("N = 3, M = 2, K = 2", fontsize=9)
     axes.set_xlabel("true code")
     axes.set_ylabel("inferred code")
@@ -58,10 +58,7 @@ def error(axes: Axes, encoder: pd.DataFrame) -> None:
             ["mean", "min", "max"]
         )
         spread = [points["mean"] - points["min"], points["max"] - points["mean"]]
-        colour, marker = OF_K[int(str(K))]
-        axes.errorbar(
-            points.index, points["mean"], yerr=spread, color=colour, marker=marker, capsize=2.5, label=f"K = {K}"
-        )
+        line(axes, OF_K[int(str(K))], list(points.index), list(points["mean"]), np.array(spread), f"K = {K}")
     axes.axhline(0, color=BLACK, linewidth=0.9, linestyle="--", label="L0 oracle (error below 1e-12)")
     axes.set_title("trained L-NL encoder, M = 8", fontsize=9)
     axes.set_xlabel("rank deficit N - M")
@@ -73,7 +70,7 @@ def readable(axes: Axes, encoder: pd.DataFrame) -> None:
     one = encoder.drop_duplicates(["seed", "source.N", "source.M"])
     points = one.groupby("source.N")[["metrics.readable_share", "metrics.readable_share_expected"]].mean()
     axes.plot(points.index, points.iloc[:, 1], color=BLACK, linestyle="--", label="expected (Wendel 1962)")
-    axes.plot(points.index, points.iloc[:, 0], color=BLUE, marker="o", label="by linear programming")
+    axes.plot(points.index, points.iloc[:, 0], color=shades(1)[0], marker="o", label="by linear programming")
     axes.set_ylim(0, 1.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_title("atoms read exactly when alone (K = 1), M = 8", fontsize=9)

@@ -1,4 +1,4 @@
-"""The figures of oneill_unknown, like fig. 4 of O'Neill et al. 2025, with what lies beyond it.
+"""The figures of oneill_unknown: fig. 4 of O'Neill et al. 2025, and more.
 
 For each profile: MCC of latents and dictionary against steps, and against FLOPs in the paper's counting and corrected,
 with the crossings of sparse coding over the SAE; every run's final value. And sparse coding from different starts.
@@ -13,16 +13,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from reports.collect import Cell
-from reports.crossings import NAMES
-from reports.curves import read_curves, total_flops
-from reports.figures.oneill import (
+from reports.looks import in_order, save
+from reports.papers.oneill.curves import read_curves, total_flops
+from reports.papers.oneill.derived import NAMES
+from reports.papers.oneill.figures.common import (
     MCC,
     MODES,
     SPREAD,
     bands,
     chance,
     crossing_at,
-    in_order,
     legend,
     one_data_set,
     published,
@@ -33,26 +33,24 @@ from reports.figures.oneill import (
     sizes_of,
     spread,
 )
-from reports.figures.style import save, styled
 
 MAIN = ("SAE", "SAE+ITO", "MLP32", "MLP256", "SC")
 STARTS = ("SAE", "SC", "SC from -2")
 CLAIMS = {"latent_mcc": "oneill/unknown-1", "dict_mcc": "oneill/unknown-2"}
-REPO = "repo"  # the profile that the authors' numbers belong to
+REPO = "repo"  # the profile of the authors' numbers
 
 
 def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     """Curves and runs for each profile, and the starts of sparse coding."""
     written: list[Path] = []
     name = f"oneill_unknown_{cells[0].scale}"
-    with styled():
-        for profile in sorted({str(cell.get("profile")) for cell in cells}):
-            own = [cell for cell in cells if str(cell.get("profile")) == profile]
-            shared = one_data_set(own)
-            table = read_curves(shared)
-            written += save(curves(shared, table, profile), folder / f"{name}_{profile}_curves")
-            written += save(runs(own, profile), folder / f"{name}_{profile}_runs")
-            written += save(starts(shared, table), folder / f"{name}_{profile}_starts")
+    for profile in sorted({str(cell.get("profile")) for cell in cells}):
+        own = [cell for cell in cells if str(cell.get("profile")) == profile]
+        shared = one_data_set(own)
+        table = read_curves(shared)
+        written += save(curves(shared, table, profile), folder / f"{name}_{profile}_curves")
+        written += save(runs(own, profile), folder / f"{name}_{profile}_runs")
+        written += save(starts(shared, table), folder / f"{name}_{profile}_starts")
     return written
 
 
@@ -61,7 +59,7 @@ def curves(cells: Sequence[Cell], table: pd.DataFrame, profile: str) -> Figure |
     methods = [method for method in MAIN if method in set(table["coder.name"])]
     if not methods:
         return None
-    authors = cells[0].scale == "paper" and profile == REPO
+    with_published = cells[0].scale == "paper" and profile == REPO
     figure = Figure(figsize=(10.5, 6.6), layout="constrained")
     for row, (metric, label) in zip(figure.subplots(2, 3, sharex="col", sharey="row"), MCC.items(), strict=True):
         row[0].set_ylabel(label)
@@ -76,19 +74,19 @@ def curves(cells: Sequence[Cell], table: pd.DataFrame, profile: str) -> Figure |
             if mode is not None:
                 sae_level(axes, cells, metric)
                 crossing_at(axes, cells, f"mean_{NAMES[metric]}_{mode}", "SC", 0.02)
-            if authors:
+            if with_published:
                 references(axes, published(CLAIMS[metric]), methods)
             if metric == "dict_mcc":
                 axes.set_xlabel("training steps" if mode is None else MODES[mode])
         same_range(row[1:])
-    legend(figure, methods, authors)
+    legend(figure, methods, with_published)
     title = f"Codes and dictionary unknown, {sizes_of(cells)}, profile {profile}, {cells[0].scale} scale"
     figure.suptitle(f"{title}, {seeds_of(cells)}", fontsize=10)
     return figure
 
 
 def starts(cells: Sequence[Cell], table: pd.DataFrame) -> Figure | None:
-    """Sparse coding from log-codes of -10 and of -2, beside the SAE: the delay is the start's."""
+    """Sparse coding from log-codes of -10 and of -2, beside the SAE: the start causes the delay."""
     methods = [method for method in STARTS if method in set(table["coder.name"])]
     if not {"SC", "SC from -2"} <= set(methods):
         return None
@@ -98,9 +96,9 @@ def starts(cells: Sequence[Cell], table: pd.DataFrame) -> Figure | None:
         chance(axes, cells, metric)
         axes.set_xlabel("training steps")
         axes.set_ylabel(label)
-    legend(figure, methods, authors=False)
+    legend(figure, methods, with_published=False)
     figure.suptitle(
-        f"Where sparse coding starts, {sizes_of(cells)}, {cells[0].scale} scale\n{seeds_of(cells)}", fontsize=10
+        f"Starts of sparse coding, {sizes_of(cells)}, {cells[0].scale} scale\n{seeds_of(cells)}", fontsize=10
     )
     return figure
 
