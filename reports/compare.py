@@ -95,9 +95,9 @@ def report_blocks(report: Report, drawn: dict[tuple[str, Scale], list[Path]]) ->
     blocks: list[Block] = [
         Heading(1, "Results beside the papers' claims"),
         Paragraph(
-            "At paper scale, our numbers are compared with the paper's. At demo scale (a small model, short runs), "
-            "only the direction of a claim is judged. Intervals are 95 % t intervals over seeds. A percentage compares two "
-            "measured values at equal seeds and settings."
+            "At paper scale, our numbers are compared with the paper's. At demo scale (a small model, short "
+            "runs), only the direction of a claim is judged. Intervals are 95 % t intervals over seeds. A percentage "
+            "compares two measured values at equal seeds and settings."
         ),
         tables.finished(report.experiments, report.cells, report.failures),
     ]

@@ -65,9 +65,9 @@ class Look:
 # Colours from the palettes of Okabe and Ito, and of Paul Tol: safe for the colour-blind where methods meet.
 SAE, TOPK, BATCHTOPK, JUMPRELU = "#E69F00", "#882255", "#0072B2", "#56B4E9"
 SPARSE_CODING, ITO, LCA = "#009E73", "#CC3311", "#117733"
-NARROW, WIDE = "#D9C3E8", "#4B1A6B"  # MLPs, from 16 to 1024 hidden units
+NARROW, WIDE = "#CDB0E2", "#4B1A6B"  # MLPs, from 16 to 1024 hidden units
 RESERVE = ("#CC79A7", "#44AA99", "#999933", "#8B5A2B", "#332288")  # of methods without an entry
-MARKERS = ("<", ">", "p", "h", "d", "*", "X", "8")  # the same
+MARKERS = ("<", ">", "p", "d", "*", "X")  # the same
 
 
 def _mlp(width: float) -> Look:
@@ -81,22 +81,22 @@ LOOKS: Mapping[str, Look] = {
     "SAE": Look(SAE, "s"),
     "ReluL1": Look(SAE, "s"),  # the SAE of the language models
     "L-NL": Look(SAE, "s"),  # linear, then a nonlinearity: the SAE of the theorem
-    "SAE+ITO": Look(SAE, "D", "--"),
+    "SAE+ITO": Look(ITO, "D", "--"),  # the SAE's dictionary, codes from ITO
     "TopK": Look(TOPK, "v"),
     "TopK SAE": Look(TOPK, "v"),
     "BatchTopK": Look(BATCHTOPK, "o"),
     "JumpReLU": Look(JUMPRELU, "^"),
     **{f"MLP{width}": _mlp(width) for width in (16, 32, 64, 128, 256, 512, 1024)},
     "MLPEncoder": _mlp(128),
-    "TopK MLP": replace(_mlp(32), line="--", hollow=True),
+    "TopK MLP": replace(_mlp(32), marker="8", line="--", hollow=True),
     "SC": Look(SPARSE_CODING, "o"),
     "SC from -2": Look(SPARSE_CODING, "H", "--", hollow=True),
     "SC truncated": Look(SPARSE_CODING, "X", ":"),
-    "TopK SC": Look(SPARSE_CODING, "o", "--", hollow=True),
+    "TopK SC": Look(SPARSE_CODING, "h", "--", hollow=True),
     "TopK SC ReLU": Look(SPARSE_CODING, "d", ":", hollow=True),
     "ITO": Look(ITO, "P"),
     "ITO from -2": Look(ITO, "H", "--", hollow=True),
-    "ITO warm": Look(SAE, "P", ":", hollow=True),  # they start from the SAE's codes
+    "ITO warm": Look(SAE, "X", ":", hollow=True),  # they start from the SAE's codes
     "ITO warm floor": Look(SAE, "P"),
     "LCA": Look(LCA, "X"),
     "FISTA": Look(BLACK, "x", "-."),

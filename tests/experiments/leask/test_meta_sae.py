@@ -23,9 +23,10 @@ from core.streams.decoder_rows import directions
 from experiments.leask.meta_sae import check_family, dictionaries, excess, member, needed
 from experiments.leask.meta_words import common_tokens, entries
 from hydra_plugins.blocks_sweeper.sweeper import cells_of
-from reports.claims import PAPERS, judge, load_paper
+from reports.claims import PAPERS, load_paper, unknown_metrics
 from reports.collect import Cell
 from reports.figures import draw
+from reports.verdicts import judge
 
 CONF = Path(__file__).parents[3] / "conf"
 SMALL = ["method.k=4", "base=2", "small=0", "n_replacing=2"]
@@ -178,8 +179,7 @@ def test_the_figures_are_drawn_from_the_cells_and_twice_the_same(cells: list[Cel
 
 @pytest.mark.slow
 def test_claims_are_judged_on_cells_that_bear_them_out_and_on_cells_that_do_not(cells: list[Cell]):
-    paper = load_paper(PAPERS / "leask.yaml")
-    claims = {claim.id: claim for claim in paper.claims if claim.experiment == "leask_meta_sae"}
+    paper = load_paper(PAPERS / "leask")
     detailed = [cell for cell in cells if cell.get("detail") and cell.get("meta.preset") == "lw"]
     good = {
         "ve": 0.55, "ve_excess": 0.4, "dead_meta_fraction": 0.0, "p_small_above_base": 1e-9, "ve_pursuit": 0.4,
@@ -193,7 +193,7 @@ def test_claims_are_judged_on_cells_that_bear_them_out_and_on_cells_that_do_not(
     for metrics, verdict in ((good, "agrees"), (bad, "disagrees")):
         shown = [replace(cell, metrics=metrics, settings={**cell.settings, **settings}) for cell in detailed]
         for number in ("2a", "4", "5", "6a", "6b", "8", "10"):
-            found = judge(paper, claims[f"leask/meta-{number}"], "demo", shown, 0)
+            found = judge(paper, paper.claim(f"leask/meta-{number}"), "demo", shown, 0)
             assert found.verdict == verdict, number
 
 

@@ -10,7 +10,7 @@ from core.cells import cell_name
 from core.errors import UserError
 from experiments.oneill import classical
 from reports.collect import Cell
-from reports.figures.oneill_classical import panels
+from reports.papers.oneill.figures.oneill_classical import panels
 
 SMALL = ("source.N=8", "source.M=6", "source.K=1", "source.n_train=100", "source.n_test=50")
 

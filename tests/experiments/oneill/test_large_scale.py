@@ -19,7 +19,7 @@ from core.results import RESULTS, run_cell
 from core.stacked.coders import LinearCoder
 from experiments.oneill import large_scale as large
 from reports.collect import read_cells
-from reports.figures import oneill_large_scale as figures
+from reports.papers.oneill.figures import oneill_large_scale as figures
 
 
 @pytest.fixture(autouse=True)

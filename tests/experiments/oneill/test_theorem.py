@@ -16,7 +16,7 @@ from core.cells import cell_name
 from core.errors import UserError
 from core.synthetic.sparse_codes import SparseCodes
 from experiments.oneill import theorem
-from reports.figures import oneill_theorem as figures
+from reports.papers.oneill.figures import oneill_theorem as figures
 
 
 @pytest.fixture(autouse=True)

@@ -58,28 +58,27 @@ def references(axes: Axes, numbers: Mapping[tuple[Any, ...], float], methods: Se
         looks.published(axes, [1.02 + 0.03 * (i % 2)], [number], look(method).colour, **place)
 
 
-def level(axes: Axes, value: float, text: str, line: str = ":", left: bool = False, below: bool = False) -> None:
-    """A horizontal line with its name at its right or left end, above or below it."""
-    axes.axhline(value, color=GREY, linestyle=line, linewidth=1.0, zorder=1)
+def level(axes: Axes, value: float, text: str, below: bool = False) -> None:
+    """A horizontal line with its name at its right end, above or below it."""
+    axes.axhline(value, color=GREY, linestyle=":", linewidth=1.0, zorder=1)
     axes.annotate(
-        text, (0.01 if left else 0.99, value), xycoords=axes.get_yaxis_transform(), xytext=(0, -2 if below else 1.5),
-        textcoords="offset points", ha="left" if left else "right", va="top" if below else "bottom", fontsize=7,
-        color=GREY,
+        text, (0.99, value), xycoords=axes.get_yaxis_transform(), xytext=(0, -2 if below else 1.5),
+        textcoords="offset points", ha="right", va="top" if below else "bottom", fontsize=7, color=GREY,
     )  # fmt: skip
 
 
-def ceilings(axes: Axes, cells: Sequence[Cell]) -> None:
-    """What converged solvers reach: a line for each, and their names one below the other."""
-    means = {}
+def ceilings(axes: Axes, cells: Sequence[Cell], named: bool = True) -> None:
+    """What converged solvers reach: a line for each, and their names in the lower right corner."""
+    names = []
     for method in CONVERGED:
         if values := [cell.metrics["latent_mcc"] for cell in cells if cell.method == method]:
-            means[method] = float(np.mean(values))
-            axes.axhline(means[method], color=GREY, linestyle="-.", linewidth=1.0, zorder=1)
-    if means:
+            mean = float(np.mean(values))
+            axes.axhline(mean, color=GREY, linestyle="-.", linewidth=1.0, zorder=1)
+            names.append(f"{method} {mean:.3f}")
+    if names and named:
         axes.annotate(
-            "solvers, from above:\n" + "\n".join(f"{method} {value:.3f}" for method, value in means.items()),
-            (0.02, min(means.values())), xycoords=axes.get_yaxis_transform(), xytext=(0, -3),
-            textcoords="offset points", va="top", fontsize=7, color=GREY,
+            "\n".join(["dash-dotted, from above:", *names]), (0.98, 0.03), xycoords="axes fraction", ha="right",
+            fontsize=7, color=GREY,
         )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def curves(cells: Sequence[Cell], table: pd.DataFrame, l1: float) -> Figure | No
         shown = table if mode is None else table.assign(flops=total_flops(table, mode))
         bands(axes, shown, "step" if mode is None else "flops", "latent_mcc", methods)
         axes.set_xlabel("steps, or iterations of ITO" if mode is None else MODES[mode])
-        ceilings(axes, cells)
+        ceilings(axes, cells, named=mode is None)
         chance(axes, cells, "latent_mcc")
         if mode is not None:
             sae_level(axes, cells, "latent_mcc")

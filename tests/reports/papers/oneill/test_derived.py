@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reports import crossings
 from reports.collect import read_cells
-from reports.crossings import crossing, with_crossings
-from reports.curves import read_curves
+from reports.papers.oneill import derived
+from reports.papers.oneill.curves import read_curves
+from reports.papers.oneill.derived import crossing, derive
 
 STEPS = range(0, 1100, 100)
 
@@ -53,7 +53,7 @@ def crossings_of(outputs, method, start=""):
             for name, value in cell.metrics.items()
             if "crossing" in name and name.startswith("mean_") == (start == "mean_")
         }
-        for cell in with_crossings(read_cells(outputs))
+        for cell in derive(read_cells(outputs))
         if cell.method == method
     }
 
@@ -102,7 +102,7 @@ def test_a_run_that_lost_a_code_has_no_crossing_of_its_own_among_the_whole_ones(
 
 
 def test_the_published_level_is_passed_where_the_mean_curve_passes_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(crossings.PUBLISHED, "oneill_unknown", {"latent_mcc": 0.4})
+    monkeypatch.setitem(derived.PUBLISHED, "oneill_unknown", {"latent_mcc": 0.4})
     write_curves(tmp_path, "SAE", {0: [0.5] * 11})
     write_curves(tmp_path, "SC", {0: ramp(0.3, 0.001)})
     of_mean = crossings_of(tmp_path, "SC", "mean_")[0]

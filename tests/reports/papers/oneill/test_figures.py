@@ -8,11 +8,12 @@ import pytest
 
 from reports import figures
 from reports.checks import Near
-from reports.claims import PAPERS, judge, load_paper
+from reports.claims import PAPERS, load_paper
 from reports.collect import read_cells
-from reports.crossings import with_crossings
-from reports.figures.oneill import power_of_10, published
-from reports.figures.oneill_regimes import means_of
+from reports.papers.oneill.derived import derive
+from reports.papers.oneill.figures.common import power_of_10, published
+from reports.papers.oneill.figures.oneill_regimes import means_of
+from reports.verdicts import judge
 
 STEPS = range(0, 2001, 100)
 SEEDS = (0, 1)
@@ -132,7 +133,7 @@ EXPERIMENTS = {
 def test_an_experiments_figures_are_drawn_as_png_and_svg(tmp_path, experiment):
     make, names = EXPERIMENTS[experiment]
     make(tmp_path)
-    drawn = figures.draw(experiment, with_crossings(read_cells(tmp_path)), tmp_path / "figures")
+    drawn = figures.draw(experiment, derive(read_cells(tmp_path)), tmp_path / "figures")
     stems = {f"{experiment}_paper_{name}".rstrip("_") for name in names}
     assert {path.name for path in drawn} == {f"{stem}.{ending}" for stem in stems for ending in ("png", "svg")}
     assert all(path.stat().st_size > 5_000 for path in drawn)
@@ -156,13 +157,12 @@ def test_a_regime_is_the_mean_over_seeds(tmp_path):
 @pytest.mark.parametrize("claim_id", ["oneill/regimes-1", "oneill/regimes-4", "oneill/regimes-5", "oneill/regimes-9"])
 def test_the_published_numbers_agree_with_the_claims_about_them(tmp_path, claim_id):
     regimes(tmp_path)
-    paper = load_paper(PAPERS / "oneill.yaml")
-    [claim] = [claim for claim in paper.claims if claim.id == claim_id]
-    assert judge(paper, claim, "paper", read_cells(tmp_path), n_failed=0).verdict == "agrees"
+    paper = load_paper(PAPERS / "oneill")
+    assert judge(paper, paper.claim(claim_id), "paper", read_cells(tmp_path), n_failed=0).verdict == "agrees"
 
 
 def test_every_row_with_published_numbers_is_for_paper_scale_alone():
-    paper = load_paper(PAPERS / "oneill.yaml")
+    paper = load_paper(PAPERS / "oneill")
     checks = [paper.check(claim) for claim in paper.claims]
     assert sum(isinstance(check, Near) for check in checks) > 30
     assert all(check.at_demo() is None for check in checks if isinstance(check, Near))
