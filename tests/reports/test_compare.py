@@ -5,8 +5,7 @@ import pandas as pd
 import pytest
 
 from reports import compare, figures
-from reports.claims import load_papers
-from reports.collect import CONF, deviations, grid_size, read_cells
+from reports.collect import deviations, grid_size, read_cells
 
 CLASSES = {"TopK": "topk.TopK", "BatchTopK": "batchtopk.BatchTopK", "JumpReLU": "jumprelu.JumpReLU"}
 
@@ -216,8 +215,3 @@ def test_deviations_are_read_from_the_experiments_comments(tmp_path):
     (tmp_path / "experiment" / "toy.yaml").write_text(comments)
     assert deviations("toy", tmp_path) == ["one thing that goes on.", "another."]
     assert deviations("no_such", tmp_path) == []
-
-
-def test_every_claims_experiment_exists():
-    experiments = {path.stem for path in (CONF / "experiment").glob("*.yaml")}
-    assert {claim.experiment for paper in load_papers() for claim in paper.claims} <= experiments

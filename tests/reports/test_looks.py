@@ -1,4 +1,4 @@
-"""The colours and markers of methods: distinct where methods meet, for the colour-blind too, and stable for new ones."""
+"""Colours and markers of methods: distinct where methods meet, also for the colour-blind, and stable for new ones."""
 
 from itertools import combinations
 

@@ -180,6 +180,7 @@ def test_the_figures_are_drawn_from_the_cells_and_twice_the_same(cells: list[Cel
 @pytest.mark.slow
 def test_claims_are_judged_on_cells_that_bear_them_out_and_on_cells_that_do_not(cells: list[Cell]):
     paper = load_paper(PAPERS / "leask")
+    assert unknown_metrics(paper, "leask_meta_sae", cells) == {}
     detailed = [cell for cell in cells if cell.get("detail") and cell.get("meta.preset") == "lw"]
     good = {
         "ve": 0.55, "ve_excess": 0.4, "dead_meta_fraction": 0.0, "p_small_above_base": 1e-9, "ve_pursuit": 0.4,

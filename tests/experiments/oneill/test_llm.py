@@ -17,6 +17,7 @@ from core.methods.decoder import unit_rows_
 from core.methods.saved import load_dictionary
 from experiments.oneill.llm import atom_norms, train_step_flops
 from hydra_plugins.blocks_sweeper.sweeper import cells_of
+from reports.claims import PAPERS, load_paper, unknown_metrics
 from reports.collect import Cell
 from reports.figures import draw
 
@@ -122,6 +123,7 @@ def cells(smoke_cells: Any) -> list[Cell]:
 @pytest.mark.slow
 def test_every_method_leaves_what_the_issue_asks_for(cells: list[Cell]):
     assert sorted({cell.method or "" for cell in cells}) == ["LCA", "MLPEncoder", "ReluL1"]
+    assert unknown_metrics(load_paper(PAPERS / "oneill"), "oneill_llm", cells) == {}
     for cell in cells:
         m = cell.metrics
         assert m["fvu"] > 0 and m["l0_mean"] > 0 and m["train_flops"] > 0 and 0 < m["alive_fraction"] <= 1
