@@ -78,6 +78,7 @@ class Paper:
 
     name: str
     title: str
+    short: str
     experiments: Mapping[str, ExperimentRows]
     claims: Sequence[Claim]
 

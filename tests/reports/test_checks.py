@@ -38,7 +38,7 @@ def cell(method, seed=0, k=None, dict_size=512, model="bundled", settings=None, 
 
 def judged(check, results, scale="demo", n_failed=0, **claim):
     row = {"id": "toy/1", "experiment": "toy", "statement": "", "where": "", "source": "", "confidence": ""}
-    paper = Paper(name="toy", title="", experiments={"toy": ExperimentRows(match=MATCH)}, claims=[])
+    paper = Paper(name="toy", title="", short="", experiments={"toy": ExperimentRows(match=MATCH)}, claims=[])
     return judge(paper, Claim(**row, paper_note="lower", check=check, **claim), scale, results, n_failed)
 
 
@@ -218,7 +218,7 @@ ABOVE = {"kind": "margin", "metric": "mcc", "a": "SC", "b": "SAE", "at_least": 0
 
 def judged_codes(check, results, scale="paper", **claim):
     row = {"id": "toy/1", "experiment": "toy", "statement": "", "where": "", "source": "", "confidence": ""}
-    paper = Paper(name="toy", title="", experiments={"toy": ExperimentRows(match=CODES)}, claims=[])
+    paper = Paper(name="toy", title="", short="", experiments={"toy": ExperimentRows(match=CODES)}, claims=[])
     return judge(paper, Claim(**row, paper_note="none", check=check, **claim), scale, results, 0)
 
 

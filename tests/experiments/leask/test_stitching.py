@@ -26,6 +26,7 @@ from experiments.common import held_out_rows, trained
 from experiments.leask import stitching as leask_stitching
 from experiments.leask.stitching import activations, dictionaries, members, of_family, run
 from hydra_plugins.blocks_sweeper.sweeper import cells_of
+from reports.claims import PAPERS, load_paper, unknown_metrics
 from reports.collect import Cell
 from reports.figures import draw
 
@@ -147,7 +148,10 @@ def test_a_pair_leaves_its_numbers_its_latents_and_its_curves(tiny, tmp_path: Pa
     assert inserted["cosine"].is_monotonic_increasing and inserted["mse"].iloc[0] == pytest.approx(ends["mse"].iloc[0])
     assert inserted["n_latents"].iloc[-1] == 12 + len(alive)
     settings = {"part": "pair", "method._target_": cfg.method._target_, "small.dict_size": 12, "large.dict_size": 24}
-    drawn = draw("leask_stitching", [Cell("leask_stitching", "demo", 0, folder, metrics, settings, {})], tmp_path)
+    cell = Cell("leask_stitching", "demo", 0, folder, metrics, settings, {})
+    unknown = unknown_metrics(load_paper(PAPERS / "leask"), "leask_stitching", [cell])
+    assert all(name.startswith("grown_") for name in unknown)
+    drawn = draw("leask_stitching", [cell], tmp_path)
     assert len(drawn) == 4 and all(path.stat().st_size > 1000 for path in drawn)
 
 
@@ -211,6 +215,8 @@ def test_a_family_is_grown_and_compared(tiny, tmp_path: Path):
     assert (table["mse_refit"] <= table["mse"]).all()
     settings = {"part": "frankenstein", "method._target_": cfg.method._target_}
     cell = Cell("leask_stitching", "demo", 0, Path(cfg.cell_folder), metrics, settings, {})
+    unknown = unknown_metrics(load_paper(PAPERS / "leask"), "leask_stitching", [cell])
+    assert not any(name.startswith("grown_") for name in unknown)
     assert [path.suffix for path in draw("leask_stitching", [cell], tmp_path)] == [".png", ".svg"]
 
 

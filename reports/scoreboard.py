@@ -1,0 +1,82 @@
+"""Write the scoreboard of the papers into the README: `python -m reports.scoreboard [--page README.md]`.
+
+A row for each paper, from its claims and the kept results: how many claims agree, agree partly, and disagree. The table
+replaces what is between the lines `<!-- scoreboard -->` and `<!-- /scoreboard -->` of the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.artifacts import write_atomically
+from core.errors import UserError
+from reports.claims import SCALES, Paper, Scale
+from reports.collect import KEPT
+from reports.compare import Report
+from reports.render import Table, markdown
+from reports.verdicts import AGREES, DIRECTION, DISAGREES, PARTLY
+
+BEGIN, END = "<!-- scoreboard -->", "<!-- /scoreboard -->"
+README = Path(__file__).parents[1] / "README.md"
+COLUMNS = {"agree": (AGREES, DIRECTION), "partly": (PARTLY,), "disagree": (DISAGREES,)}
+
+
+def scoreboard(kept: Path = KEPT) -> str:
+    """The table in Markdown: the papers that are built, then those that are planned."""
+    report = Report.read(kept, None)
+    in_order = sorted(report.papers, key=lambda paper: (not paper.claims, paper.name))
+    rows = [row for paper in in_order for row in _rows(report, paper)]
+    return markdown([Table(["paper", "experiments built", *COLUMNS, "scale"], rows)], kept).strip()
+
+
+def _rows(report: Report, paper: Paper) -> list[list[str]]:
+    """One row for each scale with kept results, or one without numbers."""
+    page = Path("docs") / f"results-{paper.name}.md"
+    name = f"[{paper.short}]({page.as_posix()})" if (README.parent / page).is_file() else paper.short
+    n_built, blank = str(len(paper.experiments)), [""] * len(COLUMNS)
+    if not paper.claims:
+        return [[name, "planned", *blank, ""]]
+    rows = []
+    for scale in SCALES:
+        if n_kept := sum(bool(report.cells(experiment, scale)) for experiment in paper.experiments):
+            words = _words(report, paper, scale)
+            counts = [str(sum(words[word] for word in group)) for group in COLUMNS.values()]
+            rows.append([name, n_built, *counts, f"{scale}, {n_kept} of {n_built} experiments"])
+    return rows or [[name, n_built, *blank, "no results kept"]]
+
+
+def _words(report: Report, paper: Paper, scale: Scale) -> Counter[str]:
+    """How many claims have which verdict."""
+    judgements = [report.judgements[claim.id][scale] for claim in paper.claims]
+    return Counter(judgement.word for judgement in judgements if judgement.ours)
+
+
+def updated(page: str, table: str) -> str:
+    """The page with the table between its markers. Raises UserError if it does not have both, in this order."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"The page needs a line {BEGIN} and, below it, a line {END}.")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--page", type=Path, default=README, help="page to write into (default: README.md)")
+    parser.add_argument("--kept", type=Path, default=KEPT, help="folder with kept results (default: reports/results)")
+    options = parser.parse_args(arguments)
+    try:
+        write_atomically(options.page, updated(options.page.read_text(), scoreboard(options.kept)))
+    except (UserError, FileNotFoundError) as error:
+        print(f"error: {options.page}: {error}", file=sys.stderr)
+        return 1
+    print(f"scoreboard: {options.page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
