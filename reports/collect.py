@@ -1,7 +1,7 @@
-"""Read what the experiments left behind: finished cells, failed ones, and how many the grid asks for.
+"""Read the results of experiments: finished cells, failed ones, and the number of cells in a grid.
 
-A cell's folder may hold many runs (runs.parquet, one row for each): then every run counts as a `Cell` of its own.
-Results that are kept in the repository stand in for cells that are nowhere else.
+A cell's folder may hold many runs (runs.parquet, one row for each). Then every run is a `Cell` of its own. Results kept
+in the repository are used for cells that the outputs lack.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from core.results import FAILED, RESULTS, read_all
 HISTOGRAM = "l0_histogram.parquet"
 RUNS = "runs.parquet"
 KEPT = Path(__file__).parent / "results"
-OF_THE_CELL = ("seconds", "peak_extra_gb")  # metrics that every run has from its cell
-PRETRAINED = "Pretrained"  # what dictionaries of `method=pretrained` are called, whatever they are
-READERS = "core.interop."  # what the names of the functions that read them begin with
-METRIC = "metrics."  # what the names of metrics begin with, among a cell's keys and the columns of runs.parquet
+OF_THE_CELL = ("seconds", "peak_extra_gb")  # metrics of a whole cell, which each of its runs gets
+PRETRAINED = "Pretrained"  # the method of all dictionaries of `method=pretrained`
+READERS = "core.interop."  # prefix of the functions that read them
+METRIC = "metrics."  # prefix of metrics among a cell's keys and among the columns of runs.parquet
 CONF = Path(__file__).parents[1] / "conf"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One finished cell, or one run of a cell that holds many: those share their folder.
+    """One finished cell, or one run of a cell that holds many. Runs of one cell share its folder.
 
     `settings` is the configuration with dotted keys (`method.k`); lists become text. `kept`: read from the repository.
     """
@@ -44,8 +44,8 @@ class Cell:
 
     @property
     def method(self) -> str | None:
-        """`coder.name` where there is one, else the name of the method's class: `BatchTopK`; of a dictionary that was
-        read, whatever it is, `Pretrained`."""
+        """`coder.name` if there is one, else the name of the method's class, such as `BatchTopK`. All dictionaries that
+        were read from files are called `Pretrained`."""
         if name := self.settings.get("coder.name"):
             return str(name)
         target = self.settings.get("method._target_")
@@ -54,11 +54,11 @@ class Cell:
         return str(target).rpartition(".")[2] if target else None
 
     def has(self, key: str) -> bool:
-        """Whether the cell knows this key; a setting that is null is known."""
+        """Whether the cell has this key. A setting whose value is null counts."""
         return key in self.settings or self.get(key) is not None
 
     def get(self, key: str) -> Any:
-        """`method`, a metric as `metrics.<name>`, or a setting; None where the cell has no such thing."""
+        """The value of `method`, of a metric (`metrics.<name>`) or of a setting; None if the cell has no such key."""
         if key == "method":
             return self.method
         if key.startswith(METRIC):
@@ -68,7 +68,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Failure:
-    """One cell that ended in an error and has no results. `later_than_results`: it has, from an earlier run."""
+    """One cell whose latest run ended in an error. `later_than_results`: an earlier run left results."""
 
     experiment: str
     scale: str
@@ -79,7 +79,7 @@ class Failure:
 
 
 def read_cells(outputs: Path) -> list[Cell]:
-    """Every finished cell below the folder; those that hold many runs as one cell for each run."""
+    """Every finished cell below the folder. A cell that holds many runs gives one `Cell` for each."""
     cells = []
     for folder, record in read_all(outputs, RESULTS):
         cell = Cell(
@@ -96,15 +96,15 @@ def read_cells(outputs: Path) -> list[Cell]:
 
 
 def with_kept(outputs: Path, kept: Path | None) -> list[Cell]:
-    """The cells of `outputs` and, for every cell that neither finished nor failed there, the kept one."""
+    """The cells of `outputs`, and the kept cells that neither finished nor failed there."""
     cells = read_cells(outputs)
-    known = {*map(_place, cells), *map(_place, read_failures(outputs))}
-    standing_in = read_cells(kept) if kept else []
-    return cells + [replace(cell, kept=True) for cell in standing_in if _place(cell) not in known]
+    ended = {*map(_place, cells), *map(_place, read_failures(outputs))}
+    kept_cells = read_cells(kept) if kept else []
+    return cells + [replace(cell, kept=True) for cell in kept_cells if _place(cell) not in ended]
 
 
 def one_per_folder(cells: Iterable[Cell]) -> list[Cell]:
-    """The first run of every folder: cells as they were started and finished."""
+    """The first run of every folder, so that each cell counts once."""
     first: dict[Path, Cell] = {}
     for cell in cells:
         first.setdefault(cell.folder, cell)
@@ -127,7 +127,7 @@ def read_failures(outputs: Path) -> list[Failure]:
 
 
 def grid_size(experiment: str, scale: str, conf: Path = CONF) -> int | None:
-    """How many cells the experiment's YAML asks for at this scale; None without such a YAML."""
+    """The number of cells in the experiment's grid at this scale; None without a YAML of that name."""
     from hydra_plugins.blocks_sweeper.sweeper import cells_of
 
     path = conf / "experiment" / f"{experiment}.yaml"
@@ -138,32 +138,33 @@ def grid_size(experiment: str, scale: str, conf: Path = CONF) -> int | None:
 
 
 def deviations(experiment: str, conf: Path = CONF) -> list[str]:
-    """The `# deviations:` comments of an experiment's YAML; an indented comment line continues the one before it."""
+    """The `# deviations:` comments of an experiment's YAML; an indented comment line continues the line above."""
     path = conf / "experiment" / f"{experiment}.yaml"
     if not path.is_file():
         return []
-    found: list[str] = []
+    notes: list[str] = []
     continues = False
     for line in path.read_text().splitlines():
         if line.startswith("# deviations:"):
-            found.append(line.removeprefix("# deviations:").strip())
+            notes.append(line.removeprefix("# deviations:").strip())
             continues = True
         elif continues and line.startswith("#  "):
-            found[-1] += f" {line[1:].strip()}"
+            notes[-1] += f" {line[1:].strip()}"
         else:
             continues = False
-    return found
+    return notes
 
 
-def _place(found: Cell | Failure) -> tuple[str, str, str]:
-    return found.experiment, found.scale, found.folder.name
+def _place(one: Cell | Failure) -> tuple[str, str, str]:
+    return one.experiment, one.scale, one.folder.name
 
 
 def _runs(cell: Cell) -> list[Cell]:
     """One cell for each row of runs.parquet: its settings over the configuration's, its own metrics.
 
-    The cell's metrics are means over its runs and left out, but for `OF_THE_CELL`. An empty entry is a metric that the
-    run lacks, or a setting: null if the configuration has it, else unknown.
+    The cell's own metrics are means over its runs, and are dropped except `OF_THE_CELL`. An empty entry of a metric
+    means that the run lacks it. An empty entry of a setting means null if the configuration has the setting, else that
+    the run lacks it.
     """
     cells = []
     shared = {name: cell.metrics[name] for name in OF_THE_CELL if name in cell.metrics}

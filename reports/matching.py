@@ -1,4 +1,4 @@
-"""Which cells belong together: cells are matched on settings, and told apart by method and seed."""
+"""Match cells on settings, and tell them apart by method and seed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 
 from reports.collect import Cell
 
-Setting = tuple[Any, ...]  # the values of the keys that cells are matched on
-NEUTRAL_KEYS = ("trainer.", "seed")  # settings that never tell two cells apart
-BARE_KEYS = ("model.name", "stream.site")  # labels give their values without their names
+Setting = tuple[Any, ...]  # values of the keys on which cells are matched
+NEUTRAL_KEYS = ("trainer.", "seed")  # prefixes of settings that never make two cells different
+BARE_KEYS = ("model.name", "stream.site")  # labels give their values without the name of the key
 
 
 class AmbiguousCellsError(ValueError):
@@ -21,13 +21,15 @@ class AmbiguousCellsError(ValueError):
 
 def by_setting(cells: Iterable[Cell], match: Sequence[str]) -> dict[Setting, dict[int, Cell]]:
     """setting -> seed -> cell, in the order of the settings."""
-    found: dict[Setting, dict[int, Cell]] = defaultdict(dict)
+    groups: dict[Setting, dict[int, Cell]] = defaultdict(dict)
     for cell in cells:
-        by_seed = found[tuple(cell.get(key) for key in match)]
+        by_seed = groups[tuple(cell.get(key) for key in match)]
         if cell.seed in by_seed:
-            raise AmbiguousCellsError(f"{_both(by_seed[cell.seed], cell)} differ in nothing that cells are matched on.")
+            raise AmbiguousCellsError(
+                f"{_both(by_seed[cell.seed], cell)} have the same values of all settings on which cells are matched."
+            )
         by_seed[cell.seed] = cell
-    return {setting: found[setting] for setting in sorted(found, key=order)}
+    return {setting: groups[setting] for setting in sorted(groups, key=order)}
 
 
 def _both(first: Cell, second: Cell) -> str:
@@ -37,13 +39,13 @@ def _both(first: Cell, second: Cell) -> str:
 
 
 def order(setting: Sequence[Any]) -> list[tuple[bool, float, str]]:
-    """A key for sorting: numbers by size, then texts; what a cell does not have comes first."""
+    """A key for sorting: missing values first, then numbers by size, then texts."""
     numbers = [value if isinstance(value, int | float) else np.inf for value in setting]
     return [(value is not None, number, str(value)) for value, number in zip(setting, numbers, strict=True)]
 
 
 def in_series(settings: Iterable[Setting], match: Sequence[str], along: str | None) -> list[Setting]:
-    """The settings, or only those that have a neighbour along one key."""
+    """The settings. With `along`, only those that have a neighbour along this key."""
     settings = list(settings)
     if along is None:
         return settings
@@ -56,18 +58,21 @@ def in_series(settings: Iterable[Setting], match: Sequence[str], along: str | No
 
 
 def refined(cells: Sequence[Cell], match: tuple[str, ...]) -> tuple[str, ...]:
-    """`match` and the settings, known to all cells, in which cells differ that agree on `match`, method and seed."""
+    """`match`, and all further settings in which cells differ that agree on `match`, method and seed.
+
+    Only settings that all cells have are added.
+    """
     groups = defaultdict(list)
     for cell in cells:
         groups[(cell.method, cell.seed, *(cell.get(key) for key in match))].append(cell)
     shared = set.intersection(*(set(cell.settings) for cell in cells)) if cells else set()
-    told_apart = {
+    differing = {
         key
         for group in groups.values()
         for key in shared
         if not key.startswith(NEUTRAL_KEYS) and len({cell.get(key) for cell in group}) > 1
     }
-    return (*match, *sorted(told_apart - set(match)))
+    return (*match, *sorted(differing - set(match)))
 
 
 def words(match: Sequence[str], setting: Sequence[Any]) -> str:
@@ -81,5 +86,5 @@ def words(match: Sequence[str], setting: Sequence[Any]) -> str:
 
 
 def shown(value: object) -> str:
-    """A setting's value: nothing for None, floats without their trailing zeros."""
+    """A setting's value in words: empty for None, floats without trailing zeros."""
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

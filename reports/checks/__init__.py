@@ -1,15 +1,15 @@
-"""The kinds of checks that claims are made of (`check:` in reports/paper/*.yaml).
+"""The kinds of checks that a claim can have (`check:` in reports/papers/<paper>/claims/*.yaml).
 
-A check turns cells into comparisons: at one setting, what was measured on each seed beside what it is compared with.
-Seeds are paired, never mixed: a comparison keeps only the seeds that both sides have. Settings are paired too, but for
-those that one of the methods does not have at all (the k of an L0 oracle, the penalty of a TopK).
+A check turns cells into comparisons: at one setting, the value measured on each seed and the value to compare it with.
+Seeds are paired: a comparison keeps only the seeds that both sides have. Settings are paired too, except those that one
+of the methods does not have at all (the k of an L0 oracle, the penalty of a TopK).
 
 Directions (reports/checks/directions.py), judged at every scale:
   paired        one method against another, at equal settings
   ordered       several methods, each against the next
   monotone      a method against itself, at neighbouring values of one setting
   peak          a method at some values of a setting against all its other values
-  interpolated  a method against another one's curve over L0, read at the same measured L0; nothing is extrapolated
+  interpolated  a method against another one's curve over L0, at the same measured L0; nothing is extrapolated
 Sizes (reports/checks/sizes.py), judged at paper scale; at demo scale `margin` and `change` are judged as directions:
   within        a metric over a reference (a setting, another metric or a number), which must lie in an interval
   margin        the difference of two methods, or of two metrics, which must lie in an interval
@@ -60,6 +60,6 @@ def make_check(match: Sequence[str], kind: str, **arguments: Any) -> Check:
 def compare(check: Check, cells: Sequence[Cell]) -> list[Comparison]:
     """The check's comparisons.
 
-    Where cells agree on all that they are matched on, what they differ in is matched as well.
+    Where cells agree on all settings of `match`, the other settings in which they differ are matched as well.
     """
     return replace(check, match=refined(cells, check.match)).compare(cells)

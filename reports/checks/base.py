@@ -1,4 +1,4 @@
-"""What every check is made of: comparisons, and the pairing of two sides by setting and seed."""
+"""The base of every check: comparisons, and the pairing of two sides by setting and seed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Side = tuple[str, Sequence[Cell], Sequence[Cell]]  # what is compared, in words;
 
 @dataclass(frozen=True)
 class Comparison:
-    """One setting: seed -> (measured value, what it is compared with).
+    """One setting: seed -> (measured value, value to compare it with).
 
-    Without pairs it is not judged, and `note` says why. `tolerance`: how far apart the two may be, where a check
-    allows each comparison its own.
+    Without pairs it is not judged, and `note` says why. `tolerance` is the largest allowed difference, where a check
+    has one for each comparison.
     """
 
     label: str
@@ -52,19 +52,19 @@ class Check(ABC):
 
     @abstractmethod
     def compare(self, cells: Sequence[Cell]) -> list[Comparison]:
-        """Every comparison that the cells allow, and those which one side alone is there for."""
+        """Every comparison that the cells allow, and those for which one side is missing (without pairs)."""
 
     @abstractmethod
     def holds(self, comparison: Comparison) -> bool:
-        """Whether a comparison that has pairs goes as claimed."""
+        """Whether a comparison with pairs is as claimed."""
 
     @abstractmethod
     def effects(self, comparison: Comparison) -> dict[int, float]:
-        """seed -> the one number that sums the comparison up."""
+        """seed -> one number for the comparison, such as a difference or a ratio."""
 
     @abstractmethod
     def say(self, effect: Interval) -> str:
-        """The number in words; its interval where it has one."""
+        """The number in words, with its interval if it has one."""
 
     @property
     def metrics(self) -> set[str]:
@@ -73,16 +73,16 @@ class Check(ABC):
 
     @property
     def directed(self) -> bool:
-        """Whether a direction is judged, not a size."""
+        """Whether the check is of a direction, not of a size."""
         return False
 
     @property
     def published(self) -> str:
-        """The numbers that ours are compared with, in words, where the check names some."""
+        """The published numbers of the check, in words; empty if it has none."""
         return ""
 
     def at_demo(self) -> Check | None:
-        """What is judged of the check at demo scale; None for nothing."""
+        """The check at demo scale; None if there is none."""
         return self
 
     def summary(self, comparisons: Sequence[Comparison]) -> str:
@@ -97,8 +97,8 @@ class Check(ABC):
 class TwoSides(Check):
     """A check of cells against other cells.
 
-    b_metric  the metric of what is compared with, where it is another one
-    along     only settings in a series that has at least two values of this key
+    b_metric  the metric of the other side, if it is another one
+    along     compare only settings in a series with at least two values of this key
     """
 
     b_metric: str | None = None
@@ -110,7 +110,7 @@ class TwoSides(Check):
 
     @abstractmethod
     def sides(self, cells: Sequence[Cell]) -> Iterable[Side]:
-        """What is compared with what."""
+        """The pairs of sides to compare."""
 
     @property
     def beside(self) -> tuple[str, ...]:
@@ -118,12 +118,12 @@ class TwoSides(Check):
         return self.match
 
     def compare(self, cells: Sequence[Cell]) -> list[Comparison]:
-        return [found for side in self.sides(cells) for found in self._settings(*side)]
+        return [comparison for side in self.sides(cells) for comparison in self._settings(*side)]
 
     def _settings(self, what: str, a: Sequence[Cell], b: Sequence[Cell]) -> list[Comparison]:
-        found = side_by_side(a, b, self.beside)
-        kept = set(in_series([setting for setting, _, _ in found], self.beside, self._series))
-        return [self._at(what, *entry) for entry in found if entry[0] in kept]
+        entries = side_by_side(a, b, self.beside)
+        kept = set(in_series([setting for setting, _, _ in entries], self.beside, self._series))
+        return [self._at(what, *entry) for entry in entries if entry[0] in kept]
 
     @property
     def _series(self) -> str | None:
@@ -144,7 +144,7 @@ class TwoSides(Check):
 def side_by_side(a: Sequence[Cell], b: Sequence[Cell], match: tuple[str, ...]) -> list[tuple[Setting, BySeed, BySeed]]:
     """Every setting of either side, with the cells of both by seed.
 
-    A setting that no cell of one side knows is not compared: there, each value of the other stands on its own.
+    A key that no cell of one side has is not matched: each of the other side's values of it gives an entry.
     """
     ours, theirs = by_setting(a, match), by_setting(b, match)
     shared = [i for i, key in enumerate(match) if any(c.has(key) for c in a) and any(c.has(key) for c in b)]
@@ -152,24 +152,24 @@ def side_by_side(a: Sequence[Cell], b: Sequence[Cell], match: tuple[str, ...]) -
     def on_both(setting: Setting) -> Setting:
         return tuple(setting[i] for i in shared)
 
-    found: list[tuple[Setting, BySeed, BySeed]] = []
+    entries: list[tuple[Setting, BySeed, BySeed]] = []
     for setting, by_seed in ours.items():
         partners = [(other, cells) for other, cells in theirs.items() if on_both(other) == on_both(setting)]
-        found += [(_joined(setting, other), by_seed, cells) for other, cells in partners] or [(setting, by_seed, {})]
+        entries += [(_joined(setting, other), by_seed, cells) for other, cells in partners] or [(setting, by_seed, {})]
     reached = {on_both(setting) for setting in ours}
-    return found + [(setting, {}, cells) for setting, cells in theirs.items() if on_both(setting) not in reached]
+    return entries + [(setting, {}, cells) for setting, cells in theirs.items() if on_both(setting) not in reached]
 
 
 def comparison(
     label: str, pairs: Mapping[int, tuple[float | None, float | None]], note: str, tolerance: float = np.nan
 ) -> Comparison:
-    """Keep the seeds of which both values are known."""
+    """Keep the seeds that have both values."""
     known = {seed: (a, b) for seed, (a, b) in pairs.items() if a is not None and b is not None}
     return Comparison(label, known, "" if known else note, tolerance)
 
 
 def effect_over_seeds(effects: Sequence[Mapping[int, float]]) -> Interval:
-    """Mean of comparisons, with a t interval over the seeds that all of them have (each seed's mean is one value)."""
+    """Mean of comparisons, with a t interval over the seeds that all of them have (one mean for each seed)."""
     seeds = sorted(set.intersection(*(set(by_seed) for by_seed in effects)))
     per_seed = [float(np.mean([by_seed[seed] for by_seed in effects])) for seed in seeds]
     if len(per_seed) > 1:

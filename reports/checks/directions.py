@@ -15,7 +15,7 @@ from reports.checks.base import Check, Comparison, Side, TwoSides, comparison, o
 from reports.collect import Cell
 from reports.matching import Setting, by_setting, in_series, shown, words
 
-MANY = 1000  # beyond it, as against a value of zero to rounding, a ratio says no more
+MANY = 1000  # larger ratios, as to a value that is 0 but for rounding, are not given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +103,9 @@ class Monotone(Directed):
 
 @dataclass(frozen=True, kw_only=True)
 class Peak(Directed):
-    """For each of the methods, its best value where `along` is one of `at` against its best value elsewhere.
+    """For each of the methods, its best value where `along` is one of `at`, against its best value elsewhere.
 
-    Which is best, the highest or the lowest as `expect` says, is decided by the means over seeds.
+    The best is the highest or lowest mean over seeds, as `expect` says.
     """
 
     methods: tuple[str, ...]
@@ -113,7 +113,7 @@ class Peak(Directed):
     at: tuple[float, ...]
 
     def compare(self, cells: Sequence[Cell]) -> list[Comparison]:
-        return [found for method in self.methods for found in self._series(method, of(cells, [method]))]
+        return [best for method in self.methods for best in self._series(method, of(cells, [method]))]
 
     def _series(self, method: str, cells: Sequence[Cell]) -> Iterable[Comparison]:
         rest = tuple(key for key in self.match if key != self.along)
@@ -129,7 +129,7 @@ class Peak(Directed):
             yield comparison(f"{label}, at {where}", pairs, f"not measured at {where} and elsewhere")
 
     def _best(self, cells: Sequence[Cell], inside: bool) -> dict[int, float | None]:
-        """seed -> the metric, at the best of the values that are (or are not) among `at`."""
+        """seed -> the metric at the best value of `along` inside (or outside) `at`."""
         values: dict[float, dict[int, float]] = defaultdict(dict)
         for cell in cells:
             if (cell.get(self.along) in self.at) is inside:

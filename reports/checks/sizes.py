@@ -1,4 +1,4 @@
-"""Checks of sizes: a ratio, a difference or a value that must lie where the paper, or a published number, puts it."""
+"""Checks of sizes: a ratio, a difference or a value that must lie in an interval, or near a published number."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reports.checks.base import Check, Comparison, Side, TwoSides, comparison, o
 from reports.collect import METRIC, Cell
 from reports.matching import by_setting, shown, words
 
-LISTED = 6  # so many published numbers a claim's row names one by one
+LISTED = 6  # the most published numbers that are listed one by one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,8 @@ class Bounded(Check):
 
 @dataclass(frozen=True, kw_only=True)
 class Within(Bounded):
-    """metric / reference lies in [at_least, at_most]. `reference`: a setting, `metrics.<name>`, or a number; a seed
-    where it is 0 has no such ratio, and is left out."""
+    """metric / reference lies in [at_least, at_most]. `reference` is a setting, `metrics.<name>` or a number. Seeds
+    where it is 0 are left out."""
 
     methods: tuple[str, ...]
     reference: str | float = 1.0
@@ -41,13 +41,13 @@ class Within(Bounded):
         return {str(name).removeprefix(METRIC) for name in names}
 
     def compare(self, cells: Sequence[Cell]) -> list[Comparison]:
-        found = []
+        comparisons = []
         for method in self.methods:
             for setting, by_seed in by_setting(of(cells, [method]), self.match).items():
                 pairs = {seed: (self.value(cell), self._reference(cell) or None) for seed, cell in by_seed.items()}
                 label = f"{method}, {words(self.match, setting)}"
-                found.append(comparison(label, pairs, f"no {self.metric}, or {self.reference} is missing or 0"))
-        return found
+                comparisons.append(comparison(label, pairs, f"no {self.metric}, or {self.reference} is missing or 0"))
+        return comparisons
 
     def effects(self, comparison: Comparison) -> dict[int, float]:
         """a / b"""
@@ -64,7 +64,7 @@ class Within(Bounded):
 class Difference(TwoSides, Bounded):
     """a - b, or (a - b) / |b| if `relative`, lies in [at_least, at_most].
 
-    direction_only: only its sign is judged, where the interval has but one sign.
+    direction_only: only its sign is judged. The interval must have one sign.
     """
 
     relative: bool = False
@@ -100,7 +100,7 @@ class Difference(TwoSides, Bounded):
 
 @dataclass(frozen=True, kw_only=True)
 class Margin(Difference):
-    """Method `a` minus method `b`; the same method twice with a `b_metric` is a difference of two metrics."""
+    """Method `a` minus method `b`. The same method twice, with a `b_metric`, gives a difference of two metrics."""
 
     a: str
     b: str
@@ -114,7 +114,7 @@ class Margin(Difference):
 
 @dataclass(frozen=True, kw_only=True)
 class Change(Difference):
-    """Each of the methods where the setting `along` is `after`, minus the same where it is `before`."""
+    """Each of the methods where the setting `along` is `after`, minus the same method where it is `before`."""
 
     methods: tuple[str, ...]
     before: Any
@@ -140,11 +140,11 @@ class Change(Difference):
 
 @dataclass(frozen=True, kw_only=True)
 class Near(Check):
-    """The mean over seeds beside published numbers; never at demo scale.
+    """The mean over seeds is near published numbers. Never judged at demo scale.
 
-    over       the keys that tell the numbers apart: `method`, settings
-    points     for each number: the values of those keys, the number, and a tolerance where it is not the check's
-    tolerance  how far from the number the mean may be
+    over       the keys of a number: `method`, settings
+    points     for each number: the values of those keys, the number, and its tolerance if it is not the check's
+    tolerance  the largest allowed distance of the mean from the number
     """
 
     over: tuple[str, ...]
@@ -168,20 +168,20 @@ class Near(Check):
         return None
 
     def compare(self, cells: Sequence[Cell]) -> list[Comparison]:
-        return [found for point in self.points for found in self._at(point, cells)]
+        return [comparison for point in self.points for comparison in self._at(point, cells)]
 
     def _at(self, point: Sequence[Any], cells: Sequence[Cell]) -> list[Comparison]:
         at = dict(zip(self.over, point, strict=False))
         number, tolerance = self._number(point)
         chosen = by_setting([cell for cell in cells if all(cell.get(k) == v for k, v in at.items())], self.match)
         beside = tuple(key for key in self.match if key not in at)
-        found = []
+        comparisons = []
         for setting, by_seed in chosen.items():
             others = words(beside, [v for key, v in zip(self.match, setting, strict=True) if key not in at])
             pairs = {seed: (self.value(cell), number) for seed, cell in by_seed.items()}
             label = ", ".join(part for part in (self._name(point), others) if part)
-            found.append(comparison(label, pairs, f"no {self.metric}", tolerance))
-        return found or [Comparison(self._name(point), {}, "no such cell", tolerance)]
+            comparisons.append(comparison(label, pairs, f"no {self.metric}", tolerance))
+        return comparisons or [Comparison(self._name(point), {}, "no such cell", tolerance)]
 
     def holds(self, comparison: Comparison) -> bool:
         a, b = comparison.values
@@ -194,18 +194,18 @@ class Near(Check):
         return spelled(effect, "+.3g")
 
     def summary(self, comparisons: Sequence[Comparison]) -> str:
-        """Each measured mean; of many, how far they are from the numbers."""
+        """Each measured mean, or, of many, their distances from the numbers."""
         if len(comparisons) <= LISTED:
-            return ", ".join(f"{self._short(found)} {spelled(found.measured, '.3g')}".strip() for found in comparisons)
-        apart = [a - b for a, b in (found.values for found in comparisons)]
+            return ", ".join(f"{self._short(one)} {spelled(one.measured, '.3g')}".strip() for one in comparisons)
+        apart = [a - b for a, b in (one.values for one in comparisons)]
         farthest = comparisons[int(np.argmax(np.abs(apart)))].label
         return (
             f"{np.mean(apart):+.3f} from the numbers on average, {np.mean(np.abs(apart)):.3f} without signs, "
             f"farthest {max(apart, key=abs):+.3f} ({farthest})"
         )
 
-    def _short(self, found: Comparison) -> str:
-        names = [name for name in map(self._name, self.points) if found.label.startswith(name)]
+    def _short(self, comparison: Comparison) -> str:
+        names = [name for name in map(self._name, self.points) if comparison.label.startswith(name)]
         return max(names, key=len, default="")
 
     def _name(self, point: Sequence[Any]) -> str:

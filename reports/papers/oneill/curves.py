@@ -11,7 +11,7 @@ import pandas as pd
 from reports.collect import Cell, one_per_folder
 
 CURVES = "curves.parquet"
-RUN = ("seed", "coder.name", "coder.l1", "coder.k")  # what tells the runs of a cell apart
+RUN = ("seed", "coder.name", "coder.l1", "coder.k")  # keys of the runs of a cell
 SETTINGS = (
     "part", "task", "profile", "objective", "coder.bias",
     "source.N", "source.M", "source.K", "source.zipf_alpha", "source.per_run",
@@ -21,7 +21,7 @@ SETTINGS = (
 def read_curves(cells: Iterable[Cell]) -> pd.DataFrame:
     """The curves of all runs in the cells' folders, with the settings that are the same for a whole cell.
 
-    Columns: `RUN`, `SETTINGS`, step, and what was measured. Empty if no folder has curves.
+    Columns: `RUN`, `SETTINGS`, step and the measurements. Empty if no folder has curves.
     """
     tables = []
     for cell in one_per_folder(cells):
@@ -35,7 +35,7 @@ def read_curves(cells: Iterable[Cell]) -> pd.DataFrame:
 
 
 def curve_of(cell: Cell) -> pd.DataFrame | None:
-    """One run's curve, ordered by step; None where it has none."""
+    """One run's curve in the order of steps; None if it has none."""
     path = cell.folder / CURVES
     if not path.is_file():
         return None
@@ -47,7 +47,7 @@ def curve_of(cell: Cell) -> pd.DataFrame | None:
 
 
 def total_flops(table: pd.DataFrame, mode: str) -> pd.Series:
-    """Training so far and one inference of the test set."""
+    """FLOPs of the training so far and of one inference on the test set."""
     return table[f"train_flops_{mode}"] + table[f"test_flops_{mode}"]
 
 
@@ -57,6 +57,6 @@ def _read(path: Path, stamp: tuple[int, int]) -> pd.DataFrame:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """What changes when a file is written anew."""
+    """Changes when the file is written again."""
     status = path.stat()
     return status.st_mtime_ns, status.st_size

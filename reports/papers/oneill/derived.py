@@ -1,10 +1,11 @@
-"""FLOPs at which a method passes the SAE: O'Neill et al. 2025, the crossings of fig. 2b, 3b, 4c and 4d.
+"""FLOPs at which a method passes the SAE: the crossings of fig. 2b, 3b, 4c and 4d of O'Neill et al. 2025.
 
-What is passed is a level of the SAE's mean curve over seeds, at equal settings: its final value where codes are known
-(their curves rise to a plateau), else its best. Curves are read linearly between their points. One that never passes
-the level has no crossing, and one that lies above it from its first point has none either. Published crossings are
-those of mean curves; those of the runs, which tell of the spread, leave out the runs that never pass. Two more tell why
-a crossing may lie elsewhere than the published one: of the runs that found every code, and over the published level.
+A method passes a level of the SAE's mean curve over seeds, at equal settings. The level is the final value where codes
+are known (the curve rises to a plateau), else the best value. Curves are interpolated linearly between their points. A
+curve has no crossing if it never passes the level, or if it is above it from its first point on. The published
+crossings are those of mean curves. Crossings of single runs show the spread, without the runs that never pass. Two more
+crossings explain differences from the published ones: those of runs that lost no code, and those of the published
+level.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ MODES = ("paper", "corrected")
 NAMES = {"latent_mcc": "crossing_flops", "dict_mcc": "dict_crossing_flops"}
 # the best of the SAE's mean curve in the authors' file of 40,000 steps
 PUBLISHED = {"oneill_unknown": {"latent_mcc": 0.566}}
-FEWEST_POINTS = 10  # of a curve that can be read between its points
+FEWEST_POINTS = 10  # of a curve that may be interpolated
 
 Group = tuple[Any, ...]
 
 
 def derive(cells: Iterable[Cell]) -> list[Cell]:
-    """The cells, with the crossings as further metrics of those runs that have one.
+    """The cells in their order. Runs that have a crossing get it as a further metric.
 
     crossing_flops_<mode>, dict_crossing_flops_<mode>  training and one inference; latents, dictionary
     plateau_crossing_flops[_corrected]                 training alone, where the codes are known
-    whole_plateau_crossing_flops[_corrected]           the same of a run that has lost no code at its end
-    mean_<any of these>                                of the mean curve over seeds, the same for all of them
-    mean_crossing_flops_<mode>_at_published            of the mean curve over the level in `PUBLISHED`
+    whole_plateau_crossing_flops[_corrected]           the same, for runs that have lost no code at their end
+    mean_<any of these>                                of the mean curve over seeds, equal for all of them
+    mean_crossing_flops_<mode>_at_published            of the mean curve, where it passes the level in `PUBLISHED`
     """
     cells = list(cells)
     curves = {id(cell): curve for cell in cells if (curve := _readable(cell)) is not None}
@@ -49,7 +50,7 @@ def derive(cells: Iterable[Cell]) -> list[Cell]:
     means = {
         stack: pd.concat(of).groupby("step", as_index=False).mean(numeric_only=True) for stack, of in stacks.items()
     }
-    found = []
+    extended = []
     for cell in cells:
         level = levels.get(group_of(cell), {})
         if id(cell) in curves and level and cell.method != BASELINE:
@@ -61,32 +62,32 @@ def derive(cells: Iterable[Cell]) -> list[Cell]:
                 own |= {f"whole_{name}": at for name, at in own.items() if name.startswith("plateau")}
             own |= {f"mean_{name}": at for name, at in of_mean.items()}
             cell = replace(cell, metrics={**own, **cell.metrics})
-        found.append(cell)
-    return found
+        extended.append(cell)
+    return extended
 
 
 def sae_levels(cells: Sequence[Cell]) -> dict[Group, dict[str, float]]:
-    """Group -> metric -> what is to be passed, from the curves of the SAE's runs."""
+    """Group -> metric -> the level to pass, from the curves of the SAE's runs."""
     groups: dict[Group, list[pd.DataFrame]] = defaultdict(list)
     known_codes = {group_of(cell) for cell in cells if cell.get("task") == "known_codes"}
     for cell in cells:
         if (curve := curve_of(cell)) is not None:
             groups[group_of(cell)].append(curve)
-    found: dict[Group, dict[str, float]] = {}
+    levels: dict[Group, dict[str, float]] = {}
     for group, curves in groups.items():
         table = pd.concat(curves)
         means = {name: table.groupby("step")[name].mean() for name in NAMES if name in table}
-        found[group] = {n: float(m.iloc[-1] if group in known_codes else m.max()) for n, m in means.items()}
-    return found
+        levels[group] = {n: float(m.iloc[-1] if group in known_codes else m.max()) for n, m in means.items()}
+    return levels
 
 
 def group_of(cell: Cell) -> Group:
-    """What a method and the SAE must have in common to be compared."""
+    """The settings that a method and the SAE must share to be compared."""
     return (cell.experiment, cell.scale, *(cell.get(key) for key in (*SETTINGS, "coder.l1")))
 
 
 def _stack_of(cell: Cell) -> Group:
-    """What runs that differ in their seed alone have in common."""
+    """What runs share that differ in their seed alone."""
     return (cell.folder, cell.method, cell.get("coder.k"), *group_of(cell))
 
 
@@ -106,14 +107,14 @@ def _readable(cell: Cell) -> pd.DataFrame | None:
 
 
 def _crossings(cell: Cell, curve: pd.DataFrame, levels: dict[str, float]) -> dict[str, float]:
-    found: dict[str, float | None] = {}
+    flops: dict[str, float | None] = {}
     for metric, level in levels.items():
         if metric in curve:
             for mode in MODES:
                 values = curve[metric].to_list()
                 if cell.get("task") == "known_codes":
                     name = "plateau_crossing_flops" + ("" if mode == "paper" else f"_{mode}")
-                    found[name] = crossing(curve[f"train_flops_{mode}"].to_list(), values, level)
+                    flops[name] = crossing(curve[f"train_flops_{mode}"].to_list(), values, level)
                 else:
-                    found[f"{NAMES[metric]}_{mode}"] = crossing(total_flops(curve, mode).to_list(), values, level)
-    return {name: value for name, value in found.items() if value is not None}
+                    flops[f"{NAMES[metric]}_{mode}"] = crossing(total_flops(curve, mode).to_list(), values, level)
+    return {name: value for name, value in flops.items() if value is not None}

@@ -89,7 +89,7 @@ def latents(cells: Sequence[Cell], title: str) -> Figure | None:
             if best := cell.metrics.get("threshold_best"):
                 panel.axvline(best, color=GREY, linewidth=1, linestyle=":", label="best on these latents")
         spread = float(alive["delta_mse"].abs().quantile(0.5)) or 1e-9
-        below.set_yscale("symlog", linthresh=spread)
+        below.set_yscale("symlog", linthresh=10 ** np.floor(np.log10(spread)))  # a power of 10, so that ticks are apart
         below.axhline(0, color=BLACK, linewidth=0.8)
         below.set_xlabel("largest cosine with the small dictionary")
         auc = f", AUC {cell.metrics['auc']:.3f}" if "auc" in cell.metrics else ""
