@@ -21,6 +21,8 @@ from core.fleet import Request, Start, load_or_train_all
 from core.kernels.codes import Codes, SparseCodes
 from core.methods.batchtopk import BatchTopK
 from core.methods.saved import method_class
+from core.metrics.reconstruction import VarianceExplained
+from core.metrics.sparsity import firing_counts
 from core.runtime import Runtime
 from core.streams.decoder_rows import DecoderRowSource, random_directions
 
@@ -79,27 +81,6 @@ def decompose_together(meta: BatchTopK, rows: Tensor) -> Codes:
 
 
 @dataclass(frozen=True)
-class VarianceExplained:
-    """1 - sum_i p_i |w_i - w_hat_i|^2 over sum_i p_i |w_i - w_bar|^2 (`centred`, as SAEBench) or sum_i p_i |w_i|^2.
-
-    p_i are equal weights, or given ones; w_bar is the mean of the rows under these weights.
-    """
-
-    centred: float
-    uncentred: float
-
-    @classmethod
-    def of(cls, rows: Tensor, rows_hat: Tensor, weights: Tensor | None = None) -> VarianceExplained:
-        """Of rows and their reconstructions, both `[N, d]`; weights `[N]`, of any positive sum."""
-        w, w_hat = rows.detach().double(), rows_hat.detach().double()
-        p = torch.ones_like(w[:, 0]) if weights is None else weights.to(w)
-        p = p / p.sum()
-        error, mean = p @ (w - w_hat).square().sum(1), p @ w
-        spread, energy = p @ (w - mean).square().sum(1), p @ w.square().sum(1)
-        return cls(float(1 - error / spread), float(1 - error / energy))
-
-
-@dataclass(frozen=True)
 class MetaScore:
     """How well a meta-dictionary explains rows: by the training rule over all of them, and under the threshold."""
 
@@ -126,7 +107,7 @@ class MetaScore:
 def score(meta: BatchTopK, rows: Tensor, weights: Tensor | None = None) -> MetaScore:
     """Score a meta-dictionary on rows `[N, d]`, for instance those it was trained on."""
     together, alone = decompose_together(meta, rows), decompose(meta, rows)
-    active = counts(together)
+    active = firing_counts(together)
     return MetaScore(
         VarianceExplained.of(rows, meta.decode(together), weights),
         VarianceExplained.of(rows, meta.decode(alone), weights),
@@ -134,13 +115,6 @@ def score(meta: BatchTopK, rows: Tensor, weights: Tensor | None = None) -> MetaS
         float((active == 0).double().mean()),
         float(active.max()) / len(rows),
     )
-
-
-def counts(codes: Codes) -> Tensor:
-    """In how many rows each latent is > 0: int64 `[M]`."""
-    if isinstance(codes, SparseCodes):
-        return codes.cols[codes.values > 0].bincount(minlength=codes.shape[1])
-    return (codes.values > 0).sum(0)
 
 
 def null_rows(rows: Tensor, seed: int) -> Tensor:

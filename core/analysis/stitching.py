@@ -32,6 +32,7 @@ from core.kernels.sparse import sampled_product
 from core.methods.base import DictionaryMethod
 from core.metrics.sparsity import firing_counts
 from core.seeding import derived_seed
+from core.streams.decoder_rows import directions
 
 CHUNK_ENTRIES = 1 << 24  # similarities, or resampled means, made at a time: 64 or 128 MiB
 CLASSES = ("novel", "reconstruction", "undecided", "dead")
@@ -233,23 +234,10 @@ class Nearest(NamedTuple):
     partner: Tensor
 
 
-def unit_decoder(method: DictionaryMethod, which: str) -> Tensor:
-    """Decoder rows at unit norm `[m, d]`. Raises UserError where a row is zero: it has no direction."""
-    W = method.W_dec.detach()
-    norms = W.norm(dim=1, keepdim=True)
-    zero = (norms.squeeze(1) == 0).nonzero().flatten()
-    if len(zero):
-        raise UserError(
-            f"{which}: {len(zero)} of {len(W)} decoder rows are zero (the first: latent {int(zero[0])}), so they are "
-            "similar to nothing. Leave these latents out of the dictionary."
-        )
-    return W / norms
-
-
 def _similarities(small: DictionaryMethod, large: DictionaryMethod) -> Iterator[tuple[int, Tensor]]:
     """(first latent, cosines `[chunk, n]`) of the large dictionary's latents with all of the small one's, in chunks."""
     check_pair(small, large)
-    W_small, W_large = unit_decoder(small, "small"), unit_decoder(large, "large")
+    W_small, W_large = directions(small.W_dec, "small"), directions(large.W_dec, "large")
     n_rows = max(1, CHUNK_ENTRIES // len(W_small))
     for first in range(0, len(W_large), n_rows):
         yield first, W_large[first : first + n_rows] @ W_small.T

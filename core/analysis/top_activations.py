@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.kernels.codes import Codes, SparseCodes
+from core.analysis.held_out import HeldOut
+from core.kernels.codes import Codes, SparseCodes, entries
 from core.methods.base import DictionaryMethod
-from core.models.language_model import LanguageModel
 from core.seeding import generator
 
 MAX_TEXT = 60  # characters of a context on either side of its token
@@ -44,25 +44,16 @@ class Strongest:
 
 
 @torch.no_grad()
-def strongest_activations(
-    method: DictionaryMethod,
-    lm: LanguageModel,
-    site: str,
-    rows: Tensor,
-    rows_per_batch: int,
-    n: int,
-    captured: Tensor | None = None,
-) -> Strongest:
-    """Codes of all tokens of `rows` `[R, T]` at a site, tokens that begin a text left out. `captured` `[R, T, d]`, the
-    activations, saves the passes of the language model."""
-    m, n_ctx = method.dict_size, rows.shape[1]
+def strongest_activations(method: DictionaryMethod, held_out: HeldOut, n: int) -> Strongest:
+    """Of all held-out tokens but those that begin a text; `n` are kept for each latent."""
+    m, n_ctx, bos = method.dict_size, held_out.rows.shape[1], held_out.lm.bos_token_id
     counts, n_tokens = np.zeros(m, dtype=np.int64), 0
     kept = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64))
-    for start in range(0, len(rows), rows_per_batch):
-        here = slice(start, start + rows_per_batch)
-        x = lm.capture(rows[here], site) if captured is None else captured[here]
-        inside = (rows[here].flatten() != lm.bos_token_id).cpu().numpy()
-        token, latent, value = _entries(method.encode(method.norm(x.flatten(0, 1).float())[0]))
+    for start in range(0, len(held_out.rows), held_out.rows_per_batch):
+        here = slice(start, start + held_out.rows_per_batch)
+        x = held_out.activations(here).flatten(0, 1).float()  # [r T, d]
+        inside = (held_out.rows[here].flatten() != bos).cpu().numpy()
+        token, latent, value = _positive_entries(method.encode(method.norm(x)[0]))
         token, latent, value = (a[inside[token]] for a in (token, latent, value))
         counts += np.bincount(latent, minlength=m)
         n_tokens += int(inside.sum())
@@ -70,16 +61,11 @@ def strongest_activations(
     return Strongest(counts, n_tokens, *_as_table(kept, m, n))
 
 
-def _entries(codes: Codes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _positive_entries(codes: Codes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(row, latent, value) of all entries > 0."""
-    if isinstance(codes, SparseCodes):
-        at, value = torch.stack([codes.rows, codes.cols]), codes.values
-    else:
-        at = codes.values.nonzero().T
-        value = codes.values[at[0], at[1]]
+    row, latent, value = entries(codes)
     positive = value > 0
-    row, latent = at[:, positive].cpu().numpy()
-    return row, latent, value[positive].cpu().numpy()
+    return row[positive].cpu().numpy(), latent[positive].cpu().numpy(), value[positive].cpu().numpy()
 
 
 Entries = tuple[np.ndarray, np.ndarray, np.ndarray]  # latent, value, place
@@ -168,7 +154,7 @@ def random_sets(latents: Sequence[int], size: int, n: int, seed: int) -> list[li
 def top_rows(codes: SparseCodes, n: int, among: np.ndarray | None = None) -> list[list[int]]:
     """For every column of codes `[N, M]` the up to n rows with the largest entries, largest first; of the rows that the
     bool mask `among` `[N]` lets through."""
-    row, column, value = _entries(codes)
+    row, column, value = _positive_entries(codes)
     if among is not None:
         row, column, value = (a[among[row]] for a in (row, column, value))
     column, _, row = _largest((column[:0], value[:0], row[:0]), (column, value, row), n)

@@ -127,3 +127,27 @@ def fve_per_token(x: Tensor, x_hat: Tensor, mean: Tensor) -> Tensor:
     """
     error = (x.double() - x_hat.double()).square().sum(-1)
     return 1 - error / (x.double() - mean.double()).square().sum(-1)
+
+
+@dataclass(frozen=True)
+class VarianceExplained:
+    """The variance of weighted rows w_i that is explained, for instance of a decoder's directions by a meta-dictionary.
+
+    centred    1 - sum_i p_i |w_i - w_hat_i|^2 / sum_i p_i |w_i - w_bar|^2, as in SAEBench
+    uncentred  the same over sum_i p_i |w_i|^2
+
+    p_i are equal weights, or given ones; w_bar is the mean of the rows under these weights.
+    """
+
+    centred: float
+    uncentred: float
+
+    @classmethod
+    def of(cls, rows: Tensor, rows_hat: Tensor, weights: Tensor | None = None) -> VarianceExplained:
+        """Of rows and their reconstructions, both `[N, d]`; weights `[N]`, of any positive sum."""
+        w, w_hat = rows.detach().double(), rows_hat.detach().double()
+        p = torch.ones_like(w[:, 0]) if weights is None else weights.to(w)
+        p = p / p.sum()
+        error, mean = p @ (w - w_hat).square().sum(1), p @ w
+        spread, energy = p @ (w - mean).square().sum(1), p @ w.square().sum(1)
+        return cls(float(1 - error / spread), float(1 - error / energy))

@@ -31,7 +31,7 @@ Callback = Callable[[int, Tensor], None]
 PerRun = float | Sequence[float] | Tensor
 
 CHECK_EVERY = 25  # iterations between two looks at convergence or at non-finite codes
-CHUNK_BYTES = 256 * 2**20  # of one [rows, N] buffer in `lca`
+CHUNK_BYTES = 256 * 2**20  # of one [rows, N] buffer in `rozell_lca`
 
 
 @torch.no_grad()
@@ -186,7 +186,7 @@ class _Fista:
 
 
 @torch.no_grad()
-def lca(
+def rozell_lca(
     X: Tensor, D: Tensor, l1: PerRun, iterations: int = 1000, tolerance: float = 1e-5, rate: float | None = None
 ) -> Tensor:
     """Locally competitive algorithm (Rozell et al. 2008), nonnegative, for the same objective.

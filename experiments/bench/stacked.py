@@ -20,7 +20,7 @@ from core.errors import UserError
 from core.stacked.adam import stepper
 from core.stacked.coders import Coder, LinearCoder, LogCodes, MLPCoder
 from core.stacked.objectives import Reconstruction, normalise_, random_dictionary
-from core.synthetic.sparse_codes import SparseCodes
+from core.synthetic.sparse_codes import SparseCodeLaw
 
 CPU = torch.device("cpu")
 
@@ -42,7 +42,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
 def measure(cfg: DictConfig, name: str, panel: Mapping[str, Any]) -> dict[str, Any]:
     """One panel's runs: stacked, one by one, and one by one under autograd."""
     R, N, M = panel["runs"], panel["N"], panel["M"]
-    p = SparseCodes(N, M, panel["K"]).draw(cfg.n_train, 1, cfg.seed)
+    p = SparseCodeLaw(N, M, panel["K"]).draw(cfg.n_train, 1, cfg.seed)
     X = p.X_train.expand(R, -1, -1).contiguous()
     stack = steps_of(panel, X, list(range(R)), cfg.steps)
     alone = [steps_of(panel, X[:1], [seed], cfg.steps) for seed in range(R)]

@@ -27,11 +27,12 @@ from core.analysis.editing import (
     entity_latents,
     the_latent,
 )
-from core.analysis.meta_sae import VarianceExplained, decompose, meta_request, trained_metas
+from core.analysis.meta_sae import decompose, meta_request, trained_metas
 from core.errors import UserError
 from core.fleet import Request
 from core.methods.base import DictionaryMethod
 from core.methods.batchtopk import BatchTopK
+from core.metrics.reconstruction import VarianceExplained
 from core.metrics.statistics import bootstrap_interval
 from core.models.finetune import fine_tuned
 from core.models.language_model import LanguageModel
@@ -39,7 +40,7 @@ from core.runtime import Runtime
 from core.seeding import generator
 from core.streams.decoder_rows import directions
 from core.text.facts import Facts
-from experiments.common import language_model, made, plain, requests, trained
+from experiments.common import build, language_model, plain, requests, trained
 
 Asked = Mapping[str, Mapping[str, Sequence[Question]]]
 CONTROLS = ("random", "third")  # what the meta-latents' edits are compared with, of as many edits
@@ -65,7 +66,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     Claims: leask/editing-1 to -5.
     """
     cfg = planted(cfg)
-    facts, lm, method = made(cfg.facts), language_model(cfg), trained(cfg)
+    facts, lm, method = build(cfg.facts), language_model(cfg), trained(cfg)
     asked = ask(facts, lm.tokenizer)
     known, knowledge = what_it_knows(lm, asked, facts)
     n_prompts = cfg.editing.prompts_per_attribute
@@ -95,10 +96,10 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
 def planted(cfg: DictConfig) -> DictConfig:
     """The configuration with a model that has read the facts' statements; as it is where they have none."""
-    if not made(cfg.facts).statements:
+    if not build(cfg.facts).statements:
         return cfg
     changed = cfg.copy()
-    changed.model.source = str(fine_tuned(Runtime.of(cfg), plain(cfg.model), made(cfg.data), plain(cfg.planting)))
+    changed.model.source = str(fine_tuned(Runtime.of(cfg), plain(cfg.model), build(cfg.data), plain(cfg.planting)))
     changed.model.name = f"{cfg.model.name} with planted facts"
     return changed
 

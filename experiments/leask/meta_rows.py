@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +14,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from core.analysis import top_activations as top
+from core.analysis.held_out import HeldOut
 from core.errors import UserError
 from core.methods.base import DictionaryMethod
 from core.streams.decoder_rows import directions
-from experiments.common import held_out_activations, held_out_rows, language_model, once_per
+from experiments.common import held_out, once_per
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ def rows_of(cfg: DictConfig, place: int, method: DictionaryMethod) -> Rows:
     looked_at = cfg.detail or cfg.meta.sampling == "frequency" or cfg.meta.min_firing_rate is not None
     frequency = strongest(cfg, place, method).frequency if looked_at else None
     latents = kept(cfg, method.dict_size, frequency)
-    W = directions(method.W_dec[latents.to(method.W_dec.device)], f"family[{place}] ({method.dict_size} latents)")
+    chosen, name = method.W_dec[latents.to(method.W_dec.device)], f"family[{place}] ({method.dict_size} latents)"
+    W = directions(chosen, name, "meta.min_firing_rate=0 keeps only latents that fire; or choose another dictionary.")
     return Rows(W, latents, None if frequency is None else frequency[latents], {place: 0})
 
 
@@ -66,20 +67,22 @@ def kept(cfg: DictConfig, m: int, frequency: Tensor | None) -> Tensor:
 
 def strongest(cfg: DictConfig, place: int, method: DictionaryMethod) -> top.Strongest:
     """The strongest activations of a dictionary's latents on the held-out rows."""
-    return _strongest_of(cfg)(place, method)
+    return _family_activations(cfg).of(place, method)
+
+
+class FamilyActivations:
+    """The strongest activations of every dictionary of a family, computed when they are first asked for."""
+
+    def __init__(self, text: HeldOut, n_strongest: int) -> None:
+        self.text, self.n_strongest = text, n_strongest
+        self.by_place: dict[int, top.Strongest] = {}
+
+    def of(self, place: int, method: DictionaryMethod) -> top.Strongest:
+        if place not in self.by_place:
+            self.by_place[place] = top.strongest_activations(method, self.text, self.n_strongest)
+        return self.by_place[place]
 
 
 @once_per("method", "family", "model", "data", "stream", "evaluation", "examples")
-def _strongest_of(cfg: DictConfig) -> Any:
-    found: dict[int, top.Strongest] = {}
-
-    def of(place: int, method: DictionaryMethod) -> top.Strongest:
-        if place not in found:
-            lm, rows, e = language_model(cfg), held_out_rows(cfg), cfg.evaluation
-            captured = held_out_activations(cfg)
-            found[place] = top.strongest_activations(
-                method, lm, cfg.stream.site, rows, e.rows_per_batch, cfg.examples.n_strongest, captured
-            )
-        return found[place]
-
-    return of
+def _family_activations(cfg: DictConfig) -> FamilyActivations:
+    return FamilyActivations(held_out(cfg), cfg.examples.n_strongest)

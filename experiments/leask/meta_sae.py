@@ -17,7 +17,6 @@ from torch import Tensor
 
 from core.analysis import directions as geometry
 from core.analysis.meta_sae import (
-    VarianceExplained,
     decompose,
     meta_request,
     null_rows,
@@ -29,9 +28,10 @@ from core.errors import UserError
 from core.fleet import Request
 from core.methods.base import DictionaryMethod
 from core.methods.batchtopk import BatchTopK
+from core.metrics.reconstruction import VarianceExplained
 from core.runtime import Runtime
 from core.streams.decoder_rows import directions, random_directions
-from experiments.common import plain, requests, stored, trained, write_told
+from experiments.common import plain, requests, stored, trained, write_record
 from experiments.leask.meta_rows import Rows, family_rows, rows_of, strongest
 from experiments.leask.meta_words import in_words
 
@@ -132,7 +132,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
             decompose(meta, rows.directions), rows.directions, others[cfg.small]
         ).metrics()
         metrics |= in_words(cfg, meta, rows, strongest(cfg, cfg.base, family[cfg.base]), found["ve"])
-    write_told(cfg, "meta_dictionary", stored(cfg, real.spec))
+    write_record(cfg, "meta_dictionary", stored(cfg, real.spec))
     return metrics
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from core.analysis import directions as geometry
 from core.analysis import top_activations as top
 from core.analysis.meta_page import Latent, MetaLatent, write_page
-from core.analysis.meta_sae import counts, decompose
+from core.analysis.meta_sae import decompose
 from core.bench import Entry, save_table
 from core.kernels.codes import SparseCodes
 from core.methods.batchtopk import BatchTopK
+from core.metrics.sparsity import firing_counts
 from experiments.common import held_out_rows, language_model
 from experiments.leask.meta_rows import Rows
 
@@ -63,7 +64,7 @@ def write_browsing(
     """The page, the table of meta-latents, and the rows of the report."""
     e, lm, text, folder = cfg.examples, language_model(cfg), held_out_rows(cfg), Path(cfg.cell_folder)
     ids, fired = rows.latents.numpy(), found.counts[rows.latents.numpy()]
-    members, active = top.top_rows(codes, codes.shape[0]), counts(codes).cpu().numpy()
+    members, active = top.top_rows(codes, codes.shape[0]), firing_counts(codes).cpu().numpy()
     shown = np.sort(np.argsort(-fired, kind="stable")[: e.max_latents])
     latents = [
         Latent(
@@ -71,7 +72,7 @@ def write_browsing(
             tokens=tokens[i],
             rate=float(fired[i] / max(1, found.n_tokens)),
             contexts=top.contexts(found.places[ids[i]][: e.n_shown], text, lm.tokenizer, e.before, e.after),
-            metas=list(zip(*(part.tolist() for part in entries(codes, i)), strict=True)),
+            metas=list(zip(*(part.tolist() for part in meta_latents_of(codes, i)), strict=True)),
         )
         for i in shown.tolist()
     ]
@@ -91,7 +92,7 @@ def write_browsing(
     table["top_latents"] = [[int(ids[i]) for i in members[j][: e.set_size]] for j in range(len(metas))]
     table.to_parquet(folder / META_LATENTS)
     frequent = np.argsort(-active, kind="stable")[:SHOWN]
-    entries_of_table: list[dict[str, Entry]] = [
+    table_rows: list[dict[str, Entry]] = [
         {
             "meta-latent": int(j),
             "latents": int(active[j]),
@@ -101,10 +102,10 @@ def write_browsing(
         for j in frequent
     ]
     note = f"The {len(frequent)} most frequent meta-latents; all of them, and all latents: {PAGE} in the cell's folder."
-    save_table(folder, entries_of_table, [note])
+    save_table(folder, table_rows, [note])
 
 
-def entries(codes: SparseCodes, row: int) -> tuple[Tensor, Tensor]:
+def meta_latents_of(codes: SparseCodes, row: int) -> tuple[Tensor, Tensor]:
     """Meta-latents of one row, and their weights, largest first."""
     here = slice(int(codes.support.offsets[row]), int(codes.support.offsets[row + 1]))
     order = codes.values[here].argsort(descending=True)

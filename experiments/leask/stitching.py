@@ -17,6 +17,7 @@ from core.analysis.evaluate import evaluate_dictionary
 from core.analysis.frankenstein import frankenstein
 from core.analysis.stitch_path import (
     Curve,
+    StitchPath,
     insertion,
     insertion_in_order,
     interpolation,
@@ -24,7 +25,6 @@ from core.analysis.stitch_path import (
     lowest,
     walk,
 )
-from core.analysis.stitch_path import Path as StitchPath
 from core.analysis.stitching import (
     CLASSES,
     DEAD,
@@ -47,15 +47,7 @@ from core.errors import UserError
 from core.fleet import Request
 from core.methods.base import DictionaryMethod
 from core.methods.stitched import Stitched
-from experiments.common import (
-    held_out_activations,
-    held_out_rows,
-    language_model,
-    plain,
-    reference_losses,
-    requests,
-    trained,
-)
+from experiments.common import held_out, plain, reference_losses, requests, trained
 
 LATENTS, INTERPOLATION, INSERTION, FRANKENSTEIN = (
     f"{name}.parquet" for name in ("latents", "interpolation", "insertion", "frankenstein")
@@ -99,14 +91,12 @@ def run(cfg: DictConfig) -> dict[str, float]:
 def activations(cfg: DictConfig) -> Iterator[Tensor]:
     """Raw activations `[B, d]` of the held-out rows, `stitch.rows_per_block` rows at a time, without beginnings of text
     and without the first position of a row, whose activations are unlike all others."""
-    lm, rows, captured = language_model(cfg), held_out_rows(cfg), held_out_activations(cfg)
-    size = cfg.stitch.rows_per_block
-    for first in range(0, len(rows), size):
-        tokens = rows[first : first + size]
-        x = lm.capture(tokens, cfg.stream.site) if captured is None else captured[first : first + size]
-        kept = tokens != lm.bos_token_id
+    text, size = held_out(cfg), cfg.stitch.rows_per_block
+    for start in range(0, len(text.rows), size):
+        here = slice(start, start + size)
+        kept = text.rows[here] != text.lm.bos_token_id
         kept[:, 0] = False
-        yield x[kept]
+        yield text.activations(here)[kept]
 
 
 # ---- a pair
@@ -137,8 +127,8 @@ def run_pair(cfg: DictConfig, small: DictionaryMethod, large: DictionaryMethod) 
     graphs["parents"] = parents(near, small.dict_size, from_data)
     later = {key: interpolation(near, graphs[key], s.steps_per_phase) for key in ("data", "parents")}
     paths, curves = paths | later, curves | walk(small, large, activations(cfg), later)
-    losses = {key: downstream(cfg, small, large, paths[key]) for key in graphs}
-    refit = {key: downstream(cfg, small, large, paths[key], curves[key].shift) for key in graphs}
+    losses = {key: losses_along(small, large, paths[key], held_out(cfg)) for key in graphs}
+    refit = {key: losses_along(small, large, paths[key], held_out(cfg), curves[key].shift) for key in graphs}
     save_curves(folder / INTERPOLATION, {key: paths[key] for key in graphs}, curves, losses=losses, refit=refit)
 
     clean = reference_losses(cfg).clean
@@ -220,16 +210,6 @@ def of_path(scores: LatentScores, path: StitchPath, curve: Curve, graph: Compone
         "large_without_partner": float((~graph.paired[graph.large]).sum()),
         "small_without_partner": float((~graph.paired[graph.small]).sum()),
     }
-
-
-def downstream(
-    cfg: DictConfig, small: DictionaryMethod, large: DictionaryMethod, path: StitchPath, shift: Tensor | None = None
-) -> Tensor:
-    """The language model's loss along a path, on the first `evaluation.n_downstream_rows` held-out rows; with each
-    point's decoder bias shifted, if told."""
-    e, captured, lm = cfg.evaluation, held_out_activations(cfg), language_model(cfg)
-    rows = held_out_rows(cfg)[: e.n_downstream_rows]
-    return losses_along(small, large, path, lm, cfg.stream.site, rows, e.rows_per_batch, captured, shift)
 
 
 def save_latents(path: Path, scores: LatentScores, near: Nearest, classes: Tensor, low: Tensor, high: Tensor) -> None:
@@ -324,8 +304,5 @@ def of_family(table: pd.DataFrame) -> dict[str, float]:
 
 def spliced_loss(cfg: DictConfig, method: DictionaryMethod) -> float:
     """Nats per token with the dictionary's reconstruction at all positions."""
-    lm, e, captured = language_model(cfg), cfg.evaluation, held_out_activations(cfg)
-    rows = held_out_rows(cfg)[: e.n_downstream_rows]
-    captured = None if captured is None else captured[: len(rows)]
-    arguments = lm, cfg.stream.site, rows, len(rows), e.rows_per_batch, reference_losses(cfg), captured
-    return evaluate_dictionary(method, *arguments).metrics()["ce_spliced"]
+    first = held_out(cfg).first(cfg.evaluation.n_downstream_rows)
+    return evaluate_dictionary(method, first).metrics()["ce_spliced"]

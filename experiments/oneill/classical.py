@@ -29,7 +29,7 @@ from core.bench import threads
 from core.errors import UserError
 from core.metrics import recovery
 from core.seeding import derived_seed
-from core.synthetic.sparse_codes import SparseCodes
+from core.synthetic.sparse_codes import SparseCodeLaw
 
 RUNS = "runs.parquet"
 ACTIVE = 1e-4  # a code whose size is above it counts as active
@@ -66,7 +66,7 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"codes={cfg.codes}: signed or nonnegative.")
     if cfg.codes == "nonnegative" and c.fit_algorithm != "cd":
         raise UserError(f"coder.fit_algorithm={c.fit_algorithm}: scikit-learn keeps codes nonnegative with cd alone.")
-    SparseCodes(s.N, s.M, s.K)
+    SparseCodeLaw(s.N, s.M, s.K)
     if s.zipf_alpha is not None:
         raise UserError("source.zipf_alpha: make_sparse_coded_signal has uniform codes alone; leave it null.")
     if s.n_train < max(s.N, s.M) or s.n_test < 2:
@@ -82,7 +82,7 @@ def scores(cfg: DictConfig, seed: int) -> dict[str, float]:
     learner = fitted(cfg, data.X_train, seed)
     fit_seconds = time.perf_counter() - started
     S_hat = coded(cfg, data.X_test, learner.components_)
-    unrelated = SparseCodes(s.N, s.M, s.K).dictionary(derived_seed(seed, "random dictionary")).double().numpy()
+    unrelated = SparseCodeLaw(s.N, s.M, s.K).dictionary(derived_seed(seed, "random dictionary")).double().numpy()
     by_chance = recovery.mcc(tensor(data.S_test), tensor(coded(cfg, data.X_test, unrelated))).item()
     mse = float(np.square(S_hat @ learner.components_ - data.X_test).mean())
     latent = {kind: recovery.mcc(tensor(data.S_test), tensor(S_hat), kind).item() for kind in ("pearson", "cosine")}
@@ -112,7 +112,7 @@ def drawn(cfg: DictConfig, seed: int) -> Data:
     """The problem: the authors' draw for their seed 42, or ours."""
     s = cfg.source
     if cfg.codes == "nonnegative":
-        p = SparseCodes(s.N, s.M, s.K).draw(s.n_train, s.n_test, derived_seed(s.seed, "run", seed))
+        p = SparseCodeLaw(s.N, s.M, s.K).draw(s.n_train, s.n_test, derived_seed(s.seed, "run", seed))
         return Data(*(t.double().numpy() for t in (p.D, p.X_train, p.X_test, p.S_test)))
     X, D, S = make_sparse_coded_signal(
         n_samples=s.n_train + s.n_test, n_components=s.N, n_features=s.M, n_nonzero_coefs=s.K, random_state=seed

@@ -25,9 +25,9 @@ from core.stacked.coders import Coder
 from core.stacked.inference import fista, hard_top_k, log_codes, nnls, relu_codes
 from core.stacked.l0 import l0_oracle
 from core.stacked.objectives import KnownCodes, Reconstruction, random_dictionary
-from core.synthetic.sparse_codes import Problem, SparseCodes
+from core.synthetic.sparse_codes import Problem, SparseCodeLaw
 from experiments.oneill import costs
-from experiments.oneill.outcome import Curve, Outcome, Scores, leave, timed
+from experiments.oneill.outcome import Curve, Outcome, Scores, timed, write_outcome
 from experiments.oneill.training import train
 
 FOUND = 0.5  # a true code whose correlation with its unit is below it counts as lost
@@ -49,7 +49,7 @@ class Stack:
         rows = [{"seed": seed, "coder.l1": float(l1), "coder.k": k} for seed, l1, k in swept]
         if cfg.coder.k and max(cfg.coder.k) > s.N:
             raise UserError(f"coder.k={max(cfg.coder.k)} is more than the N={s.N} codes there are.")
-        source = SparseCodes(s.N, s.M, s.K, s.zipf_alpha)
+        source = SparseCodeLaw(s.N, s.M, s.K, s.zipf_alpha)
         seeds = [derived_seed(s.seed, "run", row["seed"]) if s.per_run else s.seed for row in rows]
         drawn = {seed: source.draw(s.n_train, s.n_test, seed) for seed in set(seeds)}
         tensors = {
@@ -87,8 +87,8 @@ def known_codes(cfg: DictConfig) -> dict[str, float]:
     outcome = Outcome(stack.rows)
     with timed(cfg) as clock:
         trained = train(cfg, coder, objective, evaluate)
-        outcome.add_trained(cfg.coder.name, trained, partial(costs.known_codes, cfg))
-    return leave(cfg, outcome, clock.seconds)
+        outcome.add_trained(cfg.coder.name, trained, partial(costs.known_codes, cfg, cfg.source.n_train))
+    return write_outcome(cfg, outcome, clock.seconds)
 
 
 def known_dictionary(cfg: DictConfig) -> dict[str, float]:
@@ -114,7 +114,7 @@ def known_dictionary(cfg: DictConfig) -> dict[str, float]:
                 for label, floor in WARM_FLOORS.items():
                     curve = _ito_curve(cfg, stack, init=start, floor=floor)
                     outcome.add(label, curve, partial(costs.warm_ito, cfg))
-    return leave(cfg, outcome, clock.seconds)
+    return write_outcome(cfg, outcome, clock.seconds)
 
 
 def unknown(cfg: DictConfig) -> dict[str, float]:
@@ -163,7 +163,7 @@ def unknown(cfg: DictConfig) -> dict[str, float]:
         scores = {**_latent_scores(stack, S_hat, objective.D, X), **_dictionary_scores(p.D, objective.D)}
         outcome.add(f"{label}/{k}", {cfg.steps: scores}, partial(costs.training, cfg, True))
         outcome.rows[f"{label}/{k}"] = {"coder.name": label, "coder.k": k}
-    return leave(cfg, outcome, clock.seconds, objective.D)
+    return write_outcome(cfg, outcome, clock.seconds, objective.D)
 
 
 # ---- pieces

@@ -47,12 +47,12 @@ def solver(cfg: DictConfig, step: int, mode: flops.Mode) -> tuple[float, float]:
     return total - codes, codes
 
 
-def known_codes(cfg: DictConfig, step: int, mode: flops.Mode) -> tuple[float, float]:
-    """Without a decoder, in training and in inference."""
+def known_codes(cfg: DictConfig, batch_size: int, step: int, mode: flops.Mode) -> tuple[float, float]:
+    """Steps on `batch_size` samples each. Neither training nor inference has a decoder."""
     s, c = cfg.source, cfg.coder
     decoder = 2 * s.M * s.N * s.n_test
     if c.kind == "mlp":
-        per_step = flops.mlp_known_codes_step(s.N, s.M, c.width, s.n_train, mode, c.bias)
+        per_step = flops.mlp_known_codes_step(s.N, s.M, c.width, batch_size, mode, c.bias)
         return step * per_step, flops.mlp_inference(s.N, s.M, c.width, s.n_test) - decoder
-    per_step = flops.sae_known_codes_step(s.N, s.M, s.n_train, mode, c.bias)
+    per_step = flops.sae_known_codes_step(s.N, s.M, batch_size, mode, c.bias)
     return step * per_step, flops.sae_inference(s.N, s.M, s.n_test) - decoder

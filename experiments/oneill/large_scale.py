@@ -19,15 +19,15 @@ from torch import Tensor
 
 from core.bench import PeakMemory
 from core.errors import UserError
-from core.metrics import flops
 from core.metrics.recovery import UnmatchedCorrelationSums
 from core.stacked.coders import Coder
 from core.stacked.inference import fista
 from core.stacked.objectives import KnownSparseCodes
 from core.synthetic.large_sparse_codes import LargeSparseCodes
-from core.synthetic.sparse_codes import SparseCodes
+from core.synthetic.sparse_codes import SparseCodeLaw
+from experiments.oneill import costs
 from experiments.oneill.common import ACTIVE, recovered
-from experiments.oneill.outcome import Outcome, Scores, leave, timed
+from experiments.oneill.outcome import Outcome, Scores, timed, write_outcome
 from experiments.oneill.training import train
 
 GB = 1e9
@@ -44,7 +44,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     with timed(cfg) as clock:
         outcome = oracle(cfg) if cfg.coder.solver is not None else encoders(cfg)
     peak = memory.extra() / GB
-    return {**leave(cfg, outcome, clock.seconds), "peak_extra_gb": peak}
+    return {**write_outcome(cfg, outcome, clock.seconds), "peak_extra_gb": peak}
 
 
 def check(cfg: DictConfig) -> None:
@@ -66,7 +66,7 @@ def samples(cfg: DictConfig, purpose: str) -> LargeSparseCodes:
     """The training or the test samples."""
     s = cfg.source
     n = s.n_train if purpose == "train" else s.n_test
-    return LargeSparseCodes(SparseCodes(s.N, s.M, s.K, s.zipf_alpha), n, s.seed, purpose)
+    return LargeSparseCodes(SparseCodeLaw(s.N, s.M, s.K, s.zipf_alpha), n, s.seed, purpose)
 
 
 def encoders(cfg: DictConfig) -> Outcome:
@@ -80,7 +80,7 @@ def encoders(cfg: DictConfig) -> Outcome:
 
     outcome = Outcome([settings(seed) for seed in cfg.seeds])
     trained = train(cfg, coder, KnownSparseCodes(batches), lambda step: scores(coder, test, cfg))
-    outcome.add_trained(cfg.coder.name, trained, partial(encoder_flops, cfg))
+    outcome.add_trained(cfg.coder.name, trained, partial(costs.known_codes, cfg, cfg.batch_size))
     return outcome
 
 
@@ -118,14 +118,3 @@ def oracle(cfg: DictConfig) -> Outcome:
 def settings(seed: int, l1: float = 0.0) -> dict[str, Any]:
     """Those of one run. Encoders that learn the codes themselves have no penalty."""
     return {"seed": seed, "coder.l1": l1, "coder.k": None}
-
-
-def encoder_flops(cfg: DictConfig, step: int, mode: flops.Mode) -> tuple[float, float]:
-    """Of `step` steps on a minibatch each, and of one pass over the test samples; without a decoder."""
-    s, c, n = cfg.source, cfg.coder, cfg.batch_size
-    if c.kind == "mlp":
-        h = c.width
-        training = flops.mlp_known_codes_step(s.N, s.M, h, n, mode, c.bias)
-        return step * training, float((2 * s.M * h + h + 2 * h * s.N + s.N) * s.n_test)
-    training = flops.sae_known_codes_step(s.N, s.M, n, mode, c.bias)
-    return step * training, float((2 * s.M * s.N + s.N) * s.n_test)

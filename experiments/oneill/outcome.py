@@ -21,7 +21,7 @@ from torch import Tensor
 from core.bench import threads
 from core.metrics import flops, recovery
 from core.stacked.runs import Trained
-from core.synthetic.sparse_codes import SparseCodes, chance_latent_mcc
+from core.synthetic.sparse_codes import SparseCodeLaw, chance_latent_mcc
 
 RUNS, CURVES = "runs.parquet", "curves.parquet"
 MODES: tuple[flops.Mode, ...] = ("paper", "corrected")
@@ -64,7 +64,7 @@ def timed(cfg: DictConfig) -> Iterator[Stopwatch]:
     watch.seconds = time.monotonic() - started
 
 
-def leave(cfg: DictConfig, outcome: Outcome, seconds: float, D_hat: Tensor | None = None) -> dict[str, float]:
+def write_outcome(cfg: DictConfig, outcome: Outcome, seconds: float, D_hat: Tensor | None = None) -> dict[str, float]:
     """Write `curves.parquet` and `runs.parquet` (and the first run's atoms); the metrics are means over seeds.
 
     seconds  that this process took; those before a checkpoint that it went on from come on top
@@ -120,8 +120,9 @@ def _final_rows(cfg: DictConfig, outcome: Outcome) -> Iterable[dict[str, Any]]:
 def chance_levels(cfg: DictConfig) -> dict[str, float]:
     """What an untrained encoder and a random dictionary of these sizes reach."""
     s = cfg.source
+    law = SparseCodeLaw(s.N, s.M, s.K, s.zipf_alpha)
     return {
-        "latent_mcc": chance_latent_mcc(SparseCodes(s.N, s.M, s.K, s.zipf_alpha)) if cfg.task != "known_codes" else 0.0,
+        "latent_mcc": 0.0 if cfg.task == "known_codes" else chance_latent_mcc(law),
         "dict_mcc": recovery.chance_dictionary_mcc(s.N, s.M),
     }
 

@@ -42,7 +42,7 @@ from core.errors import UserError
 from core.seeding import derived_seed
 from core.stacked.inference import nnls
 from core.stacked.l0 import l0_oracle
-from core.synthetic.sparse_codes import Problem, SparseCodes
+from core.synthetic.sparse_codes import Problem, SparseCodeLaw
 
 RUNS, ILLUSTRATION = "runs.parquet", "illustration.parquet"
 LNL, ORACLE, NNLS, PURSUIT, TRANSPOSE = "L-NL", "L0 oracle", "NNLS", "basis pursuit", "D transposed"
@@ -73,7 +73,7 @@ def check_shapes(cfg: DictConfig) -> None:
 
 def gap(cfg: DictConfig, N: int, K: int) -> Iterator[Row]:
     """T1, T3, T4 and T5 for one shape."""
-    problems = [SparseCodes(N, cfg.M, K).draw(cfg.n_train, cfg.n_test, cell_seed(cfg, seed)) for seed in cfg.seeds]
+    problems = [SparseCodeLaw(N, cfg.M, K).draw(cfg.n_train, cfg.n_test, cell_seed(cfg, seed)) for seed in cfg.seeds]
     stack = stacked(problems)
     start = torch.linalg.pinv(stack.D)
     W, b = train_lnl(stack.X_train, stack.S_train, start, cfg.steps, cfg.lr)
@@ -196,7 +196,7 @@ def illustration(cfg: DictConfig) -> Iterator[Row]:
     angles = torch.arange(3, dtype=torch.float64) * (2 * math.pi / 3)
     D = torch.stack([angles.cos(), angles.sin()], 1)
     for K in (2, 1):
-        source, n = SparseCodes(3, 2, K), cfg.illustration.n_samples
+        source, n = SparseCodeLaw(3, 2, K), cfg.illustration.n_samples
         drawn = [source.draw(cfg.n_train, n, cell_seed(cfg, seed)) for seed in cfg.seeds]
         S_train = torch.stack([p.S_train for p in drawn]).double()
         starts = torch.linalg.pinv(D).expand(len(S_train), 2, 3)

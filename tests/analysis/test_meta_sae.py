@@ -11,8 +11,6 @@ import torch
 from core import fleet
 from core.analysis.directions import max_cosines
 from core.analysis.meta_sae import (
-    VarianceExplained,
-    counts,
     decompose,
     decompose_together,
     meta_request,
@@ -25,7 +23,9 @@ from core.artifacts import Store
 from core.errors import NonFiniteLoss, UserError
 from core.fleet import KIND, Fleet, Request
 from core.methods.batchtopk import BatchTopK
+from core.metrics.reconstruction import VarianceExplained
 from core.metrics.recovery import dictionary_mcc
+from core.metrics.sparsity import firing_counts
 from core.runtime import Runtime
 from core.seeding import generator
 from core.streams.decoder_rows import directions, random_directions
@@ -119,7 +119,7 @@ def test_meta_latents_of_a_trained_dictionary_are_nearer_to_the_attributes_than_
         base.update(batch, optimizer)
     base.finish(list(islice(stream, 20)))
     base.eval()
-    fires = counts(base.encode(planted.rows(20_000, generator(0, "heldout")).x)) > 20
+    fires = firing_counts(base.encode(planted.rows(20_000, generator(0, "heldout")).x)) > 20
     rows = directions(base.W_dec[fires], "base")
     settings = {"lr": 3e-3, "k": 3, "decay_fraction": 0.5, "dict_size": 30}
     real, null = (

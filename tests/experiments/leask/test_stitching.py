@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from core.methods.base import DictionaryMethod
 from core.methods.pretrained import Pretrained
 from core.models.language_model import load_language_model
 from experiments.bench import stitching as bench_stitching
-from experiments.common import held_out_rows, trained
+from experiments.common import held_out, held_out_rows, trained
 from experiments.leask import stitching as leask_stitching
 from experiments.leask.stitching import activations, dictionaries, members, of_family, run
 from hydra_plugins.blocks_sweeper.sweeper import cells_of
@@ -154,14 +155,14 @@ def test_a_pair_leaves_its_numbers_its_latents_and_its_curves(tiny, tmp_path: Pa
 def test_losses_at_the_ends_are_those_of_the_two_dictionaries(tiny, tmp_path: Path):
     cfg = tiny(tmp_path, "method=batchtopk", "method.k=4")
     small, large = pair_of(cfg)
-    lm, rows = load_language_model(cfg.model), held_out_rows(cfg)[:6]
+    text = replace(held_out(cfg).first(6), captured=None, rows_per_batch=4)
     path = interpolation(nearest(small, large), components(small, large, 0.7), 2)
-    losses = losses_along(small, large, path, lm, cfg.stream.site, rows, 4)
+    losses = losses_along(small, large, path, text)
     for point, method in ((0, small), (-1, large)):
-        alone = evaluate_dictionary(method, lm, cfg.stream.site, rows, 6, 4).metrics()["ce_spliced"]
+        alone = evaluate_dictionary(method, text).metrics()["ce_spliced"]
         assert float(losses[point]) == pytest.approx(alone, abs=1e-5)
-    captured = lm.capture(held_out_rows(cfg), cfg.stream.site)
-    torch.testing.assert_close(losses_along(small, large, path, lm, cfg.stream.site, rows, 4, captured), losses)
+    kept = replace(text, captured=text.activations(slice(6)))
+    torch.testing.assert_close(losses_along(small, large, path, kept), losses)
 
 
 def exact_but_for(offset: Tensor) -> Pretrained:
@@ -182,7 +183,7 @@ def test_a_refitted_bias_undoes_a_constant_error_and_its_loss_is_the_clean_one(t
     curve = walk(small, large, x.split(16), {"way": path})["way"]
     torch.testing.assert_close(curve.shift[[0, -1]].float(), -offsets, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(curve.mse[[0, -1]].float(), offsets.square().mean(1), rtol=1e-4, atol=1e-5)
-    arguments = small, large, path, lm, cfg.stream.site, rows, 4
+    arguments = small, large, path, replace(held_out(cfg).first(6), captured=None, rows_per_batch=4)
     losses, refit = losses_along(*arguments), losses_along(*arguments, shift=curve.shift)
     clean = float(lm.token_losses(rows).double().mean())
     assert all(abs(float(refit[point]) - clean) < 1e-5 < abs(float(losses[point]) - clean) for point in (0, -1))
