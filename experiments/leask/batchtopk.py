@@ -23,7 +23,7 @@ def dictionaries(cfg: DictConfig) -> list[Request]:
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
-    """Train one dictionary and score it on held-out text, under its inference rule and as the authors' code does.
+    """Train one dictionary; score it on held-out text under its inference rule, and as the authors' code does.
 
     Claims: leask/batchtopk-1 to -4 compare these cells with each other.
     """
@@ -31,8 +31,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
     evaluation = evaluate_dictionary(method, held_out(cfg))
     compat = evaluate_compat(method, compat_held_out(cfg))
     save_histogram(evaluation, Path(cfg.cell_folder) / "l0_histogram.parquet")
-    kept = ("nmse_token_std_compat", "ce_degradation_compat", "l0_mean_compat")
-    return {**evaluation.metrics(), **{name: compat[name] for name in kept}}
+    reported = ("nmse_token_std_compat", "ce_degradation_compat", "l0_mean_compat")
+    return {**evaluation.metrics(), **{name: compat[name] for name in reported}}
 
 
 def save_histogram(evaluation: Evaluation, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The decoder rows that a meta-SAE is trained on, and the activations that say how often their latents fire.
+"""The decoder rows that a meta-SAE is trained on, and how often their latents fire.
 
 Shapes: N rows, d = d_model, m = dict_size.
 """
@@ -23,8 +23,13 @@ from experiments.common import held_out, once_per
 
 @dataclass(frozen=True)
 class Rows:
-    """directions `[N, d]`, unit; `latents` `[N]`: whose they are, in their dictionary; `frequency` `[N]`: the share of
-    the held-out tokens on which each fires, where it was measured; `first`: where each dictionary's rows begin."""
+    """The rows of one dictionary, or of several one after another.
+
+    directions  `[N, d]`, of unit norm
+    latents     `[N]`, the latent of each row, in its dictionary
+    frequency   `[N]`, the share of the held-out tokens on which each fires; None if it was not measured
+    first       place of a dictionary in the family -> its first row
+    """
 
     directions: Tensor
     latents: Tensor
@@ -33,9 +38,9 @@ class Rows:
 
 
 def rows_of(cfg: DictConfig, place: int, method: DictionaryMethod) -> Rows:
-    """The rows of a dictionary, without those of latents that `meta.min_firing_rate` leaves out."""
-    looked_at = cfg.detail or cfg.meta.sampling == "frequency" or cfg.meta.min_firing_rate is not None
-    frequency = strongest(cfg, place, method).frequency if looked_at else None
+    """The rows of a dictionary, except those of latents that fire too rarely (`meta.min_firing_rate`)."""
+    measured = cfg.detail or cfg.meta.sampling == "frequency" or cfg.meta.min_firing_rate is not None
+    frequency = strongest(cfg, place, method).frequency if measured else None
     latents = kept(cfg, method.dict_size, frequency)
     chosen, name = method.W_dec[latents.to(method.W_dec.device)], f"family[{place}] ({method.dict_size} latents)"
     W = directions(chosen, name, "meta.min_firing_rate=0 keeps only latents that fire; or choose another dictionary.")
@@ -43,7 +48,7 @@ def rows_of(cfg: DictConfig, place: int, method: DictionaryMethod) -> Rows:
 
 
 def family_rows(cfg: DictConfig, family: Mapping[int, DictionaryMethod]) -> Rows:
-    """The rows of all dictionaries below one another, smallest first."""
+    """The rows of all dictionaries, smallest first."""
     parts = [rows_of(cfg, place, method) for place, method in family.items()]
     starts = np.cumsum([0, *(len(part.latents) for part in parts[:-1])]).tolist()
     frequencies = [part.frequency for part in parts if part.frequency is not None]
@@ -56,7 +61,7 @@ def family_rows(cfg: DictConfig, family: Mapping[int, DictionaryMethod]) -> Rows
 
 
 def kept(cfg: DictConfig, m: int, frequency: Tensor | None) -> Tensor:
-    """The latents whose rows are taken, int64. Raises UserError if none is left."""
+    """The latents whose rows are used, int64. Raises UserError if there is none."""
     if cfg.meta.min_firing_rate is None or frequency is None:
         return torch.arange(m)
     latents = (frequency > cfg.meta.min_firing_rate).nonzero().flatten()
