@@ -105,8 +105,7 @@ def planted(cfg: DictConfig) -> DictConfig:
 
 
 def meta_dictionary(cfg: DictConfig, method: DictionaryMethod) -> Request:
-    """One that is trained on the directions of all decoder rows but those of dead latents, which chance put where they
-    are."""
+    """One trained on the directions of all decoder rows except those of dead latents, which are random."""
     m = cfg.meta
     if m.min_firing_rate is not None or m.sampling == "frequency":
         raise UserError(

@@ -22,7 +22,7 @@ def dictionaries(cfg: DictConfig) -> list[Request]:
 
 def run(cfg: DictConfig) -> dict[str, float]:
     """Train one dictionary and score it on held-out text. `fvu` is the paper's normalised MSE, with the mean of all
-    held-out tokens in the place of the batch's.
+    held-out tokens instead of the batch's.
 
     Claims: oneill/llm-1 to -6 compare these cells with each other.
     """

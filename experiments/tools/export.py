@@ -22,7 +22,7 @@ def dictionaries(cfg: DictConfig) -> list[Request]:
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
-    """L0, errors and loss of the dictionary, and of what was written (`_exported`); `log_sparsity` is measured on the
+    """L0, errors and loss of the dictionary and of the exported one (`_exported`). `log_sparsity` is measured on the
     same held-out text."""
     folder = target(cfg)
     if not is_loaded(cfg.method):
@@ -38,10 +38,10 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
 
 def target(cfg: DictConfig) -> Path:
-    """The folder to write to. Raises UserError if it is one of the user's and holds something."""
+    """The folder to write to. Raises UserError if the user named it and it is not empty."""
     if cfg.export.folder is None:
         return Path(cfg.cell_folder) / "saelens"
     folder = Path(cfg.export.folder).expanduser()
     if folder.is_dir() and any(folder.iterdir()) and not cfg.force:
-        raise UserError(f"export.folder={folder} holds files already; choose another folder, or force=true.")
+        raise UserError(f"export.folder={folder} already holds files; choose another folder, or force=true.")
     return folder
