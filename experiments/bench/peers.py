@@ -1,8 +1,8 @@
 """One training step of the libraries that a user would pick instead, each timed in a process of its own.
 
 `python -m experiments.bench.peers '<a Case as JSON>'` runs with the interpreter of the peers' environment, which has
-torch but not this project's other packages. A step is all that a library does per optimiser step once the batch is in
-memory: forward, loss, backward, its own clipping or projection, its own bookkeeping of dead latents and its own Adam.
+torch but not this project's other packages. A step is everything that a library does per optimiser step once the batch
+is in memory: forward, loss, backward, its own clipping or projection, its own count of dead latents and its own Adam.
 No latent is dead in so short a run. `dense` is no library but a textbook dictionary in plain PyTorch.
 
 Shapes: B rows in the batch, d = d_model, m = dict_size.
