@@ -77,9 +77,9 @@ def test_pairs_and_their_third_entity_share_no_value():
 
 def test_entities_without_a_latent_or_with_a_wrong_answer_are_left_out_or_refused():
     world = facts("xx", "yy", "zz")
-    with pytest.raises(UserError, match=r"2 of 3 entities have a latent of their own.*no three of them differ"):
+    with pytest.raises(UserError, match=r"2 of 3 entities have a latent of their own.*No three of them differ"):
         trios(composed(), world, ["e0", "e1"], set(world.entities))
-    with pytest.raises(UserError, match="of those the model knows 2"):
+    with pytest.raises(UserError, match="the model knows 2 of these"):
         trios(composed(), world, world.entities, {"e0", "e1"})
     assert trios(composed("editing.only_known=false"), world, world.entities, {"e0", "e1"})
     with pytest.raises(UserError, match="'e1' has no latent of its own"):
