@@ -211,7 +211,7 @@ def test_a_method_that_does_not_fit_is_refused():
         wanted(ROWS, d_model=12)
 
 
-def test_a_training_that_diverges_says_so_and_stores_nothing(run: Any):
+def test_a_training_that_diverges_raises_and_stores_nothing(run: Any):
     request = wanted(ROWS, lr=1e30, decoder_norm="none")
     with pytest.raises(NonFiniteLoss):
         train_meta(request, run("store"))
@@ -257,7 +257,7 @@ def test_the_null_has_the_shape_of_the_rows_and_none_of_their_structure():
     assert null.shape == ROWS.shape and not torch.equal(null, ROWS) and torch.equal(null, null_rows(ROWS, 3))
 
 
-def test_another_decoder_leaves_the_rest_as_it_was(run: Any):
+def test_another_decoder_does_not_change_the_rest(run: Any):
     meta = train_meta(wanted(ROWS, 20), run("store"))
     other = replaced_decoder(meta, random_directions(40, 16, 0))
     assert torch.equal(other.W_enc, meta.W_enc) and torch.equal(other.threshold, meta.threshold)

@@ -254,7 +254,7 @@ def test_an_interpolation_begins_and_ends_with_the_two_dictionaries(pair: str, a
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_every_point_of_a_path_is_the_stitched_dictionary_it_says(pair: str):
+def test_every_point_of_a_path_is_a_stitched_dictionary(pair: str):
     small, large = PAIRS[pair]()
     path = interpolation(nearest(small, large), components(small, large, 0.5), 3)
     curve = walk(small, large, batches(), {"way": path})["way"]

@@ -181,7 +181,7 @@ def test_unmatched_correlation_is_the_signed_mean_over_equal_indices():
     assert unmatched_correlation(one, one.flip(1)).item() < 0.5
 
 
-def test_a_run_with_nan_or_infinity_gets_nan_and_leaves_the_others_alone():
+def test_a_run_with_nan_or_infinity_gets_nan_and_the_others_their_values():
     S = codes().expand(3, -1, -1)
     S_hat = S.clone()
     S_hat[0, 5, 2], S_hat[2, 0, 0] = math.nan, math.inf

@@ -94,7 +94,7 @@ def test_fp32_fista_reaches_its_tolerance():
     assert (kkt_violation(X, D, fista(X, D, 0.01), 0.01) < 2e-5).all()
 
 
-def test_nnls_leaves_the_residual_that_scipy_finds_and_no_larger_one_than_fista():
+def test_the_residual_of_nnls_is_scipys_and_no_larger_than_fistas():
     X, D, _ = planted(2, 30, 6, 8, 3)
     X = X + 0.1 * torch.randn(X.shape, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
     found = nnls(X, D)
@@ -294,6 +294,6 @@ def test_bad_input_is_refused_by_name(call, message: str):
         call()
 
 
-def test_an_enumeration_that_is_too_large_says_how_large():
+def test_an_enumeration_that_is_too_large_is_refused_with_its_size():
     with pytest.raises(UserError, match=r"25,706,996 supports \(up to K=5 of N=80 atoms\) on 1,000 samples: .* limit"):
         l0_oracle(torch.ones(1000, 8), torch.ones(80, 8), 5)

@@ -109,7 +109,9 @@ def test_the_summary_has_means_intervals_and_differences_over_pairs():
 
 
 @pytest.mark.slow
-def test_a_cell_leaves_tables_and_metrics_that_claims_and_figure_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_cell_writes_the_tables_and_metrics_that_claims_and_figure_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     arguments = ["experiment=leask_editing", "scale=smoke", "editing.preset=difference", "logging=none"]
     arguments += [f"output_dir={tmp_path / 'outputs'}", f"artifacts_dir={tmp_path / 'artifacts'}"]
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])

@@ -137,7 +137,7 @@ def test_a_cells_numbers_are_those_of_the_stored_meta_dictionary(cells: list[Cel
 
 
 @pytest.mark.slow
-def test_a_detailed_cell_leaves_its_tables_and_the_page(cells: list[Cell]):
+def test_a_detailed_cell_writes_its_tables_and_the_page(cells: list[Cell]):
     detailed = [cell for cell in cells if cell.get("detail")]
     assert {cell.get("meta.preset") for cell in detailed} == {"iclr", "lw"}
     for cell in detailed:

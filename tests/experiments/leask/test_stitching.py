@@ -1,4 +1,4 @@
-"""leask_stitching: what its cells ask for and leave behind, and losses along the way between two dictionaries."""
+"""leask_stitching: what its cells ask for and write, and losses along a path between two dictionaries."""
 
 import json
 import math
@@ -124,7 +124,7 @@ def pair_of(cfg: DictConfig) -> tuple[DictionaryMethod, DictionaryMethod]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["relu_l1", "batchtopk"])
-def test_a_pair_leaves_its_numbers_its_latents_and_its_curves(tiny, tmp_path: Path, method: str):
+def test_a_pair_writes_metrics_latents_and_curves(tiny, tmp_path: Path, method: str):
     own = ["method.warmup_steps=4", "method.l1_coefficient=0.5"] if method == "relu_l1" else ["method.k=4"]
     cfg = tiny(tmp_path, f"method={method}", *own)
     metrics = run(cfg)
@@ -244,7 +244,7 @@ def test_a_grown_dictionary_is_compared_at_its_size_by_hand():
     assert "grown_mse_over_same_size" not in beyond and beyond["n_grown_within_family"] == 0
 
 
-def test_a_dictionary_of_another_site_that_never_fires_is_said_so(tiny, tmp_path: Path, monkeypatch):
+def test_a_dictionary_of_another_site_that_never_fires_is_refused(tiny, tmp_path: Path, monkeypatch):
     cfg = tiny(tmp_path, "method=relu_l1", "method.warmup_steps=4", "method.l1_coefficient=0.5")
     small, large = pair_of(cfg)
     with torch.no_grad():

@@ -120,7 +120,7 @@ def cells(smoke_cells: Any) -> list[Cell]:
 
 
 @pytest.mark.slow
-def test_every_method_leaves_what_the_issue_asks_for(cells: list[Cell]):
+def test_every_method_reports_the_metrics_that_claims_need(cells: list[Cell]):
     assert sorted({cell.method or "" for cell in cells}) == ["LCA", "MLPEncoder", "ReluL1"]
     for cell in cells:
         m = cell.metrics

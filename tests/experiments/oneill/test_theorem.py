@@ -72,7 +72,7 @@ def test_the_problems_in_which_the_encoder_fails_are_solvable(smoke: tuple[dict[
         assert metrics[f"l0_oracle_least_singular_value_N{N}_K2"] > 1e-3
 
 
-def test_the_figure_is_drawn_from_what_a_cell_leaves_behind(smoke: tuple[dict[str, float], Path]):
+def test_the_figure_is_drawn_from_the_files_of_a_cell(smoke: tuple[dict[str, float], Path]):
     _, folder = smoke
     runs, samples = (pd.read_parquet(folder / name) for name in (theorem.RUNS, theorem.ILLUSTRATION))
     assert set(runs["coder.name"]) == {"L-NL", "L0 oracle", "NNLS", "basis pursuit", "D transposed"}
