@@ -1,6 +1,6 @@
 """What experiments share: the dictionaries that a cell asks for, and the held-out text that it scores them on.
 
-What depends on the language model and the text alone is computed once in a process, whatever the number of cells.
+What depends on the language model and the text only is computed once in a process, for all its cells.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from core.streams.source import Source, source_of
 from core.text.rows import RowStream
 
 Result = TypeVar("Result")
-TRAINING_ONLY = ("lr", "decay_fraction", "dead_after_tokens")  # experiments set them whatever the method is
+TRAINING_ONLY = ("lr", "decay_fraction", "dead_after_tokens")  # experiments set them for every method
 
 
 def is_loaded(method: Any) -> bool:

@@ -55,7 +55,7 @@ class HeldOut:
     """Rows of text, and how the language model reads them.
 
     rows               tokens `[R, T]`
-    n_downstream_rows  the language model's loss is measured on so many of the first rows
+    n_downstream_rows  the number of first rows on which the language model's loss is measured
     rows_per_batch     rows that go through the model at a time
     reference          the losses to compare with, on the downstream rows; None: they are computed when they are needed
     captured           the activations of all rows at the site, `[R, T, d]`; None: the model computes them each time
@@ -104,7 +104,7 @@ class HeldOut:
 
 
 def n_compat_rows(n_tokens: int, n_rows: int, n_ctx: int) -> int:
-    """How many rows have `n_tokens` tokens together. Raises UserError unless there are so many."""
+    """How many rows have `n_tokens` tokens together. Raises UserError if there are fewer."""
     n = n_tokens // n_ctx
     if not 0 < n <= n_rows:
         raise UserError(

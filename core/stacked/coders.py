@@ -34,7 +34,7 @@ class Buffers:
 
 
 class Coder(nn.Module, ABC):
-    """Nonnegative codes of R runs, each with parameters of its own along their first axis.
+    """Nonnegative codes of R runs, each with its own parameters along their first axis.
 
     k  `[R]`, the number of largest codes of a sample that are kept; None keeps all. Runs may have different k.
     """

@@ -1,4 +1,4 @@
-"""One training step of the libraries that a user would pick instead, each timed in a process of its own.
+"""One training step of the libraries that a user would pick instead, each timed in its own process.
 
 `python -m experiments.bench.peers '<a Case as JSON>'` runs with the interpreter of the peers' environment, which has
 torch but not this project's other packages. A step is everything that a library does per optimiser step once the batch
@@ -79,7 +79,7 @@ class PeerError(RuntimeError):
 
 
 def time_peer(case: Case, python: str) -> Timed:
-    """Run a case in a process of its own. Raises PeerError."""
+    """Run a case in its own process. Raises PeerError."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(case.n_threads),
