@@ -221,16 +221,6 @@ def test_a_training_that_diverges_raises_and_stores_nothing(run: Any):
 # ---- figures
 
 
-def test_variance_explained_by_hand():
-    # rows 0 and 4 on a line, rebuilt as 1 and 3: errors 1 + 1, spread 4 + 4, energy 0 + 16
-    rows, rebuilt = torch.tensor([[0.0], [4.0]]), torch.tensor([[1.0], [3.0]])
-    found = VarianceExplained.of(rows, rebuilt)
-    assert found.centred == pytest.approx(1 - 2 / 8) and found.uncentred == pytest.approx(1 - 2 / 16)
-    # weights 3 : 1: mean 1, spread 3 * 1 + 9 = 12, error 3 + 1
-    found = VarianceExplained.of(rows, rebuilt, torch.tensor([3.0, 1.0]))
-    assert found.centred == pytest.approx(1 - 4 / 12) and found.uncentred == pytest.approx(1 - 4 / 16)
-
-
 def by_hand(meta: BatchTopK, codes: torch.Tensor) -> torch.Tensor:
     return codes @ meta.W_dec + meta.b_dec
 
