@@ -1,6 +1,6 @@
-"""Measuring in ratios: what is compared is run alternately in one process, so that a busy machine moves both alike.
+"""Benchmarks as ratios: what is compared runs alternately in one process, so that a busy machine slows all alike.
 
-A figure is the ratio of two medians; beside it stands the middle half of the ratios of neighbouring repetitions.
+A figure is the median of the ratios of each round, with their quartiles.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from core.runtime import resolve_device as resolve_device
 
-TABLE = "table.json"  # beside results.json: what a benchmark shows of itself in the report
+TABLE = "table.json"  # beside results.json: the table for the report
 
 Task = Callable[[], object]
 Entry = str | int | float | None
@@ -41,7 +41,7 @@ class Ratio(NamedTuple):
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of every repetition, by task; entry i of all tasks was taken in the same round."""
+    """Seconds of every repetition, by task; entry i of every task is from round i."""
 
     seconds: Mapping[str, list[float]]
 
@@ -55,8 +55,8 @@ class Times:
 
 
 class Clock:
-    """Seconds since `restart`: CUDA's when the device has done what it was given; on the CPU the process' CPU time, or
-    wall time if `wall`."""
+    """Seconds since `restart`: on CUDA once the device has finished its work; on the CPU the process' CPU time, or wall
+    time if `wall`."""
 
     def __init__(self, device: torch.device, wall: bool = False) -> None:
         self.device, self.wall = device, wall
@@ -76,7 +76,7 @@ class Clock:
 
 
 def seconds_of(task: Task, device: torch.device, wall: bool = False) -> float:
-    """What a task takes: by CUDA's events on a GPU, else by `Clock`."""
+    """Seconds of a task: by CUDA events on a GPU, else by `Clock`."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -92,7 +92,7 @@ def seconds_of(task: Task, device: torch.device, wall: bool = False) -> float:
 def alternate(
     tasks: Mapping[str, Task], device: torch.device, repetitions: int, warmup: int, wall: bool = False
 ) -> Times:
-    """Rounds in which every task is timed once, in the order given; the first `warmup` rounds are not counted."""
+    """Time every task once in each round, in the given order; the first `warmup` rounds do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for round_number in range(warmup + repetitions):
         for name, task in tasks.items():
@@ -104,7 +104,7 @@ def alternate(
 
 @contextmanager
 def threads(n: int | None) -> Iterator[None]:
-    """torch computes with `n` threads within; None leaves their number alone."""
+    """torch computes with `n` threads in this block; None does not change their number."""
     before = torch.get_num_threads()
     torch.set_num_threads(n or before)
     try:
@@ -114,7 +114,7 @@ def threads(n: int | None) -> Iterator[None]:
 
 
 def hardware(device: torch.device, n_threads: int) -> str:
-    """One line on what was measured on."""
+    """The hardware in one line."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     return f"{_cpu_model()}, {n_threads} of {os.cpu_count()} threads, {platform.system()} {platform.machine()}"
@@ -128,10 +128,10 @@ def _cpu_model() -> str:
 
 
 class PeakMemory:
-    """Bytes at most in use since `restart` above those in use when it was made.
+    """Peak of the bytes in use since `restart`, beyond those in use when the object was created.
 
-    On CUDA the allocator's figures. On the CPU the resident set and its high-water mark, as Linux has them, to about
-    half a megabyte; memory that was freed is handed back to the system first, where the C library can do that.
+    On CUDA these are the allocator's figures. On the CPU they are Linux's resident set and its high-water mark, to
+    about half a megabyte; freed memory is returned to the system first, if the C library can do that.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -139,7 +139,7 @@ class PeakMemory:
         self.before = self._in_use()
 
     def restart(self) -> None:
-        """Forget the peak so far, not what was in use at the beginning."""
+        """Forget the peak so far, but not the bytes in use at creation."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
@@ -165,10 +165,10 @@ def _status(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {name}: peak memory on the CPU is measured on Linux only.")
+    raise OSError(f"/proc/self/status has no {name}: peak memory on the CPU can only be measured on Linux.")
 
 
 def save_table(folder: Path, rows: Sequence[Mapping[str, Entry]], notes: Sequence[str]) -> None:
-    """Write rows with the same columns, and notes (hardware, versions, what was left out) to `TABLE`."""
+    """Write rows with equal columns, and notes (hardware, versions, omissions), to `TABLE`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TABLE).write_text(json.dumps({"rows": [dict(row) for row in rows], "notes": list(notes)}, indent=1))

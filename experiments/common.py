@@ -1,12 +1,13 @@
-"""Plumbing that experiments share: what a cell asks of the fleet, and held-out rows with their reference losses.
+"""What experiments share: the dictionaries that a cell asks for, and the held-out text that it scores them on.
 
-What depends on the language model and the text alone is made once in a process, whatever the number of cells.
+What depends on the language model and the text only is computed once in a process, for all its cells.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from core.analysis.evaluate import DownstreamReference, compat_rows, downstream_reference
+from core.analysis.held_out import DownstreamReference, HeldOut, downstream_reference
 from core.artifacts import Store, content_key, write_atomically
 from core.errors import UserError
 from core.fleet import KIND, Request, load_or_train
@@ -27,8 +28,8 @@ from core.runtime import Runtime
 from core.streams.source import Source, source_of
 from core.text.rows import RowStream
 
-Made = TypeVar("Made")
-TRAINING_ONLY = ("lr", "decay_fraction", "dead_after_tokens")  # experiments set them whatever the method is
+Result = TypeVar("Result")
+TRAINING_ONLY = ("lr", "decay_fraction", "dead_after_tokens")  # experiments set them for every method
 
 
 def is_loaded(method: Any) -> bool:
@@ -57,18 +58,18 @@ def requests(cfg: DictConfig, *methods: Any) -> list[Request]:
 
 
 def trained(cfg: DictConfig, method: Any = None) -> DictionaryMethod:
-    """The cell's dictionary, or that of another `method` node, on the model's device; trained, or loaded where the node
-    says so. `dictionary.json` in the cell's folder says where it lies and how it was made; for another node
-    `dictionary_<key>.json`."""
+    """The cell's dictionary, or that of another `method` node, on the model's device: trained, or loaded if the node
+    names a dictionary made elsewhere. `dictionary.json` in the cell's folder records where it is and how it was made;
+    for another node `dictionary_<key>.json`."""
     node = plain(cfg.method if method is None else method)
     if is_loaded(node):
-        key, (found, told) = content_key(node), _loaded(node)
+        key, (dictionary, record) = content_key(node), _loaded(node)
     else:
         wanted = request(cfg, node)
-        found, key = load_or_train(wanted, Runtime.of(cfg)), wanted.key
-        told = stored(cfg, wanted.spec)
-    write_told(cfg, "dictionary" if method is None else f"dictionary_{key}", told)
-    return found.to(language_model(cfg).device)
+        dictionary, key = load_or_train(wanted, Runtime.of(cfg)), wanted.key
+        record = stored(cfg, wanted.spec)
+    write_record(cfg, "dictionary" if method is None else f"dictionary_{key}", record)
+    return dictionary.to(language_model(cfg).device)
 
 
 def stored(cfg: DictConfig, spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,24 +78,24 @@ def stored(cfg: DictConfig, spec: Mapping[str, Any]) -> dict[str, Any]:
     return {"folder": str(folder), **json.loads((folder / "manifest.json").read_text())}
 
 
-def write_told(cfg: DictConfig, name: str, told: Mapping[str, Any]) -> None:
-    """`<name>.json` in the cell's folder: what is to be kept of a dictionary. Nothing before the cell has a folder, as
+def write_record(cfg: DictConfig, name: str, record: Mapping[str, Any]) -> None:
+    """`<name>.json` in the cell's folder: how a dictionary was made. Writes nothing while the cell has no folder, as
     when the fleet collects what it will ask for."""
     if cfg.cell_folder is not None:
-        write_atomically(Path(cfg.cell_folder) / f"{name}.json", json.dumps(told, indent=1))
+        write_atomically(Path(cfg.cell_folder) / f"{name}.json", json.dumps(record, indent=1))
 
 
 def _loaded(method: dict[str, Any]) -> tuple[DictionaryMethod, dict[str, Any]]:
-    """The dictionary of a node that is loaded, and what is to be kept of it: class, options and source."""
+    """The dictionary that a node names, and its record: class, options and source."""
     if method["repo"] in (None, "???"):
         raise UserError("method.repo is not set: a name on the Hugging Face hub, or a folder with a dictionary.")
-    found = made({key: value for key, value in method.items() if key not in TRAINING_ONLY})
-    kind = f"{type(found).__module__}.{type(found).__qualname__}"
-    return found, {"class": kind, "hyperparameters": found.hyperparameters(), "loaded": method}
+    dictionary = build({key: value for key, value in method.items() if key not in TRAINING_ONLY})
+    kind = f"{type(dictionary).__module__}.{type(dictionary).__qualname__}"
+    return dictionary, {"class": kind, "hyperparameters": dictionary.hyperparameters(), "loaded": method}
 
 
-def made(node: Any) -> Any:
-    """What a node of the configuration describes. The UserError of whatever makes it is raised as it is."""
+def build(node: Any) -> Any:
+    """The object that a node of the configuration describes. UserErrors raised while it is built are passed on."""
     try:
         return instantiate(plain(node))
     except InstantiationException as error:
@@ -108,14 +109,14 @@ def plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
-def once_per(*keys: str) -> Callable[[Callable[[DictConfig], Made]], Callable[[DictConfig], Made]]:
-    """Make a function of the configuration remember its result per value of these keys; the latest one only."""
+def once_per(*keys: str) -> Callable[[Callable[[DictConfig], Result]], Callable[[DictConfig], Result]]:
+    """Remember a function's latest result while these keys of the configuration keep their values."""
 
-    def decorate(make: Callable[[DictConfig], Made]) -> Callable[[DictConfig], Made]:
-        latest: dict[str, Made] = {}
+    def decorate(make: Callable[[DictConfig], Result]) -> Callable[[DictConfig], Result]:
+        latest: dict[str, Result] = {}
 
         @wraps(make)
-        def remembered(cfg: DictConfig) -> Made:
+        def remembered(cfg: DictConfig) -> Result:
             name = json.dumps([plain(OmegaConf.select(cfg, key)) for key in keys], sort_keys=True)
             if name not in latest:
                 latest.clear()
@@ -137,7 +138,7 @@ def held_out_rows(cfg: DictConfig) -> Tensor:
     """`evaluation.n_rows` rows `[R, n_ctx]` of held-out text, the same for every cell and seed."""
     lm, s = language_model(cfg), cfg.stream
     rows = RowStream(
-        made(cfg.data), lm.tokenizer, "heldout", cfg.evaluation.seed, s.n_ctx, s.packing, s.max_document_tokens
+        build(cfg.data), lm.tokenizer, "heldout", cfg.evaluation.seed, s.n_ctx, s.packing, s.max_document_tokens
     )
     return rows.next_rows(cfg.evaluation.n_rows).to(lm.device)
 
@@ -154,16 +155,33 @@ def reference_losses(cfg: DictConfig) -> DownstreamReference:
 
 
 @once_per(*SITE)
-def compat_reference_losses(cfg: DictConfig) -> DownstreamReference:
-    """The same on the first `evaluation.compat_tokens` held-out tokens, in one batch."""
-    rows = compat_rows(held_out_rows(cfg), cfg.evaluation.compat_tokens)
-    return downstream_reference(language_model(cfg), cfg.stream.site, rows, len(rows), cfg.evaluation.keep_activations)
-
-
-@once_per(*SITE)
 def held_out_activations(cfg: DictConfig) -> Tensor | None:
-    """The held-out rows' activations `[R, n_ctx, d]` at the site, if `evaluation.keep_activations` says so."""
+    """The held-out rows' activations `[R, n_ctx, d]` at the site, if `evaluation.keep_activations` is true."""
     if not cfg.evaluation.keep_activations:
         return None
     lm, rows = language_model(cfg), held_out_rows(cfg)
     return torch.cat([lm.capture(part, cfg.stream.site) for part in rows.split(cfg.evaluation.rows_per_batch)])
+
+
+@once_per(*SITE)
+def held_out(cfg: DictConfig) -> HeldOut:
+    """What every dictionary of the cell is scored on."""
+    e = cfg.evaluation
+    return HeldOut(
+        lm=language_model(cfg),
+        site=cfg.stream.site,
+        rows=held_out_rows(cfg),
+        n_downstream_rows=e.n_downstream_rows,
+        rows_per_batch=e.rows_per_batch,
+        reference=reference_losses(cfg) if e.n_downstream_rows else None,
+        captured=held_out_activations(cfg),
+    )
+
+
+@once_per(*SITE)
+def compat_held_out(cfg: DictConfig) -> HeldOut:
+    """The first `evaluation.compat_tokens` held-out tokens, in one batch, with their losses."""
+    one_batch = held_out(cfg).one_batch(cfg.evaluation.compat_tokens)
+    keep = cfg.evaluation.keep_activations
+    reference = downstream_reference(one_batch.lm, one_batch.site, one_batch.rows, len(one_batch.rows), keep)
+    return replace(one_batch, reference=reference)

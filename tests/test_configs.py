@@ -1,4 +1,4 @@
-"""Every YAML composes, at every scale, and says what its head must say."""
+"""Every YAML composes at every scale, and its head has what it must have."""
 
 import ast
 import json
@@ -41,7 +41,7 @@ def test_every_experiment_has_one_module_with_run(name: str):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_the_head_of_an_experiment_says_source_command_and_deviations(name: str):
+def test_the_head_of_an_experiment_names_source_command_and_deviations(name: str):
     head = (ROOT / f"conf/experiment/{name}.yaml").read_text().split("defaults:")[0]
     assert "# @package _global_" in head and f"experiment={name}" in head and "# deviations:" in head
 
@@ -107,7 +107,7 @@ def test_no_line_of_a_yaml_is_too_long_to_read(path: Path):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_what_differs_between_scales_stands_in_one_table(name: str):
+def test_what_differs_between_scales_is_in_one_table(name: str):
     raw = OmegaConf.to_container(OmegaConf.load(CONF / "experiment" / f"{name}.yaml"))
     per_scale = [key for key, node in raw.items() if isinstance(node, dict) and set(node) >= set(SCALES)]
     assert set(per_scale) <= {"grid"}

@@ -1,4 +1,4 @@
-"""Decoder directions against each other: sparse regression, nearest latents, shared neighbours, split latents.
+"""Comparing decoder directions: sparse regression, nearest latents, shared neighbours, split latents.
 
 Shapes: N rows, A atoms, d = d_model, M meta-latents; all directions are unit rows.
 """
@@ -18,8 +18,8 @@ from torch.nn.functional import embedding_bag
 from core.errors import UserError
 from core.kernels.codes import SparseCodes
 
-SIMILAR = 0.7  # cosine from which latents of two dictionaries count as the same or split (Leask et al. 2025)
-FLOORS = (0.5, 0.3, 0.2, 0.1, 0.0)  # cosines below one of these are not looked at while the one before suffices
+SIMILAR = 0.7  # latents of two dictionaries above this cosine count as the same, or as split (Leask et al. 2025)
+FLOORS = (0.5, 0.3, 0.2, 0.1, 0.0)  # of the cosines that are collected; the next one only if the one before is too high
 BISECTIONS = 30
 
 
@@ -27,8 +27,8 @@ BISECTIONS = 30
 def matching_pursuit(rows: Tensor, atoms: Tensor, k: int, rows_at_once: int = 4096) -> Tensor:
     """Orthogonal matching pursuit: `[N, d]` rebuilt from k atoms of `[A, d]` each, with coefficients of either sign.
 
-    Each step takes the atom of unit norm with the largest |correlation| with the residual, then fits all chosen ones by
-    least squares (Pati et al. 1993). Through the Gram matrix, so that a step costs one product with it.
+    Each step chooses the unit-norm atom with the largest |correlation| with the residual, then fits all chosen atoms by
+    least squares (Pati et al. 1993). It uses the Gram matrix, so that a step costs one product with it.
     Raises UserError unless 1 <= k <= min(A, d).
     """
     if not 1 <= k <= min(atoms.shape):
@@ -76,17 +76,18 @@ def p_larger(a: Tensor, b: Tensor) -> float:
     return float(stats.mannwhitneyu(a.cpu().numpy(), b.cpu().numpy(), alternative="greater").pvalue)
 
 
-# ---- which latents belong together: through meta-latents, and through latents of a smaller dictionary
+# ---- which latents are related: through meta-latents, or through latents of a smaller dictionary
 
 
 class GraphOverlap(NamedTuple):
-    """Two graphs over the same latents: those that share a meta-latent; those near one latent of a smaller set."""
+    """Two graphs over the same latents. The first joins those that share a meta-latent, the second those near the same
+    latent of a smaller dictionary."""
 
     n_edges: int  # of the first
-    n_edges_neighbours: int  # of the second, as close to the first's as a cosine allows
-    cosine: float  # from which a latent is near
+    n_edges_neighbours: int  # of the second, as close to `n_edges` as a cosine allows
+    cosine: float  # above which a latent is near
     shared: float  # share of the first's edges that the second has
-    chance: float  # what it would be for edges at random
+    chance: float  # the expected share for random edges
 
     def metrics(self) -> dict[str, float]:
         return {
@@ -99,7 +100,7 @@ class GraphOverlap(NamedTuple):
 
 
 def graph_overlap(codes: SparseCodes, rows: Tensor, small: Tensor) -> GraphOverlap:
-    """How far sharing a meta-latent is the same as sharing a neighbour, at equal numbers of edges (Leask et al. 2025).
+    """How much sharing a meta-latent coincides with sharing a neighbour, at equal numbers of edges (Leask et al. 2025).
 
     codes `[N, M]` of unit rows `[N, d]`; `small` `[A, d]` are the decoder directions of a smaller dictionary.
     """
@@ -122,7 +123,7 @@ def _edges(incidence: csr_array) -> csr_array:
 
 
 def _neighbours_with(rows: Tensor, small: Tensor, n_edges: int) -> tuple[csr_array, float]:
-    """Incidence of rows and the small latents above a cosine, so chosen that there are `n_edges` edges or just more."""
+    """Incidence of rows and small latents above a cosine, the largest one that gives at least `n_edges` edges."""
     for floor in FLOORS:
         value, i, j = _cosines_above(rows, small, floor)
         shape = (len(rows), len(small))
@@ -138,7 +139,7 @@ def _neighbours_with(rows: Tensor, small: Tensor, n_edges: int) -> tuple[csr_arr
 
 
 def _at_least(incidence: csr_array, n_edges: int) -> bool:
-    """Whether there are so many edges; counted only where the columns' sizes do not say it already."""
+    """Whether there are that many edges. They are counted only if the columns' sizes do not decide it."""
     sizes = np.bincount(incidence.indices, minlength=1).astype(np.int64)
     pairs = sizes * (sizes - 1) // 2
     if pairs.max() >= n_edges:
@@ -163,20 +164,21 @@ def _cosines_above(
 
 
 def split_pairs(small: Tensor, large: Tensor, threshold: float = SIMILAR) -> Tensor:
-    """int64 `[P, 2]`: (latent of `small`, latent of `large`) above the cosine, where the first has two or more such."""
+    """int64 `[P, 2]`: (latent of `small`, latent of `large`) above the cosine, if the first has two or more of them."""
     _, i, j = _cosines_above(small, large, threshold)
     splits = np.bincount(i, minlength=len(small))[i] > 1 if len(i) else np.zeros(0, dtype=bool)
     return torch.from_numpy(np.stack([i[splits], j[splits]], 1).astype(np.int64))
 
 
 class Inheritance(NamedTuple):
-    """What latents have of the meta-latents of the one that split into them (means over pairs of parent and child)."""
+    """How many meta-latents children share with the latent that split into them: means over pairs of parent and
+    child."""
 
     n_pairs: int
     parent: float  # meta-latents of a parent
-    child: float  # of a child
-    kept: float  # share of the parent's that the child has too
-    kept_by_others: float  # the same for all latents of the larger dictionary, on average
+    child: float  # meta-latents of a child
+    kept: float  # share of the parent's meta-latents that the child has too
+    kept_by_others: float  # the same, averaged over all latents of the larger dictionary
 
     def metrics(self) -> dict[str, float]:
         return {
@@ -189,8 +191,8 @@ class Inheritance(NamedTuple):
 
 
 def inheritance(codes: SparseCodes, pairs: Tensor, others: Sequence[int]) -> Inheritance:
-    """Compare codes `[N, M]` of parents and children: `pairs` `[P, 2]` are rows of the codes. Beside it each parent is
-    paired with every row from `others[0]` to `others[1] - 1`. Parents without a meta-latent drop out.
+    """Compare codes `[N, M]` of parents and children: `pairs` `[P, 2]` are rows of the codes. For `kept_by_others` each
+    parent is paired with every row from `others[0]` to `others[1] - 1`. Parents without a meta-latent do not count.
     """
     C = _incidence(codes.rows.cpu().numpy(), codes.cols.cpu().numpy(), codes.shape)
     n_active = np.diff(C.indptr)

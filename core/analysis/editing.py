@@ -1,9 +1,9 @@
-"""Edit what a language model knows of an entity through the decoder row of its latent (Leask et al. 2025, the cities).
+"""Edit what a language model knows about an entity, through its latent's decoder row (Leask et al. 2025, the cities).
 
-A dictionary's latent for entity A is made into one for a chimera: in its decoder row, meta-latents of A are removed and
-meta-latents of entity B put in their place, in every combination. Prompts then say which of the attributes have become
-those of B. Beside it stand swapping the two whole latents, and edits of the same sizes that should do nothing of the
-kind: along random directions, and with the meta-latents of a third entity.
+A dictionary's latent for entity A is turned into one for a chimera: its decoder row loses meta-latents of A and gains
+meta-latents of entity B, in every combination. Prompts then show which attributes have become those of B. For
+comparison the two whole latents are swapped. As controls there are edits of equal size along random directions, and
+with the meta-latents of a third entity.
 
 Shapes: T tokens in a prompt, d = width of the site, m latents, M meta-latents, E edits, n attributes, V values of one.
 """
@@ -28,7 +28,7 @@ from core.text.rows import bos_token_id
 
 Preset = Literal["rebuild", "difference", "script_compat"]
 Splice = Literal["error_kept", "reconstruction"]
-SCRIPT_SCALE = 100.0  # what the authors' script multiplies a meta-direction with
+SCRIPT_SCALE = 100.0  # factor of a meta-direction in the authors' script
 
 
 # ---- questions
@@ -80,13 +80,13 @@ def single_token(tokenizer: Any, text: str) -> int:
 
 
 def _with_entity(tokenizer: Any, bos: int, prompt: str, entity: str) -> tuple[Tensor, int]:
-    """A prompt's tokens and the place of the entity among them."""
+    """A prompt's tokens, and the position of the entity."""
     before, _, after = prompt.partition(ENTITY)
     name = before[-1:].isspace() * before[-1:] + entity
     head = _encode(tokenizer, before[: len(before) - (len(name) - len(entity))])
     ids = [bos, *head, single_token(tokenizer, name), *_encode(tokenizer, after)]
     if ids[1:] != _encode(tokenizer, before + entity + after):
-        raise UserError(f"facts.prompts: in {before + entity + after!r} {entity!r} is not a token of its own.")
+        raise UserError(f"facts.prompts: {entity!r} is not a single token in {before + entity + after!r}.")
     return torch.tensor(ids), len(head) + 1
 
 
@@ -103,7 +103,7 @@ class EntityLatent:
 
     activation   mean on the entity's token
     coverage     share of its prompts in which it fires there
-    specificity  share of its activation, over all tokens but BOS of all entities' prompts, that falls there
+    specificity  share of its activation that falls there, of all tokens but BOS in all entities' prompts
     """
 
     entity: str
@@ -122,9 +122,9 @@ def entity_latents(
     min_coverage: float,
     min_specificity: float,
 ) -> dict[str, EntityLatent | None]:
-    """The latent of every entity: of those that fire on its token in at least `min_coverage` of its prompts and with
-    at least `min_specificity` of their activation there, the one that contributes most (activation times row norm).
-    None for an entity that has none."""
+    """The latent of every entity, or None. A candidate fires on the entity's token in at least `min_coverage` of its
+    prompts, with at least `min_specificity` of its activation there. The candidate that contributes most (activation
+    times row norm) is chosen."""
     total = torch.zeros(method.dict_size, device=method.W_dec.device)
     there: dict[str, Tensor] = {}
     for entity, questions in asked.items():
@@ -134,32 +134,37 @@ def entity_latents(
             total += codes[1:].sum(0)
             rows.append(codes[question.entity_position])
         there[entity] = torch.stack(rows)  # [prompts, m]
-    norms, found = method.W_dec.norm(dim=1), {}
+    norms, latents = method.W_dec.norm(dim=1), {}
     for entity, codes in there.items():
         activation, coverage = codes.mean(0), (codes > 0).float().mean(0)
         specificity = codes.sum(0) / total.clamp(min=1e-12)
         fit = (coverage >= min_coverage) & (specificity >= min_specificity)
         latent = int((activation * norms * fit).argmax())
         values = (float(v[latent]) for v in (activation, coverage, specificity))
-        found[entity] = EntityLatent(entity, latent, *values) if fit[latent] else None
-    return found
+        latents[entity] = EntityLatent(entity, latent, *values) if fit[latent] else None
+    return latents
 
 
-def the_latent(found: Mapping[str, EntityLatent | None], entity: str) -> EntityLatent:
+def the_latent(latents: Mapping[str, EntityLatent | None], entity: str) -> EntityLatent:
     """Raises UserError for an entity that has no latent of its own."""
-    latent = found[entity]
+    latent = latents[entity]
     if latent is None:
         raise UserError(
-            f"facts: no latent stands for {entity!r}: none fires on its token often enough and hardly elsewhere. Leave "
-            "the entity out, take a larger dictionary, or lower editing.min_specificity or editing.min_coverage."
+            f"facts: no latent stands for {entity!r}: none fires often on its token and rarely elsewhere. Leave "
+            "the entity out, choose a larger dictionary, or lower editing.min_specificity or editing.min_coverage."
         )
     return latent
 
 
 @dataclass(frozen=True, eq=False)
 class Clean:
-    """A prompt before any edit: activations x `[T, d]`, codes `[T, m]` with those of BOS set to 0, their reconstruction
-    in raw space x_hat `[T, d]`, and the scale `[T, 1]` that leads from the dictionary's space to the raw one."""
+    """A prompt before any edit.
+
+    x      activations `[T, d]`
+    codes  `[T, m]`, those of BOS set to 0
+    x_hat  the reconstruction `[T, d]`, in raw space
+    scale  `[T, 1]`, from the dictionary's space to the raw one
+    """
 
     question: Question
     x: Tensor
@@ -183,14 +188,14 @@ class Clean:
 
 @dataclass(frozen=True, eq=False)
 class Composition:
-    """A latent's row as the meta-dictionary has it: its meta-latents `[n]`, strongest first, and their values `[n]`."""
+    """The meta-latents `[n]` that make up a latent's row, strongest first, and their values `[n]`."""
 
     meta_latents: Tensor
     values: Tensor
 
     @classmethod
     def of(cls, codes: Tensor, at_most: int | None = None) -> Composition:
-        """From the codes `[M]` of one row: all that are active, or the `at_most` strongest of them."""
+        """From the codes `[M]` of one row: all active meta-latents, or the `at_most` strongest."""
         order = codes.argsort(descending=True, stable=True)
         chosen = order[: int((codes > 0).sum())][:at_most]
         return cls(chosen, codes[chosen])
@@ -226,11 +231,11 @@ def edited_rows(
 
     rebuild        the meta-dictionary's reconstruction of the row, with the removed meta-latents of A at 0 and the
                    added ones at their value in B's row (also where A has it), at the old norm
-    difference     the row itself plus what that edit changes in the reconstruction, at the old norm: what the
-                   meta-dictionary does not explain of the row stays
+    difference     the row itself plus the change of the reconstruction, at the old norm: the part of the row that the
+                   meta-dictionary does not explain stays
     script_compat  the authors' script: minus 100 times each removed meta-direction, plus 100 times each added one, at
                    norm 1
-    `own`, `other`: of A's row and of B's, at unit norm. `meta`: along which directions.
+    `own`, `other`: the compositions of A's row and of B's, at unit norm. `meta`: the directions of the edits.
     """
     removed, added = edits.removed.to(row.device), edits.added.to(row.device)
     unit = normalize(row, dim=0)
@@ -249,7 +254,8 @@ def edited_rows(
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """A meta-dictionary's W_dec `[M, d]` and b_dec `[d]`, and the directions `along` which edits go, `[M, d]`."""
+    """A meta-dictionary's W_dec `[M, d]` and b_dec `[d]`, and the directions `along` which rows are edited, `[M,
+    d]`."""
 
     W_dec: Tensor
     b_dec: Tensor
@@ -261,7 +267,7 @@ class Directions:
         return cls(W_dec, meta.b_dec.detach(), W_dec)
 
     def random(self, g: torch.Generator) -> Directions:
-        """The same with random directions of the same norms in the place of every meta-latent's: a control."""
+        """The same with random directions of the same norms: a control."""
         drawn = normalize(torch.randn(self.W_dec.shape, generator=g), dim=1).to(self.W_dec)
         return Directions(self.W_dec, self.b_dec, drawn * self.W_dec.norm(dim=1, keepdim=True))
 
@@ -271,9 +277,9 @@ class Directions:
 
 @dataclass(frozen=True, eq=False)
 class Editor:
-    """Runs a language model with edited latents of a dictionary at a site.
+    """Run a language model with edited latents of a dictionary at a site.
 
-    splice  `error_kept`: what the dictionary misses of an activation stays, so that no edit is no change;
+    splice  `error_kept`: the dictionary's error stays in the activation, so that no edit is no change;
             `reconstruction`: activations are replaced by the edited reconstruction, as in the authors' script
     """
 
@@ -293,7 +299,7 @@ class Editor:
     def with_rows(self, clean: Clean, latent: int, rows: Tensor, unit_decoder: bool = False) -> Tensor:
         """Log-probabilities `[E, V]` of the candidates, with the latent's decoder row replaced by each of `[E, d]`.
 
-        unit_decoder: all other rows at unit norm, as the authors' script leaves them."""
+        unit_decoder: all other rows at unit norm, as in the authors' script."""
         f = clean.codes[:, latent]  # [T]
         change = f[:, None] * (rows[:, None] - self.W_dec[latent])  # [E, T, d]
         if unit_decoder:
@@ -313,7 +319,7 @@ class Editor:
         return self._log_probs(clean, change[None])
 
     def unedited(self, clean: Clean) -> Tensor:
-        """Log-probabilities `[1, V]` of the candidates without an edit, spliced as edits are."""
+        """Log-probabilities `[1, V]` of the candidates without an edit, spliced in the same way."""
         return self._log_probs(clean, torch.zeros_like(clean.x)[None])
 
     @torch.no_grad()
@@ -321,21 +327,21 @@ class Editor:
         """`change` `[E, T, d]` is in the dictionary's space."""
         base = clean.x if self.splice == "error_kept" else torch.cat([clean.x[:1], clean.x_hat[1:]])
         tokens, candidates = clean.question.tokens[None], clean.question.candidates.to(base.device)
-        found = []
+        log_probs = []
         for part in change.split(self.rows_per_forward):
             x = (base + clean.scale * part).to(self.lm.dtype)  # [E, T, d]
             logits = self.lm.logits_with(x, tokens.expand(len(x), -1), self.site, last=1)[:, -1]
-            found.append(logits.float().log_softmax(-1)[:, candidates])
-        return torch.cat(found)
+            log_probs.append(logits.float().log_softmax(-1)[:, candidates])
+        return torch.cat(log_probs)
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What edits did to the attributes of A, whose values are to become B's.
+    """How edits changed the attributes of A, which should become B's.
 
     log_probs   attribute -> `[E, V]`, the mean over its prompts
     clean       attribute -> `[V]`, without an edit
-    old, new    attribute -> which of the candidates is A's value, and B's
+    old, new    attribute -> the candidate that is A's value, and B's
     """
 
     log_probs: Mapping[str, Tensor]
@@ -346,7 +352,7 @@ class Outcome:
     @cached_property
     def subsets(self) -> Tensor:
         """int64 `[E]`: the attributes that became B's while all others stayed A's, as bits in the attributes' order;
-        -1 for an edit after which some attribute is neither's. The most likely candidate decides."""
+        -1 if some attribute became neither's. The most likely candidate decides."""
         flipped, kept = [], []
         for name, scores in self.log_probs.items():
             winner = scores.argmax(1)
@@ -358,7 +364,7 @@ class Outcome:
 
     @property
     def reached(self) -> set[int]:
-        """The subsets of attributes that some edit turned into B's, without the empty one."""
+        """The subsets of attributes that some edit turned into B's, except the empty one."""
         return set(self.subsets.tolist()) - {-1, 0}
 
     @cached_property
@@ -369,8 +375,8 @@ class Outcome:
         return after - torch.stack([self.clean[a][self.new[a]] - self.clean[a][self.old[a]] for a in names])
 
     def selectivity(self) -> tuple[float, float]:
-        """(targets, others), nats: the mean change of the attributes of a subset and of those beside it, under the edit
-        that sets them apart most; the mean over all subsets but the empty and the whole one."""
+        """(targets, others), nats: the mean change of the attributes in a subset and outside it, under the edit with
+        the largest difference; averaged over all subsets but the empty and the whole one."""
         n = self.changes.shape[1]
         of_targets, of_others = [], []
         for subset in range(1, 2**n - 1):
@@ -382,8 +388,8 @@ class Outcome:
         return sum(of_targets) / len(of_targets), sum(of_others) / len(of_others)
 
     def metrics(self) -> dict[str, float]:
-        """Shares of the 2^n - 1 subsets reached and of the 2^n - 2 proper ones, whether the whole one was, and the
-        selectivity with its two parts."""
+        """The share of the 2^n - 1 subsets that were reached, and of the 2^n - 2 proper ones; whether the whole one
+        was; the selectivity and its two parts."""
         n = len(self.log_probs)
         proper = self.reached - {2**n - 1}
         targets, others = self.selectivity()

@@ -14,57 +14,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from core.errors import UserError
+from core.analysis.held_out import DownstreamReference, HeldOut
 from core.methods.base import DictionaryMethod
 from core.metrics.downstream import SplicedSums
 from core.metrics.reconstruction import ReconstructionSums
 from core.metrics.sparsity import SparsitySums
-from core.models.language_model import Edit, LanguageModel
-
-COMPAT_TOKENS = 4096  # the BatchTopK authors score one batch of activations, and 32 rows of 128 tokens
-
-
-@dataclass(frozen=True)
-class DownstreamReference:
-    """What every dictionary at a site is compared with, in nats per token over `rows`."""
-
-    site: str
-    rows: Tensor  # [R, T]
-    mean: Tensor  # [d], the mean activation over all tokens of the rows
-    clean: float
-    zero_ablated: float
-    mean_ablated: float
-    clean_logits: Tensor | None = None  # [R, T, V]
-
-
-@torch.no_grad()
-def downstream_reference(
-    lm: LanguageModel, site: str, rows: Tensor, rows_per_batch: int, keep_logits: bool = False
-) -> DownstreamReference:
-    """Cross-entropies on `rows` `[R, T]`: clean, and with every activation at the site set to zero or to their mean.
-
-    `keep_logits` keeps the clean logits, R T V numbers, and so saves a pass for every dictionary scored.
-    """
-    batches = rows.split(rows_per_batch)
-    total = torch.zeros(lm.width(site), dtype=torch.float64, device=lm.device)
-    for tokens in batches:
-        total += lm.capture(tokens, site).double().sum((0, 1))
-    mean = (total / rows.numel()).float()
-    edits = (None, Edit(site, torch.zeros_like), Edit(site, lambda x: mean.expand_as(x)))
-    sums = torch.zeros(len(edits), dtype=torch.float64, device=lm.device)
-    for tokens in batches:
-        for i, edit in enumerate(edits):
-            sums[i] += lm.token_losses(tokens, edit).double().sum()
-    clean, zero, mean_ablated = (sums / rows[:, 1:].numel()).tolist()
-    clean_logits = torch.cat([lm.logits(tokens) for tokens in batches]) if keep_logits else None
-    return DownstreamReference(site, rows, mean, clean, zero, mean_ablated, clean_logits)
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Sums over the evaluation rows, from which every figure follows.
 
-    normalised  reconstruction in the space in which the dictionary works (after its input normalisation)
+    normalised  reconstruction in the dictionary's space, after its input normalisation
     raw         reconstruction of the activations as the language model has them
     """
 
@@ -102,95 +63,41 @@ def _spread_metrics(sums: ReconstructionSums, suffix: str) -> dict[str, float]:
     return {name + suffix: value for name, value in values.items()}
 
 
-def evaluate_dictionary(
-    method: DictionaryMethod,
-    lm: LanguageModel,
-    site: str,
-    rows: Tensor,
-    n_downstream_rows: int,
-    rows_per_batch: int,
-    reference: DownstreamReference | None = None,
-    captured: Tensor | None = None,
-) -> Evaluation:
+def evaluate_dictionary(method: DictionaryMethod, held_out: HeldOut) -> Evaluation:
     """Score one dictionary under its inference rule; see `evaluate_dictionaries`."""
-    found = evaluate_dictionaries({"": method}, lm, site, rows, n_downstream_rows, rows_per_batch, reference, captured)
-    return found[""]
+    return evaluate_dictionaries({"": method}, held_out)[""]
 
 
-@torch.no_grad()
-def evaluate_dictionaries(
-    methods: Mapping[str, DictionaryMethod],
-    lm: LanguageModel,
-    site: str,
-    rows: Tensor,
-    n_downstream_rows: int,
-    rows_per_batch: int,
-    reference: DownstreamReference | None = None,
-    captured: Tensor | None = None,
-) -> dict[str, Evaluation]:
+def evaluate_dictionaries(methods: Mapping[str, DictionaryMethod], held_out: HeldOut) -> dict[str, Evaluation]:
     """Score dictionaries at one site under their inference rules; they share the language model's passes.
 
-    Reconstruction and sparsity are measured on all tokens of `rows` `[R, T]`, downstream effects on the first
-    `n_downstream_rows`, with the reconstruction in place of the activation at every position. `reference` saves the
-    ablations where it was made before, on those same rows; `captured` `[R, T, d]`, the activations of `rows` at the
-    site, saves the passes that make them. The methods end in the mode they came in.
+    Reconstruction and sparsity are measured on all rows, the loss on the downstream rows, with the reconstruction in
+    place of the activation at every position. The methods end in the mode they came in.
     """
-    downstream_rows = rows[:n_downstream_rows]
-    if reference is None:
-        reference = downstream_reference(lm, site, downstream_rows, rows_per_batch)
-    elif reference.site != site or not torch.equal(reference.rows.cpu(), downstream_rows.cpu()):
-        raise ValueError(f"The reference was made at {reference.site} on other rows or for another site than {site}.")
-    with _mode(methods, training=False):
-        reconstructions = _reconstruct_rows(methods, lm, site, rows, rows_per_batch, captured)
-        spliced = _splice_rows(methods, lm, reference, rows_per_batch, captured)
-    found = {name: Evaluation(*reconstructions[name], spliced[name], reference) for name in methods}
-    for name, evaluation in found.items():
-        _check_finite(name, site, evaluation)
-    return found
+    return _evaluate(methods, held_out, training=False)
 
 
-@torch.no_grad()
-def evaluate_compat(
-    method: DictionaryMethod,
-    lm: LanguageModel,
-    site: str,
-    rows: Tensor,
-    n_tokens: int = COMPAT_TOKENS,
-    reference: DownstreamReference | None = None,
-    captured: Tensor | None = None,
-) -> dict[str, float]:
-    """The figures as the BatchTopK authors' code takes them: training rule, one batch of `n_tokens` tokens.
+def evaluate_compat(method: DictionaryMethod, one_batch: HeldOut) -> dict[str, float]:
+    """The figures as the BatchTopK authors' code computes them: by the training rule, on one batch of rows
+    (`HeldOut.one_batch`).
 
     BatchTopK then selects its latents over the whole batch, as in training, where `evaluate_dictionary` applies the
-    threshold. Rows beyond `n_tokens` are not looked at; `captured` are the activations of `rows`, as above. The
-    method's mode and buffers are as before afterwards.
+    threshold. Mode and buffers of the method are as before afterwards.
     """
-    rows = compat_rows(rows, n_tokens)
-    methods = {"": method}
-    if reference is None:
-        reference = downstream_reference(lm, site, rows, len(rows))
-    with _mode(methods, training=True):
-        reconstructions = _reconstruct_rows(methods, lm, site, rows, len(rows), captured)
-        spliced = _splice_rows(methods, lm, reference, len(rows), captured)
-    evaluation = Evaluation(*reconstructions[""], spliced[""], reference)
-    _check_finite("", site, evaluation)
+    evaluation = _evaluate({"": method}, one_batch, training=True)[""]
     return {f"{name}_compat": value for name, value in evaluation.metrics().items()}
 
 
-def compat_rows(rows: Tensor, n_tokens: int = COMPAT_TOKENS) -> Tensor:
-    """The first rows `[R, T]` that have `n_tokens` tokens together."""
-    return rows[: n_compat_rows(n_tokens, *rows.shape)]
-
-
-def n_compat_rows(n_tokens: int, n_rows: int, n_ctx: int) -> int:
-    """How many rows have `n_tokens` tokens together. Raises UserError unless there are so many."""
-    n = n_tokens // n_ctx
-    if not 0 < n <= n_rows:
-        raise UserError(
-            f"evaluation.compat_tokens={n_tokens} needs 1 row or more of {n_ctx} tokens, and at most "
-            f"evaluation.n_rows={n_rows}: raise evaluation.n_rows, or change evaluation.compat_tokens."
-        )
-    return n
+@torch.no_grad()
+def _evaluate(methods: Mapping[str, DictionaryMethod], held_out: HeldOut, training: bool) -> dict[str, Evaluation]:
+    reference = held_out.compared()
+    with _mode(methods, training):
+        reconstructions = _reconstruct_rows(methods, held_out)
+        spliced = _splice_rows(methods, held_out, reference.clean_logits)
+    evaluations = {name: Evaluation(*reconstructions[name], spliced[name], reference) for name in methods}
+    for name, evaluation in evaluations.items():
+        _check_finite(name, held_out.site, evaluation)
+    return evaluations
 
 
 class _RowSums(NamedTuple):
@@ -210,21 +117,12 @@ def _row_sums(method: DictionaryMethod, x: Tensor, is_bos: Tensor) -> _RowSums: 
     )
 
 
-def _reconstruct_rows(
-    methods: Mapping[str, DictionaryMethod],
-    lm: LanguageModel,
-    site: str,
-    rows: Tensor,
-    rows_per_batch: int,
-    captured: Tensor | None = None,
-) -> dict[str, _RowSums]:
+def _reconstruct_rows(methods: Mapping[str, DictionaryMethod], held_out: HeldOut) -> dict[str, _RowSums]:
     sums: dict[str, _RowSums] = {}
-    for start in range(0, len(rows), rows_per_batch):
-        here = slice(start, start + rows_per_batch)
-        tokens = rows[here]  # [R, T]
-        activations = lm.capture(tokens, site) if captured is None else captured[here]
-        x = activations.flatten(0, 1).float()  # [R T, d]
-        is_bos = tokens.flatten().to(x.device) == lm.bos_token_id
+    for start in range(0, len(held_out.rows), held_out.rows_per_batch):
+        here = slice(start, start + held_out.rows_per_batch)
+        x = held_out.activations(here).flatten(0, 1).float()  # [r T, d]
+        is_bos = held_out.rows[here].flatten().to(x.device) == held_out.lm.bos_token_id
         for name, method in methods.items():
             new, old = _row_sums(method, x, is_bos), sums.get(name)
             sums[name] = new if old is None else _RowSums(old[0] + new[0], old[1] + new[1], old[2] + new[2])
@@ -232,19 +130,14 @@ def _reconstruct_rows(
 
 
 def _splice_rows(
-    methods: Mapping[str, DictionaryMethod],
-    lm: LanguageModel,
-    reference: DownstreamReference,
-    rows_per_batch: int,
-    captured: Tensor | None = None,
+    methods: Mapping[str, DictionaryMethod], held_out: HeldOut, clean_logits: Tensor | None
 ) -> dict[str, SplicedSums]:
     sums: dict[str, SplicedSums] = {}
-    site, rows, clean_logits = reference.site, reference.rows, reference.clean_logits
-    for start in range(0, len(rows), rows_per_batch):
-        here = slice(start, min(start + rows_per_batch, len(rows)))
-        tokens = rows[here]  # [R, T]
-        x = lm.capture(tokens, site) if captured is None else captured[here]
-        clean = lm.logits_with(x, tokens, site) if clean_logits is None else clean_logits[here]  # [R, T, V]
+    lm, site, n_rows = held_out.lm, held_out.site, len(held_out.downstream_rows)
+    for start in range(0, n_rows, held_out.rows_per_batch):
+        here = slice(start, min(start + held_out.rows_per_batch, n_rows))
+        tokens, x = held_out.rows[here], held_out.activations(here)  # [r, T], [r, T, d]
+        clean = lm.logits_with(x, tokens, site) if clean_logits is None else clean_logits[here]  # [r, T, V]
         for name, method in methods.items():
             spliced = lm.logits_with(method.reconstruct(x), tokens, site)
             new = SplicedSums.of(clean, spliced, tokens.to(clean.device))

@@ -1,4 +1,5 @@
-"""The dictionary that grows by what is new in every larger one of a family (Leask et al., in the post of 2024)."""
+"""A dictionary that grows by the novel latents of every larger one of a family (Leask et al., in their post of
+2024)."""
 
 from __future__ import annotations
 
@@ -22,14 +23,14 @@ def frankenstein(
     n_blocks: int = 64,
     n_steps: int = 20,
 ) -> list[Stitched]:
-    """The smallest dictionary of a family, then with the novel latents of each larger one, from small to large.
+    """The smallest dictionary of a family, then the same grown by the novel latents of each larger one in turn.
 
-    A latent is novel if, inserted alone into what there is so far, it lowers the error (its whole bootstrap interval).
-    Novel latents overlap, so that all of them together can raise it: those whose largest cosine with the decoder rows
-    there is `below` are taken; None takes them up to the cosine at which the error is lowest, tried in `n_steps` steps
-    of equal number, and none where no step lowers it. `batches` gives batches `[B, d]` of raw activations anew each
-    time. The smallest one's decoder bias stays. Raises UserError for a family of one, or one whose dictionaries do not
-    fit together.
+    A latent is novel if it lowers the error when it is inserted alone into the dictionary grown so far (for its whole
+    bootstrap interval). Novel latents overlap, so all of them together can raise the error. Only those are added whose
+    largest cosine with the grown dictionary's rows is under `below`. With None, they are added by ascending cosine in
+    `n_steps` steps of equal number, up to the step with the lowest error, or not at all. `batches()` gives batches
+    `[B, d]` of raw activations from the beginning. The decoder bias of the smallest dictionary stays. Raises UserError
+    for a family of one, or if the dictionaries do not fit together.
     """
     if len(family) < 2:
         raise UserError(f"family: {len(family)} dictionary is no family; name two or more of different sizes.")

@@ -1,6 +1,6 @@
-"""A page on which a person browses latents and their meta-latents: one HTML file that needs nothing else.
+"""A page to browse latents and their meta-latents: one HTML file that needs nothing else.
 
-It takes the place of the dashboard of Leask et al. 2025.
+It replaces the dashboard of Leask et al. 2025.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class MetaLatent(NamedTuple):
 def write_page(
     path: Path, title: str, note: str, latents: Sequence[Latent], metas: Sequence[MetaLatent], n_latents: int
 ) -> None:
-    """Write the page. `n_latents`: how many there are, where the page shows fewer. Text of any kind may be given."""
+    """Write the page. `n_latents` is the number of all latents; the page may show fewer. Any text is escaped."""
     if len(latents) < n_latents:
         note += f" The page shows the {len(latents):,} most active of {n_latents:,} latents."
     data = {"latents": [_rounded(latent) for latent in latents], "metas": [list(meta) for meta in metas]}
@@ -55,6 +55,6 @@ def _rounded(latent: Latent) -> list[Any]:
 
 
 def _json(data: Any) -> str:
-    """JSON that cannot end the element it stands in."""
+    """JSON that cannot close the HTML element around it."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

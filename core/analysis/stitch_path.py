@@ -1,8 +1,8 @@
-"""Ways from a small dictionary to a large one (Leask et al. 2025): error, L0 and loss of every stitched one between.
+"""Paths from a small dictionary to a large one (Leask et al. 2025): error, L0 and loss of the dictionaries on the way.
 
-A path says at which step each latent of the large dictionary comes in and each of the small one goes, and when the
-decoder bias changes. Point s is the dictionary after step s; point 0 is the small one. A set of latents inserted at
-once is a path of one step.
+A path names the step that inserts each latent of the large dictionary, the step that removes each latent of the small
+one, and the step that changes the decoder bias. Point s is the dictionary after step s; point 0 is the small one. A set
+of latents inserted at once is a path of one step.
 
 Shapes: B rows in a batch, d = d_model, n latents in the small and m in the large dictionary, S steps.
 Memory: `PATH_ENTRIES` numbers for the reconstructions [b, S + 1, d] of a few rows at a time, and a few times as many
@@ -18,22 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.analysis.held_out import HeldOut
 from core.analysis.stitching import Components, Nearest, check_pair
 from core.kernels import sparse
 from core.kernels.codes import Codes, SparseCodes, entries
 from core.methods.base import DictionaryMethod
 from core.metrics.sparsity import firing_counts
-from core.models.language_model import LanguageModel
 
 PATH_ENTRIES = 1 << 24
 
 
 @dataclass(frozen=True)
-class Path:
+class StitchPath:
     """comes    int64 `[m]`: the step, 1 to S, that inserts each latent of the large dictionary; S + 1: none
     goes     int64 `[n]`: the step that removes each latent of the small dictionary; S + 1: none
     bias_at  the step that puts the large dictionary's decoder bias in place; S + 1: none
-    phases   S names, what each step is part of
+    phases   S names, the phase of each step
     """
 
     comes: Tensor
@@ -57,25 +57,25 @@ class Path:
         return (coming + of_small.sum() - going)[:-1]
 
 
-def insertion(chosen: Tensor, n_small: int) -> Path:
+def insertion(chosen: Tensor, n_small: int) -> StitchPath:
     """Insert the chosen latents, bool `[m]`, at once."""
-    return Path(torch.where(chosen, 1, 2), torch.full((n_small,), 2), 2, ("insert",))
+    return StitchPath(torch.where(chosen, 1, 2), torch.full((n_small,), 2), 2, ("insert",))
 
 
-def insertion_in_order(values: Tensor, alive: Tensor, n_small: int, n_steps: int) -> Path:
-    """Insert the latents that are alive, bool `[m]`, by ascending value `[m]`, in steps of equal number."""
+def insertion_in_order(values: Tensor, alive: Tensor, n_small: int, n_steps: int) -> StitchPath:
+    """Insert the latents that are alive, bool `[m]`, by ascending value `[m]`, an equal number in each step."""
     comes = torch.full(values.shape, n_steps + 1)
     chosen = alive.nonzero().flatten()
     comes[chosen[values[chosen].argsort(stable=True)]] = _steps(torch.ones(len(chosen)), n_steps)
-    return Path(comes, torch.full((n_small,), n_steps + 1), n_steps + 1, ("insert",) * n_steps)
+    return StitchPath(comes, torch.full((n_small,), n_steps + 1), n_steps + 1, ("insert",) * n_steps)
 
 
-def interpolation(near: Nearest, graph: Components, n_steps_each: int) -> Path:
+def interpolation(near: Nearest, graph: Components, n_steps_each: int) -> StitchPath:
     """From the small dictionary to the large one, each of three phases in `n_steps_each` steps:
 
     insert  latents of the large dictionary without a similar one, by ascending cosine
-    swap    components of similar latents, whole, the most similar first: the small one's go, the large one's come
-    remove  the small dictionary's latents without a similar one; a last step changes the decoder bias
+    swap    whole components of similar latents, the most similar first: those of the small one by those of the large
+    one remove  the small dictionary's latents without a similar one; a last step changes the decoder bias
     """
     cosine = near.cosine.cpu()
     S = 3 * n_steps_each + 1
@@ -92,14 +92,14 @@ def interpolation(near: Nearest, graph: Components, n_steps_each: int) -> Path:
     comes[paired_large] = step_of[graph.large[paired_large]]
     goes[paired_small] = step_of[graph.small[paired_small]]
 
-    left = (~paired_small).nonzero().flatten()
-    goes[left] = 2 * n_steps_each + _steps(torch.ones(len(left)), n_steps_each)
+    unpaired = (~paired_small).nonzero().flatten()
+    goes[unpaired] = 2 * n_steps_each + _steps(torch.ones(len(unpaired)), n_steps_each)
     phases = [name for name in ("insert", "swap", "remove") for _ in range(n_steps_each)]
-    return Path(comes, goes, S, (*phases, "bias"))
+    return StitchPath(comes, goes, S, (*phases, "bias"))
 
 
 def _steps(weights: Tensor, n_steps: int) -> Tensor:
-    """int64: items in their order to steps 1 to `n_steps` of about equal weight."""
+    """int64: the step, 1 to `n_steps`, of each item in order; steps have about equal weight."""
     before = weights.cumsum(0) - weights
     return (before * n_steps / weights.sum()).long().clamp(max=n_steps - 1) + 1
 
@@ -109,9 +109,9 @@ class Curve:
     """At the S + 1 points of a path: fp64 each.
 
     mse        mean squared error per coordinate
-    mse_refit  the same, were the decoder bias the best one for the point: the mean of x - f W over the rows
+    mse_refit  the same with the best decoder bias for the point, the mean of x - f W over the rows
     l0         mean number of active latents in a row
-    shift      `[S + 1, d]`: that bias less the point's own, in normalised space
+    shift      `[S + 1, d]`: the best bias minus the point's own, in normalised space
     """
 
     mse: Tensor
@@ -120,18 +120,18 @@ class Curve:
     shift: Tensor
 
 
-def lowest(path: Path, curve: Curve, values: Tensor) -> float:
-    """Between which values the error of `insertion_in_order` is lowest: inserting all latents below it is best."""
+def lowest(path: StitchPath, curve: Curve, values: Tensor) -> float:
+    """The value up to which `insertion_in_order` should insert: there the error is lowest."""
     best = int(curve.mse.argmin())
-    inserted, left = values[path.comes <= best], values[(path.comes > best) & (path.comes <= path.n_steps)]
-    if not len(inserted) or not len(left):
-        return float(left.min()) if len(left) else float(inserted.max()) + 1e-6
-    return float(inserted.max() + left.min()) / 2
+    inserted, rest = values[path.comes <= best], values[(path.comes > best) & (path.comes <= path.n_steps)]
+    if not len(inserted) or not len(rest):
+        return float(rest.min()) if len(rest) else float(inserted.max()) + 1e-6
+    return float(inserted.max() + rest.min()) / 2
 
 
 @torch.no_grad()
 def walk(
-    small: DictionaryMethod, large: DictionaryMethod, batches: Iterable[Tensor], paths: Mapping[str, Path]
+    small: DictionaryMethod, large: DictionaryMethod, batches: Iterable[Tensor], paths: Mapping[str, StitchPath]
 ) -> dict[str, Curve]:
     """Score every point of several paths in one pass over batches `[B, d]` of raw activations.
 
@@ -169,44 +169,40 @@ def walk(
 def losses_along(
     small: DictionaryMethod,
     large: DictionaryMethod,
-    path: Path,
-    lm: LanguageModel,
-    site: str,
-    rows: Tensor,
-    rows_per_batch: int,
-    captured: Tensor | None = None,
+    path: StitchPath,
+    held_out: HeldOut,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """The language model's loss, fp64 nats per token `[S + 1]`, with each point's reconstruction at all positions of
-    `rows` `[R, T]`. `captured` `[R, T, d]` are the activations of the rows, where they are there already. `shift`
-    `[S + 1, d]` is added to the decoder bias of each point: with a `Curve`'s, it is the refitted one."""
+    """The language model's loss on the downstream rows, fp64 nats per token `[S + 1]`, with each point's reconstruction
+    at all positions. `shift` `[S + 1, d]` is added to the decoder bias of each point: a `Curve`'s refits it."""
     check_pair(small, large)
+    lm, rows = held_out.lm, held_out.downstream_rows  # [R, T]
     shift = None if shift is None else shift.to(lm.device, torch.float32)
-    size = max(1, min(rows_per_batch, _rows_at_a_time({"": path}, small.d_model) // rows.shape[1]))
+    size = max(1, min(held_out.rows_per_batch, _rows_at_a_time({"": path}, small.d_model) // rows.shape[1]))
     total = torch.zeros(path.n_steps + 1, dtype=torch.float64, device=lm.device)
     for first in range(0, len(rows), size):
-        tokens = rows[first : first + size].to(lm.device)
-        activations = lm.capture(tokens, site) if captured is None else captured[first : first + len(tokens)]
+        here = slice(first, min(first + size, len(rows)))
+        tokens, activations = rows[here].to(lm.device), held_out.activations(here)
         x, of_tokens = small.norm(activations.flatten(0, 1))
         x_hats = _along(path, small, large, small.encode(x), large.encode(x))
         if shift is not None:
             x_hats = x_hats + shift
         for point, x_hat in enumerate(x_hats.unbind(1)):
             raw = small.norm.undo(x_hat, of_tokens).view(activations.shape).to(activations.dtype)
-            logits = lm.logits_with(raw, tokens, site)[:, :-1].flatten(0, 1).float()
+            logits = lm.logits_with(raw, tokens, held_out.site)[:, :-1].flatten(0, 1).float()
             total[point] += F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum").double()
     return total.cpu() / rows[:, 1:].numel()
 
 
-def _rows_at_a_time(paths: Mapping[str, Path], d: int) -> int:
+def _rows_at_a_time(paths: Mapping[str, StitchPath], d: int) -> int:
     return max(1, PATH_ENTRIES // (d * max(path.n_steps + 1 for path in paths.values())))
 
 
 def _along(
-    path: Path, small: DictionaryMethod, large: DictionaryMethod, codes_small: Codes, codes_large: Codes
+    path: StitchPath, small: DictionaryMethod, large: DictionaryMethod, codes_small: Codes, codes_large: Codes
 ) -> Tensor:
-    """Reconstructions at every point, `[B, S + 1, d]`. The sums run so that the small dictionary's part is exactly 0
-    where all its latents are gone."""
+    """Reconstructions at every point, `[B, S + 1, d]`. Sums are ordered so that the small dictionary's part is exactly
+    0 once all its latents are removed."""
     n_points = path.n_steps + 1
     coming = _sums_by(path.comes, n_points, codes_large, large.W_dec).cumsum(1)
     staying = _sums_by(path.goes - 1, n_points, codes_small, small.W_dec).flip(1).cumsum(1).flip(1)
@@ -215,7 +211,8 @@ def _along(
 
 
 def _sums_by(group: Tensor, n_groups: int, codes: Codes, W_dec: Tensor) -> Tensor:
-    """Codes `[B, m]` decoded group by group, `[B, n_groups, d]`: `group` `[m]`; other groups count nowhere."""
+    """Codes `[B, m]` decoded group by group, `[B, n_groups, d]`. `group` `[m]`; latents of higher groups do not
+    count."""
     rows, cols, values = entries(codes)
     at = group.to(cols.device)[cols]
     kept = at < n_groups

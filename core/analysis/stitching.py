@@ -1,15 +1,15 @@
-"""Stitching (Leask et al. 2025): which latents of a large dictionary are new to a small one of the same activations.
+"""Stitching (Leask et al. 2025): which latents of a large dictionary are new to a small one at the same site.
 
 A latent of the large dictionary, inserted alone into the small one, lowers the small one's error (novel) or does not
 (reconstruction). The change has a closed form, so that one product per batch scores all latents: with the small
 dictionary's residual r = x - x_hat, the latent's activation f_i and its decoder row w_i,
     dMSE_i = E[-2 f_i (r . w_i) + f_i^2 |w_i|^2] / d
-Insertion keeps the small dictionary's decoder bias and both encoders as they are. Everything is measured in the space
-in which the dictionaries work, after their input normalisation, as means over coordinates.
+Insertion changes neither the small dictionary's decoder bias nor the encoders. Everything is measured in the
+dictionaries' space, after their input normalisation, as means over coordinates.
 
 Shapes: B rows in a batch, d = d_model, n latents in the small and m in the large dictionary, K blocks of rows.
-Memory beside the weights: the codes of one batch, at most [B, n + m] numbers where they are dense, and sums [K, m] in
-fp64; never [n_rows, m]. Similarities are made in chunks of `CHUNK_ENTRIES` numbers.
+Memory beyond the weights: the codes of one batch, at most [B, n + m] numbers if they are dense, and sums [K, m] in
+fp64; never [n_rows, m]. Similarities are computed in chunks of `CHUNK_ENTRIES` numbers.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from core.kernels.sparse import sampled_product
 from core.methods.base import DictionaryMethod
 from core.metrics.sparsity import firing_counts
 from core.seeding import derived_seed
+from core.streams.decoder_rows import directions
 
-CHUNK_ENTRIES = 1 << 24  # similarities, or resampled means, made at a time: 64 or 128 MiB
+CHUNK_ENTRIES = 1 << 24  # similarities, or resampled means, computed at a time: 64 or 128 MiB
 CLASSES = ("novel", "reconstruction", "undecided", "dead")
 NOVEL, RECONSTRUCTION, UNDECIDED, DEAD = range(4)
 PAPER_THRESHOLD = 0.7  # cosine below which the paper calls a latent novel without inserting it
@@ -42,7 +43,7 @@ PAPER_THRESHOLD = 0.7  # cosine below which the paper calls a latent novel witho
 def check_pair(small: DictionaryMethod, large: DictionaryMethod) -> None:
     """Raises UserError unless both dictionaries can read the same activations: equal d, site and normalisation."""
     if small is large:
-        raise UserError("small and large are one dictionary: stitching needs two of a family.")
+        raise UserError("small and large are the same dictionary: stitching needs two of a family.")
     if small.d_model != large.d_model:
         raise UserError(
             f"The small dictionary has d_model={small.d_model}, the large one {large.d_model}: stitching needs two "
@@ -75,7 +76,7 @@ class LatentScores:
     changes       fp64 `[K, m]`: change of the squared error by inserting a latent alone, over the rows of a block
     n_rows        fp64 `[K]`: rows in each block
     fired         int64 `[m]`: at how many rows each large latent fires
-    error_small, error_large    squared errors of the two dictionaries as they are
+    error_small, error_large    squared errors of the two unchanged dictionaries
     active_small, active_large  active latents, summed over rows
     """
 
@@ -113,7 +114,7 @@ class LatentScores:
         }
 
     def interval(self, seed: int, confidence: float = 0.95, n_resamples: int = 1000) -> tuple[Tensor, Tensor]:
-        """Ends of the percentile bootstrap interval of `delta_mse`, fp64 `[m]` each; blocks are drawn again.
+        """Ends of the percentile bootstrap interval of `delta_mse` over blocks, fp64 `[m]` each.
 
         Raises UserError for fewer than 8 blocks."""
         K = len(self.changes)
@@ -125,19 +126,19 @@ class LatentScores:
         rows = (draws @ self.n_rows)[:, None] * self.d_model  # [resamples, 1]
         ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64, device=draws.device)
         width = max(1, CHUNK_ENTRIES // (2 * n_resamples))
-        found = [torch.quantile(draws @ part / rows, ends, dim=0) for part in self.changes.split(width, 1)]
-        low, high = torch.cat(found, 1)
+        parts = [torch.quantile(draws @ part / rows, ends, dim=0) for part in self.changes.split(width, 1)]
+        low, high = torch.cat(parts, 1)
         return low, high
 
     def classes(self, seed: int, confidence: float = 0.95, n_resamples: int = 1000) -> Tensor:
-        """int64 `[m]`, places in `CLASSES`: novel where the whole interval of dMSE is below 0, reconstruction where all
-        of it is above, dead where the latent never fired."""
+        """int64 `[m]`, indices into `CLASSES`: novel if the whole interval of dMSE is below 0, reconstruction if all of
+        it is above 0, dead if the latent never fired."""
         low, high = self.interval(seed, confidence, n_resamples)
-        found = torch.full_like(self.fired, UNDECIDED)
-        found[high < 0] = NOVEL
-        found[low > 0] = RECONSTRUCTION
-        found[self.dead] = DEAD
-        return found
+        classes = torch.full_like(self.fired, UNDECIDED)
+        classes[high < 0] = NOVEL
+        classes[low > 0] = RECONSTRUCTION
+        classes[self.dead] = DEAD
+        return classes
 
 
 @torch.no_grad()
@@ -146,8 +147,8 @@ def score_latents(
 ) -> LatentScores:
     """Score all latents of `large` against `small` on batches `[B, d]` of raw activations, each of whole text rows.
 
-    Batch i counts in block i modulo `n_blocks`. Where codes are sparse, a latent is looked at only where it fires.
-    Raises UserError for dictionaries that do not fit together (`check_pair`), and for batches without rows.
+    Batch i belongs to block i modulo `n_blocks`. With sparse codes, a latent costs time only at the rows where it
+    fires. Raises UserError for dictionaries that do not fit together (`check_pair`), and for batches without rows.
     """
     check_pair(small, large)
     device, m = large.W_dec.device, large.dict_size
@@ -187,15 +188,15 @@ def changes_of_error(codes: Codes, r: Tensor, W_dec: Tensor, squared_norms: Tens
         f, cols = codes.values, codes.cols
         terms = f * (f * squared_norms[cols] - 2 * sampled_product(r, W_dec, codes.support))
         return torch.bincount(cols, weights=terms.double(), minlength=codes.shape[1])
-    found = []
+    sums = []
     width = max(1, CHUNK_ENTRIES // len(r))
     for f, W, norms in zip(codes.dense().split(width, 1), W_dec.split(width), squared_norms.split(width), strict=True):
-        found.append((f * torch.addcmul(-2 * (r @ W.T), f, norms)).sum(0, dtype=torch.float64))
-    return torch.cat(found)
+        sums.append((f * torch.addcmul(-2 * (r @ W.T), f, norms)).sum(0, dtype=torch.float64))
+    return torch.cat(sums)
 
 
 class Error(NamedTuple):
-    """Of one dictionary: mean squared error per coordinate, the same with the best decoder bias, mean L0."""
+    """A dictionary's mean squared error per coordinate, the same with the best decoder bias, and mean L0."""
 
     mse: float
     mse_refit: float
@@ -209,7 +210,7 @@ def error_of(method: DictionaryMethod, batches: Iterable[Tensor]) -> Error:
 
 @torch.no_grad()
 def error_and_bias(method: DictionaryMethod, batches: Iterable[Tensor]) -> tuple[Error, Tensor]:
-    """The same, and the refitted bias `[d]`, of normalised space."""
+    """The same, and the refitted bias `[d]`, in normalised space."""
     total = torch.zeros(method.d_model, dtype=torch.float64, device=method.W_dec.device)
     error, active, n = total.new_zeros(()), total.new_zeros(()), 0
     for x in batches:
@@ -219,37 +220,24 @@ def error_and_bias(method: DictionaryMethod, batches: Iterable[Tensor]) -> tuple
         total, error = total + r.sum(0), error + r.square().sum()
         active, n = active + codes.l0() * len(x), n + len(x)
     refit = error / n - (total / n).square().sum()
-    found = Error(float(error) / n / method.d_model, float(refit) / method.d_model, float(active) / n)
-    return found, method.b_dec + (total / n).float()
+    scored = Error(float(error) / n / method.d_model, float(refit) / method.d_model, float(active) / n)
+    return scored, method.b_dec + (total / n).float()
 
 
-# ---- what decoder rows say
+# ---- similarity of decoder rows
 
 
 class Nearest(NamedTuple):
-    """For every latent of the large dictionary `[m]`: the largest cosine with a decoder row of the small one; whose."""
+    """For every latent of the large dictionary `[m]`: the largest cosine with a row of the small one, and which row."""
 
     cosine: Tensor
     partner: Tensor
 
 
-def unit_decoder(method: DictionaryMethod, which: str) -> Tensor:
-    """Decoder rows at unit norm `[m, d]`. Raises UserError where a row is zero: it has no direction."""
-    W = method.W_dec.detach()
-    norms = W.norm(dim=1, keepdim=True)
-    zero = (norms.squeeze(1) == 0).nonzero().flatten()
-    if len(zero):
-        raise UserError(
-            f"{which}: {len(zero)} of {len(W)} decoder rows are zero (the first: latent {int(zero[0])}), so they are "
-            "similar to nothing. Leave these latents out of the dictionary."
-        )
-    return W / norms
-
-
 def _similarities(small: DictionaryMethod, large: DictionaryMethod) -> Iterator[tuple[int, Tensor]]:
     """(first latent, cosines `[chunk, n]`) of the large dictionary's latents with all of the small one's, in chunks."""
     check_pair(small, large)
-    W_small, W_large = unit_decoder(small, "small"), unit_decoder(large, "large")
+    W_small, W_large = directions(small.W_dec, "small"), directions(large.W_dec, "large")
     n_rows = max(1, CHUNK_ENTRIES // len(W_small))
     for first in range(0, len(W_large), n_rows):
         yield first, W_large[first : first + n_rows] @ W_small.T
@@ -257,12 +245,12 @@ def _similarities(small: DictionaryMethod, large: DictionaryMethod) -> Iterator[
 
 def nearest(small: DictionaryMethod, large: DictionaryMethod) -> Nearest:
     """c_i = max_j cos(w_i of the large dictionary, w_j of the small one), and that j."""
-    found = [cosines.max(1) for _, cosines in _similarities(small, large)]
-    return Nearest(torch.cat([part.values for part in found]), torch.cat([part.indices for part in found]))
+    best = [cosines.max(1) for _, cosines in _similarities(small, large)]
+    return Nearest(torch.cat([part.values for part in best]), torch.cat([part.indices for part in best]))
 
 
 class Components(NamedTuple):
-    """Connected components of the bipartite graph of similar latents, as labels from 0 on; int64 `[n]` and `[m]`.
+    """Connected components of the bipartite graph of similar latents, labelled from 0; int64 `[n]` and `[m]`.
 
     `paired`, bool `[n_components]`: the component has latents of both dictionaries.
     """
@@ -278,7 +266,7 @@ class Components(NamedTuple):
 
 
 def components(small: DictionaryMethod, large: DictionaryMethod, threshold: float) -> Components:
-    """Latents of the two dictionaries joined where cos >= threshold. Memory: the edges, and one chunk of cosines."""
+    """Join latents of the two dictionaries if cos >= threshold. Memory: the edges, and one chunk of cosines."""
     rows, cols = [], []
     for first, cosines in _similarities(small, large):
         row, col = (cosines >= threshold).nonzero(as_tuple=True)
@@ -295,8 +283,8 @@ def components(small: DictionaryMethod, large: DictionaryMethod, threshold: floa
 
 
 def parents(near: Nearest, n_small: int, threshold: float) -> Components:
-    """The same with an edge to the most similar latent alone: one latent of the small dictionary and its children. At a
-    low threshold this graph keeps its components small, where the other one grows together into a single one."""
+    """The same with one edge from each large latent, to the most similar small one: a component is a small latent and
+    its children. At a low threshold these components stay small, while those of `components` merge into one."""
     cosine, partner = near.cosine.cpu(), near.partner.cpu()
     alone = cosine < threshold
     large = partner.where(~alone, n_small + alone.cumsum(0) - 1)
@@ -304,7 +292,7 @@ def parents(near: Nearest, n_small: int, threshold: float) -> Components:
     return Components(torch.arange(n_small), large, paired)
 
 
-# ---- how well the cosine foretells the change
+# ---- how well the cosine predicts the change
 
 
 @dataclass(frozen=True)
@@ -313,7 +301,7 @@ class Prediction:
 
     auc        P(c of a novel latent < c of another)
     spearman   rank correlation of c and dMSE
-    threshold  where the mean of the two classes' accuracies is highest, on these very latents
+    threshold  where the mean of the two classes' accuracies is highest, on these same latents
     """
 
     auc: float
@@ -324,7 +312,7 @@ class Prediction:
 
 
 def predict_novel(cosine: Tensor, delta_mse: Tensor) -> Prediction | None:
-    """Of the latents given, `[l]` each; leave out dead ones. None where all are of one class or of one cosine."""
+    """For the given latents, `[l]` each, without dead ones. None if all have one class or one cosine."""
     c, change = cosine.double().cpu().numpy(), delta_mse.cpu().numpy()
     novel = change < 0
     if novel.all() or not novel.any() or (c == c[0]).all():

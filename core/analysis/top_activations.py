@@ -1,4 +1,4 @@
-"""The strongest activations of every latent, with their tokens and contexts, and what latents have in common by them.
+"""The strongest activations of every latent, with their tokens and contexts, and the tokens that latents share.
 
 Shapes: R rows of T tokens, m = dict_size, n strongest kept.
 """
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.kernels.codes import Codes, SparseCodes
+from core.analysis.held_out import HeldOut
+from core.kernels.codes import Codes, SparseCodes, entries
 from core.methods.base import DictionaryMethod
-from core.models.language_model import LanguageModel
 from core.seeding import generator
 
 MAX_TEXT = 60  # characters of a context on either side of its token
@@ -25,11 +25,11 @@ MAX_TEXT = 60  # characters of a context on either side of its token
 
 @dataclass(frozen=True)
 class Strongest:
-    """For every latent its strongest activations over some text, strongest first.
+    """The strongest activations of every latent over some text, strongest first.
 
     counts  `[m]`, tokens on which the latent fires
-    n_tokens  that were looked at
-    values, places  `[m, n]`; places are positions in the flattened rows, -1 where there are fewer than n
+    n_tokens  number of tokens seen
+    values, places  `[m, n]`; places are positions in the flattened rows, -1 if there are fewer than n
     """
 
     counts: np.ndarray
@@ -44,25 +44,16 @@ class Strongest:
 
 
 @torch.no_grad()
-def strongest_activations(
-    method: DictionaryMethod,
-    lm: LanguageModel,
-    site: str,
-    rows: Tensor,
-    rows_per_batch: int,
-    n: int,
-    captured: Tensor | None = None,
-) -> Strongest:
-    """Codes of all tokens of `rows` `[R, T]` at a site, tokens that begin a text left out. `captured` `[R, T, d]`, the
-    activations, saves the passes of the language model."""
-    m, n_ctx = method.dict_size, rows.shape[1]
+def strongest_activations(method: DictionaryMethod, held_out: HeldOut, n: int) -> Strongest:
+    """The `n` strongest of each latent over all held-out tokens, except those that begin a text."""
+    m, n_ctx, bos = method.dict_size, held_out.rows.shape[1], held_out.lm.bos_token_id
     counts, n_tokens = np.zeros(m, dtype=np.int64), 0
     kept = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64))
-    for start in range(0, len(rows), rows_per_batch):
-        here = slice(start, start + rows_per_batch)
-        x = lm.capture(rows[here], site) if captured is None else captured[here]
-        inside = (rows[here].flatten() != lm.bos_token_id).cpu().numpy()
-        token, latent, value = _entries(method.encode(method.norm(x.flatten(0, 1).float())[0]))
+    for start in range(0, len(held_out.rows), held_out.rows_per_batch):
+        here = slice(start, start + held_out.rows_per_batch)
+        x = held_out.activations(here).flatten(0, 1).float()  # [r T, d]
+        inside = (held_out.rows[here].flatten() != bos).cpu().numpy()
+        token, latent, value = _positive_entries(method.encode(method.norm(x)[0]))
         token, latent, value = (a[inside[token]] for a in (token, latent, value))
         counts += np.bincount(latent, minlength=m)
         n_tokens += int(inside.sum())
@@ -70,23 +61,18 @@ def strongest_activations(
     return Strongest(counts, n_tokens, *_as_table(kept, m, n))
 
 
-def _entries(codes: Codes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _positive_entries(codes: Codes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(row, latent, value) of all entries > 0."""
-    if isinstance(codes, SparseCodes):
-        at, value = torch.stack([codes.rows, codes.cols]), codes.values
-    else:
-        at = codes.values.nonzero().T
-        value = codes.values[at[0], at[1]]
+    row, latent, value = entries(codes)
     positive = value > 0
-    row, latent = at[:, positive].cpu().numpy()
-    return row, latent, value[positive].cpu().numpy()
+    return row[positive].cpu().numpy(), latent[positive].cpu().numpy(), value[positive].cpu().numpy()
 
 
 Entries = tuple[np.ndarray, np.ndarray, np.ndarray]  # latent, value, place
 
 
 def _largest(kept: Entries, new: Entries, n: int) -> Entries:
-    """The n largest entries of every latent, sorted by latent and falling value; of equals the first."""
+    """The n largest entries of every latent, sorted by latent and falling value; ties go to the first."""
     latent, value, place = (np.concatenate(pair) for pair in zip(kept, new, strict=True))
     order = np.lexsort((place, -value, latent))
     latent, value, place = latent[order], value[order], place[order]
@@ -95,7 +81,7 @@ def _largest(kept: Entries, new: Entries, n: int) -> Entries:
 
 
 def _rank(latent: np.ndarray) -> np.ndarray:
-    """The place of each entry among those of its latent, which stand together."""
+    """The rank of each entry among those of its latent, which are adjacent."""
     first = np.flatnonzero(np.r_[True, latent[1:] != latent[:-1]]) if len(latent) else np.empty(0, dtype=np.int64)
     return np.arange(len(latent)) - np.repeat(first, np.diff(np.r_[first, len(latent)]))
 
@@ -110,20 +96,20 @@ def _as_table(kept: Entries, m: int, n: int) -> tuple[np.ndarray, np.ndarray]:
 # ---- in words
 
 
-def top_tokens(found: Strongest, rows: Tensor, tokenizer: Any, n: int) -> list[list[str]]:
-    """For every latent the first n different tokens among its strongest activations; case and surrounding space do not
-    tell tokens apart."""
+def top_tokens(strongest: Strongest, rows: Tensor, tokenizer: Any, n: int) -> list[list[str]]:
+    """For every latent the first n different tokens among its strongest activations; case and surrounding space are
+    ignored."""
     flat = rows.flatten().cpu()
     words = {int(i): tokenizer.decode([int(i)]) for i in flat.unique()}
     lists = []
-    for places in found.places:
+    for places in strongest.places:
         texts = (words[int(flat[place])] for place in places if place >= 0)
         lists.append(list({normal(text): None for text in texts})[:n])
     return lists
 
 
 def normal(token: str) -> str:
-    """A token without surrounding space and case; one that is nothing but space as in code, long runs counted."""
+    """A token without surrounding space and case. A token of space only is written as in code, with its length."""
     if words := token.strip().lower():
         return words
     return re.sub("  +", lambda run: f"\u2423\u00d7{len(run.group())}", repr(token)[1:-1])
@@ -132,23 +118,23 @@ def normal(token: str) -> str:
 def contexts(
     places: Sequence[int], rows: Tensor, tokenizer: Any, before: int, after: int
 ) -> list[tuple[str, str, str]]:
-    """(text before, the token, text after) for positions in the flattened rows; -1 is left out."""
+    """(text before, the token, text after) for positions in the flattened rows; -1 is skipped."""
     n_ctx = rows.shape[1]
-    found = []
+    texts = []
     for place in (int(p) for p in places if p >= 0):
         row, at = divmod(place, n_ctx)
         tokens = rows[row].tolist()
         parts = tokens[max(0, at - before) : at], [tokens[at]], tokens[at + 1 : at + 1 + after]
         left, token, right = (tokenizer.decode(part) for part in parts)
-        found.append((left[-MAX_TEXT:], token, right[:MAX_TEXT]))
-    return found
+        texts.append((left[-MAX_TEXT:], token, right[:MAX_TEXT]))
+    return texts
 
 
-# ---- token overlap: what a set of latents has in common, without a judge
+# ---- token overlap: how much a set of latents has in common, without a judge
 
 
 def token_overlap(sets: Iterable[Sequence[int]], tokens: Sequence[Sequence[str]]) -> np.ndarray:
-    """For every set of latents the mean Jaccard index of their top tokens over all pairs: `[number of sets]`."""
+    """The mean Jaccard index of the top tokens over all pairs in each set of latents: `[number of sets]`."""
     as_sets = [frozenset(words) for words in tokens]
 
     def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
@@ -166,9 +152,9 @@ def random_sets(latents: Sequence[int], size: int, n: int, seed: int) -> list[li
 
 
 def top_rows(codes: SparseCodes, n: int, among: np.ndarray | None = None) -> list[list[int]]:
-    """For every column of codes `[N, M]` the up to n rows with the largest entries, largest first; of the rows that the
-    bool mask `among` `[N]` lets through."""
-    row, column, value = _entries(codes)
+    """For every column of codes `[N, M]` the rows with the n largest entries, or fewer, largest first. `among`, bool
+    `[N]`, selects the rows that count."""
+    row, column, value = _positive_entries(codes)
     if among is not None:
         row, column, value = (a[among[row]] for a in (row, column, value))
     column, _, row = _largest((column[:0], value[:0], row[:0]), (column, value, row), n)

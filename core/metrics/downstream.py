@@ -1,6 +1,6 @@
-"""What a reconstruction does to the language model that computes on with it: cross-entropies and KL, from sums.
+"""The effect of a reconstruction on the language model that continues from it: cross-entropies and KL, from sums.
 
-Shapes: R rows, T tokens in a row, V = vocabulary. The first T - 1 positions of a row are scored, those that have a next
+Shapes: R rows, T tokens in a row, V = vocabulary. The first T - 1 positions of a row are scored, which have a next
 token to predict. All losses are in nats.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 def recovered(clean: float, spliced: float, ablated: float) -> float | None:
     """(spliced - ablated) / (clean - ablated): 1 where splicing costs nothing, 0 where it costs as much as ablating.
 
-    None where ablating changes nothing, so that there is nothing to recover.
+    None if ablating changes nothing, so that there is nothing to recover.
     """
     return None if clean == ablated else (spliced - ablated) / (clean - ablated)
 
@@ -26,8 +26,8 @@ class SplicedSums:
     """Sums over scored tokens, fp64 scalars on the logits' device; `a + b` is the sums of both sets of rows."""
 
     n_tokens: int
-    clean: Tensor  # sum of the next token's cross-entropies with the activations as they are
-    spliced: Tensor  # the same with reconstructions in their place
+    clean: Tensor  # sum of the next token's cross-entropies with unchanged activations
+    spliced: Tensor  # the same with reconstructions instead
     kl: Tensor  # sum of KL(clean || spliced)
 
     @classmethod
@@ -55,11 +55,11 @@ class SplicedSums:
     def metrics(self, zero_ablated: float, mean_ablated: float) -> dict[str, float]:
         """Per-token means, given those of the two ablations (nats per token, on the same rows).
 
-        `ce_degradation` is spliced - clean: positive where the model got worse (the BatchTopK authors' code logs its
-        negative). A recovery ratio is left out where its ablation changes nothing.
+        `ce_degradation` is spliced - clean, positive if the model got worse (the BatchTopK authors' code logs its
+        negative). There is no recovery ratio if its ablation changes nothing.
         """
         clean, spliced = self.clean.item() / self.n_tokens, self.spliced.item() / self.n_tokens
-        found = {
+        metrics = {
             "ce_clean": clean,
             "ce_spliced": spliced,
             "ce_zero_ablated": zero_ablated,
@@ -71,5 +71,5 @@ class SplicedSums:
         for name, ablated in (("ce_recovered_zero", zero_ablated), ("ce_recovered_mean", mean_ablated)):
             ratio = recovered(clean, spliced, ablated)
             if ratio is not None:
-                found[name] = ratio
-        return found
+                metrics[name] = ratio
+        return metrics

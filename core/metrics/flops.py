@@ -1,13 +1,14 @@
 """Floating-point operations of training and inference, as O'Neill et al. 2025 count them and corrected.
 
-`paper` is the arithmetic of the authors' code, which their figures' x-axes come from. `corrected` mends four defects:
-1. Sparse coding's step multiplies sums over the batch by the number of samples once more: 59.2 times too much at
+`paper` is the arithmetic of the authors' code, which gives the x-axes of their figures. `corrected` repairs four
+defects: 1. Sparse coding's step multiplies sums over the batch by the number of samples a second time: 59.2 times too
+much at
    N = 16, M = 8, n = 1024.
-2. Later counts for known codes include a decoder, which does not exist there: `sae_train_step` with `learn_D=False`
-   gives those, `sae_known_codes_step` the earlier ones without it.
-3. Updating a weight is charged for every sample instead of once per step, at 2 instead of about 10 operations (Adam);
-   and the backward pass has one product per layer, where a layer that is not the first, or learned D, needs two.
-4. Codes optimised at test time are charged the training of an SAE even where nothing of the SAE is used: `sae_ito`.
+2. Their later counts for known codes include a decoder, which does not exist there. `sae_train_step` with
+   `learn_D=False` gives those counts, `sae_known_codes_step` the earlier ones without a decoder.
+3. Updating a weight is charged for every sample instead of once per step, at 2 instead of about 10 operations (Adam).
+   The backward pass has one product per layer, but a layer that is not the first, or a learned D, needs two.
+4. Codes optimised at test time are charged the training of an SAE even if they use nothing of it: see `sae_ito`.
 
 In `corrected`, a product [a, b] x [b, c] is 2abc, any other operation 1 per element, a step of Adam 10 per parameter.
 Atoms are normalised without a gradient. A count is of one run.
@@ -29,7 +30,7 @@ NORMALISE = 3  # per weight of a dictionary: square, sum, quotient
 
 @dataclass(frozen=True)
 class Terms:
-    """A `corrected` count by kind.
+    """A `corrected` count, by kind of operation.
 
     matmul       products of matrices, forward and backward: what torch's FlopCounterMode counts
     elementwise  activations and their derivatives, residual, loss and penalty, scaling of gradients
@@ -91,7 +92,7 @@ def sc_train_step(N: int, M: int, n: int, mode: Mode, learn_D: bool = True) -> f
 
 
 def sc_train_step_batch_once(N: int, M: int, n: int, learn_D: bool = True) -> float:
-    """The authors' terms of `sc_train_step` with only defect 1 mended: every sum over the batch counts once."""
+    """The authors' terms of `sc_train_step` with only defect 1 repaired: every sum over the batch counts once."""
     return float(_paper_sc(N, M, samples=n, batch=n, learn_D=learn_D))
 
 
@@ -108,8 +109,8 @@ def mlp_inference(N: int, M: int, h: int, n: int) -> float:
 def optimise_codes(N: int, M: int, n: int, iterations: int, mode: Mode) -> float:
     """Adam on the log-codes of n samples under a fixed dictionary: ITO, and the inference of sparse coding.
 
-    `paper` charges MN + N per sample for the start. `corrected` charges the last exp; to compare with a net that has
-    seen training samples, count the codes of all samples that the comparison is about (defect 4).
+    `paper` charges MN + N per sample for the start. `corrected` charges the last exp. For a comparison with a net that
+    was trained on samples, count the codes of all samples in the comparison (defect 4).
     """
     if _is_paper(mode):
         return float((M * N + N + (4 * M * N + 2 * M + 11 * N) * iterations) * n)
@@ -122,8 +123,8 @@ def sae_ito(
 ) -> float:
     """An SAE trained for `steps`, then the codes of n_test samples optimised under its (or the true) dictionary.
 
-    `corrected` leaves the training out where nothing of it is used, with a known dictionary and a cold start, and
-    charges a warm start for its pass through the encoder.
+    `corrected` does not charge training that is not used (known dictionary, cold start), and charges a warm start for
+    its pass through the encoder.
     """
     codes = optimise_codes(N, M, n_test, iterations, mode)
     training = steps * sae_train_step(N, M, n_train, learn_D, mode)

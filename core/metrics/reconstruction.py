@@ -1,7 +1,7 @@
-"""How well activations are reconstructed: every number from sums over rows, divided once at the end.
+"""How well activations are reconstructed: every number is computed from sums over rows, divided once at the end.
 
 Shapes: B rows in a batch, d = width of the site. Sums are fp64 scalars on the activations' device, so that a batch
-costs no synchronisation, and adding them in any order or partition gives the same numbers to rounding.
+needs no synchronisation. In any order or partition they give the same numbers to rounding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def token_std_errors(x: Tensor, x_hat: Tensor) -> Tensor:
 
     A row is standardised by the mean and the unbiased standard deviation (+ 1e-5) over its d coordinates; the mean
     cancels in the difference. Averaged over rows this is `nmse_token_std`, the NMSE of Bussmann et al. 2024 (their code
-    computes it where a dictionary is trained on such rows). It is not an FVU: no mean of the data set is involved.
+    computes it, since its dictionaries are trained on such rows). It is not an FVU: no mean of the data set is
+    involved.
     """
     return _standardised(_squared_norms(x.double() - x_hat.double()), x.double())
 
@@ -39,10 +40,10 @@ def _squared_norms(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ReconstructionSums:
-    """Sums over rows from which the figures below follow; `a + b` is the sums of both sets of rows.
+    """Sums over rows, from which the figures below follow; `a + b` is the sums of both sets of rows.
 
-    The spread about the data mean is kept as (n, mean, sum of squared deviations from that mean) and joined by the
-    exact formula for two sets (Chan et al. 1983), so one pass gives it without cancellation however large the mean is.
+    The spread about the data mean is kept as (n, mean, sum of squared deviations from that mean) and combined by the
+    exact formula for two sets (Chan et al. 1983). So one pass suffices, without cancellation even for a large mean.
     """
 
     n_rows: Tensor
@@ -51,7 +52,7 @@ class ReconstructionSums:
     error: Tensor  # sum |x - x_hat|^2
     energy: Tensor  # sum |x|^2
     token_std_error: Tensor  # sum of `token_std_errors`
-    cosine: Tensor  # sum cos(x, x_hat); 0 where either is zero
+    cosine: Tensor  # sum cos(x, x_hat); 0 if either is zero
     l2_ratio: Tensor  # sum |x_hat| / |x|
 
     @classmethod
@@ -105,7 +106,7 @@ class ReconstructionSums:
 
     @cached_property
     def nmse_raw_energy(self) -> float:
-        """sum |x - x_hat|^2 / sum |x|^2, about zero (Gao et al. 2024): small for free where the data mean is large."""
+        """sum |x - x_hat|^2 / sum |x|^2, about zero (Gao et al. 2024): small at no cost if the data mean is large."""
         return (self.error / self.energy).item()
 
     @cached_property
@@ -115,7 +116,7 @@ class ReconstructionSums:
 
     @cached_property
     def mean_l2_ratio(self) -> float:
-        """Mean over rows of |x_hat| / |x|; below 1 where reconstructions shrink."""
+        """Mean over rows of |x_hat| / |x|; below 1 if reconstructions shrink."""
         return (self.l2_ratio / self.n_rows).item()
 
 
@@ -123,7 +124,31 @@ def fve_per_token(x: Tensor, x_hat: Tensor, mean: Tensor) -> Tensor:
     """1 - |x - x_hat|^2 / |x - mean|^2 of each row: `[B, d]`, `[B, d]`, `[d]` -> `[B]` in fp64.
 
     `mean` is the data mean over the evaluation set. Averaged over rows this is the "explained variance" of some
-    libraries, which rows close to the mean dominate; it is not `fve`.
+    libraries, which rows close to the mean dominate. It is not `fve`.
     """
     error = (x.double() - x_hat.double()).square().sum(-1)
     return 1 - error / (x.double() - mean.double()).square().sum(-1)
+
+
+@dataclass(frozen=True)
+class VarianceExplained:
+    """The variance of weighted rows w_i that is explained, for instance of a decoder's directions by a meta-dictionary.
+
+    centred    1 - sum_i p_i |w_i - w_hat_i|^2 / sum_i p_i |w_i - w_bar|^2, as in SAEBench
+    uncentred  the same over sum_i p_i |w_i|^2
+
+    p_i are equal weights, or given ones; w_bar is the mean of the rows under these weights.
+    """
+
+    centred: float
+    uncentred: float
+
+    @classmethod
+    def of(cls, rows: Tensor, rows_hat: Tensor, weights: Tensor | None = None) -> VarianceExplained:
+        """Of rows and their reconstructions, both `[N, d]`; weights `[N]`, of any positive sum."""
+        w, w_hat = rows.detach().double(), rows_hat.detach().double()
+        p = torch.ones_like(w[:, 0]) if weights is None else weights.to(w)
+        p = p / p.sum()
+        error, mean = p @ (w - w_hat).square().sum(1), p @ w
+        spread, energy = p @ (w - mean).square().sum(1), p @ w.square().sum(1)
+        return cls(float(1 - error / spread), float(1 - error / energy))

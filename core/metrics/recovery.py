@@ -1,7 +1,7 @@
-"""How well codes and dictionaries are recovered: the mean correlation coefficient (MCC) and what it is by chance.
+"""How well codes and dictionaries are recovered: the mean correlation coefficient (MCC), and its value by chance.
 
 Shapes: n samples, P and Q columns (codes or atoms), N true codes, M observed dimensions; `...` are runs. Everything is
-computed in float64 on the CPU. A run with a NaN or an infinity in it gets NaN, the others keep their values.
+computed in float64 on the CPU. A run with a NaN or an infinity gets NaN; the others keep their values.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from core.seeding import generator
 
 Kind = Literal["pearson", "cosine"]
 Number = TypeVar("Number", float, Tensor)
-VARIANCE_FLOOR = 1e-12  # a column below it is constant (Pearson) or zero (cosine) and correlates 0 with everything
-CHUNK = 2**22  # numbers standardised at a time where columns need not meet
+VARIANCE_FLOOR = 1e-12  # below it a column is constant (Pearson) or zero (cosine), and correlates 0 with everything
+CHUNK = 2**22  # numbers standardised at a time where columns are independent
 
 
 def correlations(A: Tensor, B: Tensor, kind: Kind = "pearson") -> Tensor:
     """Correlation of every column of A `[..., n, P]` with every column of B `[..., n, Q]`: `[..., P, Q]`, signed.
 
-    `pearson` is the cosine of centred columns, `cosine` that of the columns as they are. A column whose variance (for
+    `pearson` is the cosine of centred columns, `cosine` that of uncentred ones. A column whose variance (for
     `cosine`: mean square) is below 1e-12 correlates 0 with everything.
     Raises UserError for empty input, different n, or fewer than 2 samples with `pearson`.
     """
@@ -36,8 +36,8 @@ def correlations(A: Tensor, B: Tensor, kind: Kind = "pearson") -> Tensor:
 def matched_correlations(S: Tensor, S_hat: Tensor, kind: Kind = "pearson") -> Tensor:
     """|Correlation| of each of S's columns `[..., n, P]` with the matched column of S_hat `[..., n, Q]`: `[..., P]`.
 
-    Columns are matched one to one so that the sum is largest (Hungarian algorithm). With Q < P the columns of S that
-    find no partner get 0; with Q > P the surplus columns of S_hat are left out.
+    Columns are matched one to one so that the sum is largest (Hungarian algorithm). With Q < P the columns of S
+    without a partner get 0; with Q > P the surplus columns of S_hat do not count.
     Raises UserError as `correlations` does.
     """
     C = correlations(S, S_hat, kind).abs()  # [..., P, Q]
@@ -62,7 +62,7 @@ def dictionary_mcc(D: Tensor, D_hat: Tensor, kind: Kind = "pearson") -> Tensor:
 def unmatched_correlations(S: Tensor, S_hat: Tensor) -> Tensor:
     """Signed Pearson correlation of S[..., i] and S_hat[..., i], both `[..., n, N]`, for every i: `[..., N]`.
 
-    For codes whose order is known (O'Neill et al. 2025, known sparse codes): no matching, no absolute value.
+    For codes whose order is known (O'Neill et al. 2025, known sparse codes): without matching or absolute value.
     Raises UserError as `correlations` does, and for different widths.
     """
     if S.shape[-1] != S_hat.shape[-1]:
@@ -71,8 +71,8 @@ def unmatched_correlations(S: Tensor, S_hat: Tensor) -> Tensor:
         )
     width = max(1, CHUNK // max(S[..., :1].numel(), S_hat[..., :1].numel(), 1))
     parts = zip(S.split(width, -1), S_hat.split(width, -1), strict=True)
-    found = [(_standardised(a, b, "pearson") * _standardised(b, a, "pearson")).sum(-2) for a, b in parts]
-    return torch.cat(found, -1).clamp_(-1, 1)
+    products = [(_standardised(a, b, "pearson") * _standardised(b, a, "pearson")).sum(-2) for a, b in parts]
+    return torch.cat(products, -1).clamp_(-1, 1)
 
 
 def unmatched_correlation(S: Tensor, S_hat: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def chance_dictionary_mcc(N: int, M: int, kind: Kind = "pearson", n_draws: int =
 
 
 def chance_corrected(value: Number, chance: float) -> Number:
-    """(MCC - chance) / (1 - chance): 0 at chance, 1 at perfect recovery; NaN where chance itself is 1."""
+    """(MCC - chance) / (1 - chance): 0 at chance, 1 at perfect recovery; NaN if chance itself is 1."""
     return (value - chance) / (1 - chance) if chance < 1 else value * math.nan
 
 
@@ -139,19 +139,19 @@ class UnmatchedCorrelationSums:
         self.S_hat, self.S_hat_square, self.product = (torch.zeros(R, N, dtype=torch.float64) for _ in range(3))
 
     def add(self, indices: Tensor, values: Tensor, S_hat: Tensor) -> None:
-        """Count the samples of one chunk."""
+        """Add the samples of one chunk."""
         codes, values = indices.flatten(), values.double()
         self.n += len(indices)
         self.S.index_add_(0, codes, values.flatten())
         self.S_square.index_add_(0, codes, values.square().flatten())
         for run, predicted in enumerate(S_hat.detach()):
-            found = predicted.double()  # [n, N]
-            self.S_hat[run] += found.sum(0)
-            self.S_hat_square[run] += found.square().sum(0)
-            self.product[run].index_add_(0, codes, (found.gather(1, indices) * values).flatten())
+            S_hat_run = predicted.double()  # [n, N]
+            self.S_hat[run] += S_hat_run.sum(0)
+            self.S_hat_square[run] += S_hat_run.square().sum(0)
+            self.product[run].index_add_(0, codes, (S_hat_run.gather(1, indices) * values).flatten())
 
     def each(self) -> Tensor:
-        """As `unmatched_correlations` gives them: `[R, N]`, float64. Raises UserError before 2 samples are counted."""
+        """As `unmatched_correlations` gives them: `[R, N]`, float64. Raises UserError for fewer than 2 samples."""
         if self.n < 2:
             raise UserError(f"Correlations need 2 samples, not {self.n}.")
         covariance = self.product - self.S * self.S_hat / self.n

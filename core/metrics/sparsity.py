@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core.kernels.codes import Codes, SparseCodes
 
-DENSE_ABOVE = 0.1  # a latent that fires at more than this fraction of the tokens is called dense
+DENSE_ABOVE = 0.1  # a latent is dense if it fires at more than this fraction of the tokens
 
 
 def firing_counts(codes: Codes) -> Tensor:
@@ -28,7 +28,7 @@ class SparsitySums:
     """Integer sums over tokens; `a + b` is the sums of both sets of tokens, exactly.
 
     l0_histogram      int64 `[2, m + 1]`: how many tokens have an L0 of 0, 1, ..., m; beginnings of text (BOS) in row 1,
-                      all other tokens in row 0. With m + 1 bins nothing can fall outside.
+                      all other tokens in row 0. m + 1 bins hold every possible L0.
     counts            int64 `[m]`: at how many tokens each latent fires
     """
 
@@ -49,7 +49,7 @@ class SparsitySums:
         return SparsitySums(self.l0_histogram + other.l0_histogram, self.counts + other.counts)
 
     def histogram(self, bos: bool = True) -> Tensor:
-        """Tokens per L0, int64 `[largest L0 + 1]`, on the CPU; `bos=False` leaves out beginnings of text."""
+        """Tokens per L0, int64 `[largest L0 + 1]`, on the CPU; `bos=False`: without beginnings of text."""
         counts = (self.l0_histogram.sum(0) if bos else self.l0_histogram[0]).cpu()
         occurs = counts.nonzero()
         return counts[: int(occurs[-1]) + 1] if len(occurs) else counts[:1]
@@ -65,23 +65,23 @@ class SparsitySums:
     def metrics(self) -> dict[str, float]:
         """L0 of all tokens and of those that do not begin a text, dead and dense fractions of the latents.
 
-        Standard deviations divide by n. `l0_bos_mean` is left out where no token begins a text, and the figures
-        without BOS where every token does.
+        Standard deviations divide by n. `l0_bos_mean` is missing if no token begins a text, the figures without BOS
+        if every token does.
         """
         without_bos, only_bos = self.l0_histogram.cpu()
-        found: dict[str, float] = {}
-        found["l0_mean"], found["l0_std"] = mean_and_std(without_bos + only_bos)
+        metrics: dict[str, float] = {}
+        metrics["l0_mean"], metrics["l0_std"] = mean_and_std(without_bos + only_bos)
         if without_bos.any():
-            found["l0_mean_without_bos"], found["l0_std_without_bos"] = mean_and_std(without_bos)
+            metrics["l0_mean_without_bos"], metrics["l0_std_without_bos"] = mean_and_std(without_bos)
         if only_bos.any():
-            found["l0_bos_mean"], _ = mean_and_std(only_bos)
-        found["dead_fraction"] = (self.counts == 0).double().mean().item()
-        found["dense_fraction"] = (self.frequencies() > DENSE_ABOVE).double().mean().item()
-        return found
+            metrics["l0_bos_mean"], _ = mean_and_std(only_bos)
+        metrics["dead_fraction"] = (self.counts == 0).double().mean().item()
+        metrics["dense_fraction"] = (self.frequencies() > DENSE_ABOVE).double().mean().item()
+        return metrics
 
 
 def mean_and_std(histogram: Tensor) -> tuple[float, float]:
-    """Mean and (population) standard deviation of what a histogram over 0, 1, 2, ... counts."""
+    """Mean and (population) standard deviation of the values 0, 1, 2, ... that a histogram counts."""
     values = torch.arange(len(histogram), dtype=torch.float64)
     weights = histogram.double() / histogram.sum()
     mean = (weights * values).sum()

@@ -1,4 +1,4 @@
-"""Statistics of few runs: intervals over seeds, paired comparisons, and curves read at a common L0."""
+"""Statistics of few runs: intervals over seeds, paired comparisons, and values of curves at a common L0."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Interval:
 
 
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Mean and Student's t interval, for a handful of seeds. Needs two values: one tells nothing of their spread."""
+    """Mean and Student's t interval, for a handful of seeds. Needs two values to estimate their spread."""
     array = _finite(values, at_least=2)
     mean = float(array.mean())
     half = float(stats.t.ppf((1 + confidence) / 2, len(array) - 1)) * float(array.std(ddof=1)) / math.sqrt(len(array))
@@ -58,7 +58,7 @@ def bootstrap_interval(
 def sign_test(differences: Sequence[float]) -> float:
     """Two-sided p-value of the exact sign test of "positive and negative differences are equally likely".
 
-    Zeros say nothing and drop out; 1.0 where nothing is left.
+    Zeros do not count; 1.0 if all are zero.
     """
     array = _finite(differences, at_least=1)
     positive, negative = int((array > 0).sum()), int((array < 0).sum())
@@ -87,9 +87,9 @@ def paired_difference(a: Sequence[float], b: Sequence[float], confidence: float 
 
 
 def value_at_l0(l0: Sequence[float], values: Sequence[float], at: float) -> float | None:
-    """A metric's curve over L0 read at one L0: piecewise linear in log L0 between the measured points.
+    """A metric's curve over L0 at one L0, interpolated linearly in log L0 between the measured points.
 
-    The points may come in any order. None where `at` lies outside the measured L0: there is no extrapolation.
+    The points may come in any order. None if `at` is outside the measured L0: there is no extrapolation.
     """
     if len(l0) != len(values):
         raise ValueError(f"A curve needs one value per L0, not {len(values)} values for {len(l0)}.")

@@ -1,4 +1,4 @@
-"""Adam's step without what torch does around it, for small parameters that are stepped a hundred thousand times."""
+"""Adam's step without torch's overhead, for small parameters that take a hundred thousand steps."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 def stepper(adam: torch.optim.Adam) -> Callable[[], None]:
-    """`adam.step` for a fused Adam with one group of parameters on one device: same numbers, same state. Hooks, checks
-    and grouping around the arithmetic cost 100 us a step, as much as 50,000 numbers do.
+    """`adam.step` for a fused Adam with one group of parameters on one device: same numbers, same state. torch's hooks,
+    checks and grouping cost 100 us a step, as much as the arithmetic of 50,000 numbers.
 
-    Parameters, gradients and state must stay the tensors that they are now, and the settings too. It calls what
-    torch 2.13 keeps private. Raises ValueError for an Adam that is not fused, or with amsgrad.
+    Parameters, gradients, state and settings must remain the same objects. It calls private functions of torch 2.13.
+    Raises ValueError for an Adam that is not fused, or with amsgrad.
     """
     (group,) = adam.param_groups
     if not group["fused"] or group["amsgrad"]:
-        raise ValueError("The bare step is that of an Adam with fused=True, amsgrad=False.")
+        raise ValueError("The bare step needs an Adam with fused=True and amsgrad=False.")
     params: list[Tensor] = []
     grads: list[Tensor] = []
     exp_avgs: list[Tensor] = []

@@ -1,8 +1,8 @@
 """How samples get their codes, for many runs as one tensor program, with gradients written out.
 
-A problem of this size costs more to dispatch than to compute, so runs (seeds, penalties, data sets) are stacked along a
-first axis. No run sees another: each comes out as it would alone. Every coder has `forward(X) -> S`, which keeps what
-`backward(dS)` needs to fill the parameters' `.grad`; both work in buffers of their own, overwritten by the next call.
+Problems of this size cost more to dispatch than to compute, so runs (seeds, penalties, data sets) are stacked along a
+first axis. Runs do not interact: each gives the numbers that it would give alone. Every coder has `forward(X) -> S`,
+which keeps what `backward(dS)` needs to fill the parameters' `.grad`. Both use buffers that the next call overwrites.
 
 Shapes: R runs, n samples, M observed dimensions, N codes, h hidden units.
 """
@@ -22,7 +22,7 @@ from core.seeding import generator
 
 
 class Buffers:
-    """Tensors that are overwritten again and again, by name; made anew when the shape changes."""
+    """Tensors by name that are overwritten again and again; allocated when the shape changes."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
@@ -34,9 +34,9 @@ class Buffers:
 
 
 class Coder(nn.Module, ABC):
-    """Nonnegative codes of R runs, each with parameters of its own along their first axis.
+    """Nonnegative codes of R runs, each with its own parameters along their first axis.
 
-    k  `[R]` how many codes of a sample are kept, the largest; None keeps all. A run's k may differ from another's.
+    k  `[R]`, the number of largest codes of a sample that are kept; None keeps all. Runs may have different k.
     """
 
     k: Tensor | None
@@ -109,7 +109,7 @@ class MLPCoder(Coder):
 
 @dataclass(frozen=True)
 class Link:
-    """How free parameters become codes, and a gradient with respect to codes one with respect to them."""
+    """Maps free parameters to codes, and the gradient with respect to codes back to the parameters."""
 
     codes: Callable[[Tensor, Tensor], Tensor]  # L, out
     back: Callable[[Tensor, Tensor, Tensor], Tensor]  # dS, S, out, which may be dS
@@ -123,9 +123,9 @@ RELU = Link(
 
 
 class FreeCodes(Coder):
-    """Codes of the training samples that are parameters themselves, learned with the dictionary: sparse coding.
+    """Sparse coding: the codes of the training samples are parameters, learned with the dictionary.
 
-    A new sample has no code here: `core.stacked.inference` optimises one.
+    New samples have no code; `core.stacked.inference` optimises one for them.
     """
 
     def __init__(self, L: Tensor, link: Link, k: Tensor | None) -> None:
@@ -144,8 +144,8 @@ class FreeCodes(Coder):
 class LogCodes(FreeCodes):
     """S = exp(L): the sparse coding of O'Neill et al.
 
-    seeds  one for each run, of which the codes need none; M is not needed either
-    init   where L starts. The authors' -10 costs the first thousands of steps: Adam moves L by at most about its
+    seeds  one for each run; only their number is used, and M is not used
+    init   the start of L. The authors' -10 costs the first thousands of steps: Adam moves L by at most about its
            learning rate per step.
     """
 
@@ -158,7 +158,7 @@ class LogCodes(FreeCodes):
 class ReluCodes(FreeCodes):
     """S = ReLU(L), L standard normal at the start: the other form in the authors' scripts.
 
-    A code that is zero has no gradient: whatever starts below zero stays there.
+    A code of zero has no gradient: whatever starts below zero stays there.
     """
 
     def __init__(self, seeds: Sequence[int], M: int, N: int, n: int, k: Tensor | None = None) -> None:
@@ -204,9 +204,9 @@ def linear_gradients(X: Tensor, dZ: Tensor, W: Tensor, b: Tensor | None) -> None
 
 
 def keep_largest_(S: Tensor, k: Tensor, work: Tensor) -> Tensor:
-    """Zero all but the k largest of each sample, in place: S `[R, n, N]`, `k` `[R]`. Of equals all are kept.
+    """Zero all but the k largest of each sample, in place: S `[R, n, N]`, `k` `[R]`. Ties are all kept.
 
-    work  like S, overwritten: with a mask of numbers that is multiplied, 8 times as fast as `masked_fill_`
+    work  like S, overwritten by a mask of numbers: multiplying by it is 8 times as fast as `masked_fill_`
     """
     N = S.shape[-1]
     on_cpu = S.device.type == "cpu"  # where NumPy sorts short rows 3 to 6 times as fast as torch finds their top k

@@ -1,16 +1,16 @@
 """Codes of given samples under given dictionaries, for a stack of runs at once; gradients are written out by hand.
 
 Shapes: R runs, n samples, N atoms, M observed dimensions. X [R, n, M], D [R, N, M] with atoms as rows, codes S >= 0
-[R, n, N]. One data set [n, M] or one dictionary [N, M] serves all runs; where both come without the run axis, so do the
-codes. `l1` is a number, or one for each run [R]. Codes have the dtype of X. Inside, the samples are the last axis: with
-few atoms, products are three times as fast that way.
+[R, n, N]. One data set [n, M] or one dictionary [N, M] serves all runs; if both have no run axis, the codes have none
+either. `l1` is a number, or one for each run [R]. Codes have the dtype of X. Inside, the samples are the last axis:
+with few atoms, products are three times as fast that way.
 
 All penalised solvers minimise the objective of O'Neill et al. 2025 (their code's scaling), for each run
 
     L(S) = ||X - S D||^2 / (n M) + l1 ||S||_1 / (n N),
 
-which is per sample 1/2 ||x - s D||^2 + mu ||s||_1 with mu = l1 M / (2 N). Nothing couples two runs: a stack gives each
-run what it would get alone. A bad shape or number is a UserError.
+which is per sample 1/2 ||x - s D||^2 + mu ||s||_1 with mu = l1 M / (2 N). Runs do not interact: a stack gives each run
+what it would get alone. A bad shape or number is a UserError.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from core.stacked.coders import EXP, RELU, Link, normal_codes
 Callback = Callable[[int, Tensor], None]
 PerRun = float | Sequence[float] | Tensor
 
-CHECK_EVERY = 25  # iterations between two looks at convergence or at non-finite codes
-CHUNK_BYTES = 256 * 2**20  # of one [rows, N] buffer in `lca`
+CHECK_EVERY = 25  # iterations between two checks of convergence or of finite codes
+CHUNK_BYTES = 256 * 2**20  # of one [rows, N] buffer in `rozell_lca`
 
 
 @torch.no_grad()
@@ -51,9 +51,9 @@ def log_codes(
     """Full-batch Adam (0.9, 0.999, 1e-8) on log-codes, S = exp(L): sparse coding's inference and the paper's ITO.
 
     init         L at the start (the authors' -10), or codes S0 >= 0, then L = log(max(S0, floor))
-    floor        of such codes. The paper's text means 1e-10, with which a code of zero hardly moves
-    mask_k       keep the k largest codes of a sample and zero the others, in every iteration, also in what is returned
-    callback     called with (iteration, S) at the iterations in `callback_at`, counted in updates made, 0 = the start.
+    floor        for such codes. The paper's text means 1e-10, with which a code of zero hardly moves
+    mask_k       keep the k largest codes of a sample and zero the others, in every iteration and in the result
+    callback     called with (iteration, S) at the iterations in `callback_at`, counted in updates; 0 is the start.
                  S is a buffer that the next iteration overwrites
     """
     X, D, unbatched = as_stack(X, D)
@@ -68,7 +68,7 @@ def relu_codes(
 ) -> Tensor:
     """`log_codes` with S = ReLU(L), L standard normal at the start: the other form in the authors' scripts.
 
-    A code that is zero has no gradient, so half of them stay where they were drawn.
+    A code of zero has no gradient, so half of them stay where they were drawn.
 
     seeds  of the starts, one for each run
     """
@@ -119,12 +119,12 @@ def _adam_on_codes(
 
 @torch.no_grad()
 def fista(X: Tensor, D: Tensor, l1: PerRun, iterations: int = 3000, tolerance: float = 1e-5) -> Tensor:
-    """Nonnegative LASSO by accelerated proximal gradients (Beck and Teboulle 2009), momentum restarted per sample where
-    it points uphill (O'Donoghue and Candes 2015).
+    """Nonnegative LASSO by accelerated proximal gradients (Beck and Teboulle 2009), momentum restarts for each sample
+    when it points uphill (O'Donoghue and Candes 2015).
 
-    The step is 1 / lambda_max(D D^T) of a run. A run ends when none of its samples violates the optimality conditions
-    of 1/2 ||x - s D||^2 + mu ||s||_1 by more than `tolerance` (in units of x), or after `iterations`; `kkt_violation`
-    tells which. fp32 reaches about 1e-6 times the size of x; for more, hand over fp64.
+    The step is 1 / lambda_max(D D^T) of a run. A run ends when no sample violates the optimality conditions of
+    1/2 ||x - s D||^2 + mu ||s||_1 by more than `tolerance` (in units of x), or after `iterations`; `kkt_violation`
+    shows which. fp32 reaches about 1e-6 times the size of x; pass fp64 for more.
     """
     X, D, unbatched = as_stack(X, D)
     (R, n, M), N = X.shape, D.shape[1]
@@ -138,19 +138,19 @@ def fista(X: Tensor, D: Tensor, l1: PerRun, iterations: int = 3000, tolerance: f
         if iteration == iterations:
             S[running] = state.S
         elif iteration % CHECK_EVERY == 0:
-            going = (state.gap.abs().amax((1, 2)) / step[running, 0, 0]) > tolerance
-            if not going.all():
-                S[running[~going]] = state.S[~going]
-                running, state = running[going], state.of(going)
+            unfinished = (state.gap.abs().amax((1, 2)) / step[running, 0, 0]) > tolerance
+            if not unfinished.all():
+                S[running[~unfinished]] = state.S[~unfinished]
+                running, state = running[unfinished], state.of(unfinished)
             if not len(running):
                 break
-    _check_finite(S, "fista's codes: look at the size of X and D")
+    _check_finite(S, "fista's codes: check the size of X and D")
     codes = S.mT.contiguous()
     return codes[0] if unbatched else codes
 
 
 class _Fista:
-    """The runs that go on: X [r, M, n], D_t [r, M, N], D_step = step D [r, N, M], threshold = step mu [r, 1, 1]."""
+    """The unfinished runs: X [r, M, n], D_t [r, M, N], D_step = step D [r, N, M], threshold = step mu [r, 1, 1]."""
 
     def __init__(self, X: Tensor, D_t: Tensor, D_step: Tensor, threshold: Tensor) -> None:
         self.given = X, D_t, D_step, threshold
@@ -186,16 +186,16 @@ class _Fista:
 
 
 @torch.no_grad()
-def lca(
+def rozell_lca(
     X: Tensor, D: Tensor, l1: PerRun, iterations: int = 1000, tolerance: float = 1e-5, rate: float | None = None
 ) -> Tensor:
     """Locally competitive algorithm (Rozell et al. 2008), nonnegative, for the same objective.
 
         a = ReLU(u - mu),   u <- u + rate (D (x - a D) + a - u),   u = 0 at the start.
 
-    Its rest points are the solutions of the LASSO; O'Neill et al.'s rule, `core.methods.lca`, takes other steps there.
-    `rate` is the Euler step over the time constant; None takes 1 / lambda_max(D D^T), at most 1. Samples are taken in
-    chunks, so that N = 16,896 atoms do. A chunk ends when no u moves by more than `rate * tolerance`, or after
+    Its fixed points are the solutions of the LASSO. O'Neill et al.'s rule, `core.methods.lca`, takes other steps.
+    `rate` is the Euler step over the time constant; None takes 1 / lambda_max(D D^T), at most 1. Samples are solved in
+    chunks, so that N = 16,896 atoms fit. A chunk ends when no u moves by more than `rate * tolerance`, or after
     `iterations`.
     """
     X, D, unbatched = as_stack(X, D)
@@ -229,7 +229,7 @@ def _lca_rows(x: Tensor, D: Tensor, mu: Tensor, rate: Tensor, iterations: int, t
 def nnls(X: Tensor, D: Tensor) -> Tensor:
     """Nonnegative least squares, l1 = 0, by SciPy's active sets: exact, sample by sample, in fp64 on the CPU.
 
-    Where many codes fit a sample exactly (M < N), the result is one with at most M non-zeros.
+    If many codes fit a sample exactly (M < N), the result has at most M non-zeros.
     """
     X, D, unbatched = as_stack(X, D)
     solved = [
@@ -249,7 +249,7 @@ def hard_top_k(S: Tensor, k: int, dim: int = -1, out: Tensor | None = None) -> T
 
 
 def objective(X: Tensor, D: Tensor, S: Tensor, l1: PerRun) -> Tensor:
-    """L(S) of every run, [R]; a scalar where X and D have no run axis. S >= 0."""
+    """L(S) of every run, [R]; a scalar if X and D have no run axis. S >= 0."""
     X, D, unbatched = as_stack(X, D)
     S = S.expand(len(X), -1, -1)
     loss = (X - S @ D).square().mean((1, 2)) + _per_run(l1, X, "l1") * S.mean((1, 2))
@@ -257,7 +257,7 @@ def objective(X: Tensor, D: Tensor, S: Tensor, l1: PerRun) -> Tensor:
 
 
 def kkt_violation(X: Tensor, D: Tensor, S: Tensor, l1: PerRun) -> Tensor:
-    """By how much S >= 0 misses optimality, per run [R] (a scalar without run axis), in units of x.
+    """How far S >= 0 is from optimal, per run [R] (a scalar without run axis), in units of x.
 
     At a minimum d_j . (x - s D) = mu where s_j > 0, and <= mu where s_j = 0.
     """
@@ -270,17 +270,17 @@ def kkt_violation(X: Tensor, D: Tensor, S: Tensor, l1: PerRun) -> Tensor:
 
 
 def as_stack(X: Tensor, D: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """X [R, n, M] and D [R, N, M], expanded where one serves all runs, and whether neither had the run axis."""
+    """X [R, n, M] and D [R, N, M], expanded if one serves all runs; and whether neither had the run axis."""
     shapes = f"X {list(X.shape)}, D {list(D.shape)}"
     if X.dim() not in (2, 3) or D.dim() not in (2, 3) or X.shape[-1] != D.shape[-1]:
         raise UserError(f"{shapes}: they must be [n, M] or [R, n, M], and [N, M] or [R, N, M] with atoms as rows.")
     if X.dim() == D.dim() == 3 and len(X) != len(D):
-        raise UserError(f"{shapes}: as many runs must stand in X as in D.")
+        raise UserError(f"{shapes}: X and D must have equally many runs.")
     if X.dtype != D.dtype:
         raise UserError(f"X is {X.dtype} and D is {D.dtype}: give both the same dtype.")
     for name, tensor in (("X", X), ("D", D)):
         if not tensor.numel() or not tensor.isfinite().all():
-            raise UserError(f"{name} {list(tensor.shape)} is empty or holds values that are not finite.")
+            raise UserError(f"{name} {list(tensor.shape)} is empty or has values that are not finite.")
     R = max(len(a) if a.dim() == 3 else 1 for a in (X, D))
     return X.expand(R, -1, -1), D.expand(R, -1, -1), X.dim() == D.dim() == 2
 
@@ -312,7 +312,7 @@ def _largest_eigenvalue(D: Tensor) -> Tensor:
     """lambda_max(D D^T), [R, 1, 1]."""
     value = torch.linalg.matrix_norm(D.double(), ord=2).square().to(D).view(-1, 1, 1)
     if not (value > 0).all():
-        raise UserError("A dictionary of zeros has no codes: look at D.")
+        raise UserError("A dictionary of zeros has no codes: check D.")
     return value
 
 
@@ -331,4 +331,4 @@ def _check_k(k: int | None, N: int) -> None:
 
 def _check_finite(S: Tensor, what: str) -> None:
     if not S.isfinite().all():
-        raise UserError(f"Not finite any more: {what}.")
+        raise UserError(f"No longer finite: {what}.")

@@ -1,4 +1,4 @@
-"""The best nonnegative codes with at most K non-zeros, by looking at every support.
+"""The best nonnegative codes with at most K non-zeros, found by trying every support.
 
 Shapes as in `core.stacked.inference`.
 """
@@ -28,8 +28,8 @@ def n_supports(N: int, K: int) -> int:
 def l0_oracle(X: Tensor, D: Tensor, K: int) -> Tensor:
     """argmin ||x - s D|| over s >= 0 with at most K non-zeros, for every sample, computed in fp64.
 
-    On a support the least-squares codes are closed-form; where one of them is negative, the best nonnegative codes lie
-    on a smaller support, so supports of every size up to K are tried and those without negative codes compared. Of
+    On a support the least-squares codes have a closed form. If one of them is negative, the best nonnegative codes are
+    on a smaller support. So supports of every size up to K are tried, and those without negative codes are compared. Of
     equally good supports the smaller one wins.
 
     Raises UserError if K > N or K > M, or if the fits are more than `MOST_FITS`.

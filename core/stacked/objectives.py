@@ -1,7 +1,7 @@
-"""What the runs of a stack minimise. An objective holds the data, and the dictionary where there is one.
+"""What the runs of a stack minimise. An objective holds the data, and the dictionary if there is one.
 
-`gradients(coder, step)` fills the `.grad` of coder and dictionary; `loss()` is then each run's loss `[R]`, which few
-steps are asked for. The loss of a stack is the sum of its runs' losses, so that no run's gradient depends on another.
+`gradients(coder, step)` fills the `.grad` of coder and dictionary. `loss()` then gives each run's loss `[R]`; few steps
+need it. The loss of a stack is the sum of its runs' losses, so that no run's gradient depends on another.
 
 Shapes: R runs, n samples, M observed dimensions, N codes; D `[R, N, M]`, atoms are rows.
 """
@@ -23,7 +23,7 @@ from core.stacked.coders import Buffers, Coder
 class Objective(nn.Module, ABC):
     """The loss of a stack."""
 
-    _at: tuple[Tensor, Tensor]  # what `loss` is computed of
+    _at: tuple[Tensor, Tensor]  # what `loss` is computed from
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,11 +31,11 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def gradients(self, coder: Coder, step: int) -> None:
-        """Gradients are left in the parameters."""
+        """Write the gradients into the parameters' `.grad`."""
 
     @abstractmethod
     def loss(self) -> Tensor:
-        """Of each run `[R]`, where the last gradients were taken; until coder or objective is called again."""
+        """Each run's loss `[R]` at the last gradients; valid until coder or objective is called again."""
 
 
 class Reconstruction(Objective):
@@ -45,8 +45,8 @@ class Reconstruction(Objective):
     l1         `[R]`
     D          `[R, N, M]` to start from, or the true one
     learn_D    whether the dictionary is learned
-    normalise  set the atoms of a learned one to unit norm before every forward pass, as the authors do it, without a
-               projection of the gradient
+    normalise  scale the atoms of a learned one to unit norm before every forward pass, as the authors do, without
+               projecting the gradient
     bias       learn a b_dec `[R, 1, M]`, from zero
     """
 
@@ -106,7 +106,7 @@ class KnownCodes(Objective):
 
     batches  step -> X `[R, n, M]` and the true codes `[R, n, N]`, or `[1, n, N]` for all runs
     kind     cosine   -(1/N) sum_j <S_j, S_hat_j> / (|S_j| |S_hat_j|) over the samples of unit j: the authors' objective
-             mse      ||S - S_hat||^2 / (n N), which leaves more units dead
+             mse      ||S - S_hat||^2 / (n N); it leaves more units dead
     """
 
     def __init__(self, batches: Batches, kind: Literal["cosine", "mse"] = "cosine") -> None:
@@ -131,7 +131,7 @@ class KnownCodes(Objective):
         return -(a * b).sum((1, 2)) if self.kind == "cosine" else (b - a).square().mean((1, 2))
 
     def _cosine(self, S: Tensor, S_hat: Tensor, dS: Tensor) -> None:
-        """A unit that is silent on the whole batch, or ought to be, has cosine 0 and no gradient."""
+        """A unit that is silent on the whole batch, or should be, has cosine 0 and no gradient."""
         work = self._buffers_of("work", S_hat, *S_hat.shape)
         inner = torch.mul(S, S_hat, out=work).sum(1, keepdim=True)  # [R, 1, N]
         square = torch.mul(S_hat, S_hat, out=dS).sum(1, keepdim=True)
@@ -148,7 +148,7 @@ SparseBatches = Callable[[int], tuple[Tensor, Tensor, Tensor]]  # step -> X [R, 
 
 
 class KnownSparseCodes(Objective):
-    """`KnownCodes` with its cosine, of true codes that come as the K active ones of each sample.
+    """`KnownCodes` with its cosine, for true codes given as the K active ones of each sample.
 
     batches  step -> X `[R, n, M]`, indices `[n, K]` int64, all different within a row, and values `[n, K]`; the codes
              are those of all runs
@@ -178,7 +178,7 @@ class KnownSparseCodes(Objective):
 
 
 def random_dictionary(seeds: Sequence[int], N: int, M: int) -> Tensor:
-    """`[R, N, M]`, standard normal, before any normalisation."""
+    """`[R, N, M]`, standard normal, not normalised."""
     return torch.stack([torch.randn(N, M, generator=generator(seed, "init", "D")) for seed in seeds])
 
 

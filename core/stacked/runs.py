@@ -1,4 +1,4 @@
-"""Training a stack of runs in one Lightning fit: resumed exactly, evaluated along the way.
+"""Training a stack of runs in one Lightning fit: resumed exactly, and evaluated along the way.
 
 A Lightning step covers a chunk of optimiser steps. One Adam over the stacked parameters equals one for each run, since
 Adam works entry by entry.
@@ -106,7 +106,7 @@ class Steps(pl.LightningDataModule):
         )
 
     def transfer_batch_to_device(self, batch: range, device: torch.device, dataloader_idx: int) -> range:
-        """Lightning calls this when a chunk begins; checkpoints are written when it has ended."""
+        """Lightning calls this when a chunk begins; checkpoints are written when it ends."""
         self.done = batch.stop
         return batch
 
@@ -118,10 +118,10 @@ class Steps(pl.LightningDataModule):
 
 
 class Trained(NamedTuple):
-    """What a training leaves but its parameters."""
+    """What a training returns beside its parameters."""
 
     curves: dict[int, dict[str, Tensor]]  # steps done -> {metric: [R]}
-    earlier_seconds: float  # of earlier lives, which this one went on from
+    earlier_seconds: float  # of earlier processes that this training resumed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ def train(
     """Train a stack. A `log_every` as large as `steps` evaluates the two ends.
 
     name         curves go to `<output_dir>/logs/<name>`
-    checkpoints  the folder of those of this training, removed when it has ended
+    checkpoints  folder of this training's checkpoints, removed when it ends
 
     Raises UserError if `log_every` does not divide `steps`, NonFiniteLoss, and, after SIGINT or SIGTERM, Interrupted
     with a checkpoint.
@@ -164,8 +164,8 @@ def train(
 
 @contextmanager
 def flushed_denormals() -> Iterator[None]:
-    """Without denormal numbers on the CPU: the moments of codes that a mask leaves out decay to them, and a step with
-    such moments takes 1.4 times as long."""
+    """Without denormal numbers on the CPU. The moments of masked codes decay to them, and make a step 1.4 times as
+    long."""
     torch.set_flush_denormal(True)
     try:
         yield

@@ -129,10 +129,11 @@ def digest(*tensors: Tensor) -> str:
     return state.hexdigest()
 
 
-def directions(W_dec: Tensor, name: str) -> Tensor:
+def directions(W_dec: Tensor, name: str, remedy: str = "Leave these latents out of the dictionary.") -> Tensor:
     """The rows of `W_dec` `[N, d]` at unit norm, detached, in fp32.
 
-    Raises UserError for rows without a direction: zero, or not finite. `name`: of the dictionary, for the message.
+    Raises UserError for rows without a direction: zero, or not finite. `name` of the dictionary and `remedy` are for
+    the message.
     """
     W = W_dec.detach().float()
     norms = W.norm(dim=1)
@@ -140,8 +141,8 @@ def directions(W_dec: Tensor, name: str) -> Tensor:
     if bad:
         shown = ", ".join(map(str, bad[:NAMED])) + (", ..." if len(bad) > NAMED else "")
         raise UserError(
-            f"{name}: {len(bad)} decoder rows are zero or not finite (latents {shown}) and have no direction. Leave "
-            "such latents out with meta.min_firing_rate=0, which keeps those that fire, or choose another dictionary."
+            f"{name}: {len(bad)} of {len(W)} decoder rows are zero or not finite (latents {shown}) and have no "
+            f"direction. {remedy}"
         )
     return normalize(W, dim=1)
 

@@ -14,7 +14,7 @@ from torch.nn.functional import embedding_bag
 
 from core.errors import UserError
 from core.seeding import generator
-from core.synthetic.sparse_codes import SparseCodes
+from core.synthetic.sparse_codes import SparseCodeLaw
 
 MOST_CODES = 2**16  # an index has 16 bits
 DRAWN_AT_ONCE = 4096  # samples; changing it changes the samples of a seed
@@ -28,7 +28,7 @@ class LargeSparseCodes:
     Raises UserError for n < 1 and for more codes than an index can name.
     """
 
-    def __init__(self, law: SparseCodes, n: int, seed: int, purpose: str = "train") -> None:
+    def __init__(self, law: SparseCodeLaw, n: int, seed: int, purpose: str = "train") -> None:
         if law.N > MOST_CODES:
             raise UserError(f"source.N: {law.N} codes, but a 16-bit index allows at most {MOST_CODES:,}.")
         if n < 1:

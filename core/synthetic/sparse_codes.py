@@ -32,7 +32,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class SparseCodes:
+class SparseCodeLaw:
     """The law that codes and dictionary are drawn from (O'Neill et al. 2025, and the Zipf variant of their code).
 
     Exactly K codes of a sample are active. Without `zipf_alpha` every set of K codes is equally likely and magnitudes
@@ -102,7 +102,7 @@ def _at_least_1(name: str, value: int) -> None:
         raise UserError(f"source.{name}: {value!r} must be a whole number of at least 1.")
 
 
-def chance_latent_mcc(source: SparseCodes, n_samples: int = 1024, n_draws: int = 20, seed: int = 0) -> float:
+def chance_latent_mcc(source: SparseCodeLaw, n_samples: int = 1024, n_draws: int = 20, seed: int = 0) -> float:
     """Mean latent MCC of untrained encoders ReLU(X W), W `[M, N]` uniform within +-1 / sqrt(M) (torch's Linear)."""
     _at_least_1("n_samples", n_samples)
     _at_least_1("n_draws", n_draws)

@@ -1,4 +1,4 @@
-"""What the benchmarks of training share: batches from memory, and a fleet in a real `Trainer.fit` on them."""
+"""What benchmarks of training share: batches from memory, and a fleet trained on them in a real `Trainer.fit`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from core.training import Work, fit
 
 
 class RepeatedBatches:
-    """A stream that serves the same few batches from memory, so that training is measured and no stream."""
+    """A stream that serves the same few batches from memory, so that only training is measured."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self.batches, self.served = list(batches), 0

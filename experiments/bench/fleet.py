@@ -1,7 +1,7 @@
-"""A grid of dictionaries trained by the fleet, on one pass of the language model, against the same grid one by one.
+"""A grid of dictionaries trained by the fleet on one pass of the language model, against the same grid one by one.
 
-Both start from empty stores and train the same requests; every dictionary must come out the same, bit for bit on the
-CPU. Scoring the cells costs the same in both and is left out.
+Both start from empty stores and train the same requests. Every dictionary must be the same, bit for bit on the CPU.
+Cells are not scored, which would cost the same in both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hydra_plugins.blocks_sweeper.sweeper import cells_of
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
-    """Train both ways, compare all weights, and give the ratio of wall times."""
+    """Train both ways, compare all weights, and take the ratio of wall times."""
     requests = requests_of_grid(cfg)
     warm_up(requests[0])
     with threads(cfg.threads), tempfile.TemporaryDirectory() as folder:
@@ -73,7 +73,7 @@ def requests_of_grid(cfg: DictConfig) -> list[Request]:
 
 
 def warm_up(request: Request) -> None:
-    """Harvest the text and load the model once, so that neither way pays for what both find on disk."""
+    """Harvest the text and load the model once, so that neither way pays for it."""
     assert isinstance(request.source, ActivationSource)
     load_language_model(request.source.model)
     next(instantiate(request.source.data).documents("train", request.source.seed))

@@ -1,8 +1,8 @@
-"""One training step of the libraries that a user would pick instead, each timed in a process of its own.
+"""One training step of the libraries that a user would pick instead, each timed in its own process.
 
 `python -m experiments.bench.peers '<a Case as JSON>'` runs with the interpreter of the peers' environment, which has
-torch but not this project's other packages. A step is all that a library does per optimiser step once the batch is in
-memory: forward, loss, backward, its own clipping or projection, its own bookkeeping of dead latents and its own Adam.
+torch but not this project's other packages. A step is everything that a library does per optimiser step once the batch
+is in memory: forward, loss, backward, its own clipping or projection, its own count of dead latents and its own Adam.
 No latent is dead in so short a run. `dense` is no library but a textbook dictionary in plain PyTorch.
 
 Shapes: B rows in the batch, d = d_model, m = dict_size.
@@ -68,18 +68,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Timed:
-    """What it found: the library's version and the seconds of `step` and `product`."""
+    """The library's version, and the seconds of `step` and `product`."""
 
     version: str
     times: Times
 
 
 class PeerError(RuntimeError):
-    """A peer could not be timed: not importable, or it failed. The message is the end of what its process said."""
+    """A peer could not be imported, or failed. The message is the last line of its process's output."""
 
 
 def time_peer(case: Case, python: str) -> Timed:
-    """Run a case in a process of its own. Raises PeerError."""
+    """Run a case in its own process. Raises PeerError."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(case.n_threads),
@@ -91,12 +91,12 @@ def time_peer(case: Case, python: str) -> Timed:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise PeerError(done.stderr.strip().rpartition("\n")[2])
-    found = json.loads(done.stdout.strip().rpartition("\n")[2])
-    return Timed(found["version"], Times(found["seconds"]))
+    result = json.loads(done.stdout.strip().rpartition("\n")[2])
+    return Timed(result["version"], Times(result["seconds"]))
 
 
 def measure(case: Case) -> Timed:
-    """Time a case in this process: every step beside one encoder product `[B, d] x [d, m]`."""
+    """Time a case in this process: steps and encoder products `[B, d] x [d, m]` in turn."""
     device = torch.device(case.device)
     with threads(case.n_threads):
         torch.manual_seed(case.seed)
@@ -108,14 +108,14 @@ def measure(case: Case) -> Timed:
 
 
 def structured_rows(n: int, d_model: int, seed: int) -> Tensor:
-    """`[n, d]` mixtures of many directions with a mean of |x|^2 of d: what all competitors train on."""
+    """`[n, d]` mixtures of many directions, with a mean |x|^2 of d. All competitors train on them."""
     source = PlantedEntities(d_model, n_attributes=256, n_entities=2048, entities_per_row=(8, 40), seed=seed)
     x = source.rows(n, generator(seed, "bench")).x
     return x / x.square().mean().sqrt()
 
 
 def product(x: Tensor, dict_size: int, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
-    """One encoder product, out of place into a buffer that is made once."""
+    """One encoder product, written into a buffer that is allocated once."""
     W = torch.randn(dict_size, x.shape[1], device=x.device).to(dtype)
     out = torch.empty(x.shape[0], dict_size, device=x.device, dtype=dtype)
     x = x.to(dtype)
@@ -123,7 +123,7 @@ def product(x: Tensor, dict_size: int, dtype: torch.dtype = torch.float32) -> Ca
 
 
 class DenseDictionary(nn.Module):
-    """TopK or BatchTopK as a textbook has it: autograd through a flat or a row-wise top-k and two dense products."""
+    """Textbook TopK or BatchTopK: autograd through a row-wise or a flat top-k and two dense products."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -193,13 +193,13 @@ def dictionary_learning(case: Case) -> Step:
         seed=case.seed,
         device=case.device,
     )
-    steps = iter(range(2000, 10**6))  # beyond its geometric median at step 0 and before its threshold is kept
+    steps = iter(range(2000, 10**6))  # after its geometric median at step 0, before it tracks a threshold
 
     return lambda x: trainer.update(next(steps), x)
 
 
 def sparsify(case: Case) -> Step:
-    """What its trainer does per batch, on one process and with Adam; the loop itself is bound to a language model."""
+    """What its trainer does per batch, in one process and with Adam; its loop itself needs a language model."""
     package, coders = import_module("sparsify"), import_module("sparsify.sparse_coder")
     settings = package.SaeConfig(num_latents=case.dict_size, k=case.k)
     sae = coders.SparseCoder(case.d_model, settings, device=case.device, dtype=torch.float32)
@@ -240,7 +240,7 @@ def overcomplete(case: Case) -> Step:
 
 
 def _stand_in_for_torchvision() -> None:
-    """Overcomplete asks for torchvision's transforms at import and uses them for pictures alone."""
+    """Overcomplete imports torchvision's transforms, and uses them for pictures only."""
     package, transforms = ModuleType("torchvision"), ModuleType("torchvision.transforms")
     vars(package)["transforms"] = transforms
     sys.modules |= {"torchvision": package, "torchvision.transforms": transforms}
@@ -261,7 +261,7 @@ def llamascopium(case: Case) -> Step:
         device=case.device,
     )
     sae = saes.SparseAutoEncoder(settings)
-    with torch.no_grad():  # as DenseDictionary; it has an initialiser of its own, which reads a stream
+    with torch.no_grad():  # as in DenseDictionary; its own initialiser reads a stream
         W = nn.functional.normalize(torch.randn(case.dict_size, case.d_model), dim=1)
         sae.W_E.copy_(W.T)
         sae.W_D.copy_(W)
@@ -286,7 +286,7 @@ def llamascopium(case: Case) -> Step:
         batch = {"x": x, "tokens": tokens, "mask": torch.ones_like(tokens, dtype=torch.bool)}
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
             trainer.fit(sae, [batch])
-        options.from_pretrained_path = "."  # the next call goes on with the optimiser that it has
+        options.from_pretrained_path = "."  # the next call keeps its optimiser
         trainer.total_training_steps += 1
 
     return step
@@ -303,7 +303,7 @@ STEPS: dict[str, Callable[[Case], Step]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Print the result as one line of JSON, the last one: libraries print before it."""
+    """Print the result as the last line, in JSON; libraries may print before it."""
     case = Case(**json.loads(arguments[0]))
     timed = measure(case)
     print(json.dumps({"version": timed.version, "seconds": timed.times.seconds}))
@@ -311,7 +311,7 @@ def main(arguments: list[str]) -> int:
 
 
 def available(python: str, peers: list[str]) -> dict[str, str | None]:
-    """{peer: version, or None where it is not installed}, of the environment behind an interpreter.
+    """{peer: its version, or None if it is not installed} in the environment of an interpreter.
 
     Raises UserError if the interpreter cannot be run or a peer is unknown.
     """

@@ -1,7 +1,7 @@
 """How the time of a BatchTopK step grows with the dictionary size, k, the batch, and the number of dictionaries.
 
-One axis varies at a time around a base point. Steps are timed beside their encoder product, as in bench_train_step. A
-fleet of n dictionaries is timed as a whole, in a real `Trainer.fit` on batches from memory.
+One axis varies at a time around a base point. Steps and their encoder products are timed in turn, as in
+bench_train_step. A fleet of n dictionaries is timed as a whole, in a real `Trainer.fit` on batches from memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ AXES = ("dict_size", "k", "batch_size")
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
-    """Curves to `scaling.parquet`; the metrics are its points."""
+    """Write the curves to `scaling.parquet`; the metrics are its points."""
     device = resolve_device(cfg.trainer.accelerator)
     with threads(cfg.threads):
         steps = [one_step(cfg, axis, value, device) for axis in AXES for value in cfg.axes[axis]]
@@ -54,7 +54,7 @@ def named(shape: Mapping[str, Any]) -> str:
 
 
 def one_step(cfg: DictConfig, axis: str, value: int, device: torch.device) -> dict[str, Any]:
-    """One point: the step and the product of a shape, in turn."""
+    """One point: the step and the product of a shape, timed in turn."""
     shape = {**cfg.base, axis: value}
     x = structured_rows(shape["batch_size"], shape["d_model"], cfg.seed).to(device)
     method = built(cfg.step, device, **shape_of(shape))
@@ -94,7 +94,7 @@ class ChunkTimes(Callback):
 
 
 def one_fleet(cfg: DictConfig, n: int, device: torch.device) -> dict[str, Any]:
-    """One point: rows per second of n dictionaries in a `Trainer.fit`, every dictionary's counted."""
+    """One point: rows per second of n dictionaries in a `Trainer.fit`, counted for every dictionary."""
     f = cfg.fleet
     batches = structured_rows(2 * f.shape.batch_size, f.shape.d_model, cfg.seed).to(device).split(f.shape.batch_size)
     methods = [built(cfg.step, device, **shape_of(f.shape), seed=seed) for seed in range(n)]
@@ -107,5 +107,5 @@ def one_fleet(cfg: DictConfig, n: int, device: torch.device) -> dict[str, Any]:
 
 
 def shape_of(shape: Mapping[str, Any]) -> dict[str, int]:
-    """What of a shape a method is told; the batch it sees."""
+    """The part of a shape that is a setting of a method: all but the batch."""
     return {name: shape[name] for name in ("d_model", "dict_size", "k")}

@@ -1,7 +1,7 @@
-"""What stacking runs gains: a step of R runs at once over R steps one by one, for each panel of O'Neill et al.
+"""What stacking runs gains: R runs at once against one by one, for each panel of O'Neill et al.
 
-Beside it the same runs one by one as one would write them first: `torch.nn` layers, autograd, `torch.optim.Adam` as it
-comes. One thread, CPU time, the three in turn.
+A third variant runs them one by one as one would first write them: `torch.nn` layers, autograd, plain
+`torch.optim.Adam`. All have one thread, are timed in turn, and count CPU time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from core.errors import UserError
 from core.stacked.adam import stepper
 from core.stacked.coders import Coder, LinearCoder, LogCodes, MLPCoder
 from core.stacked.objectives import Reconstruction, normalise_, random_dictionary
-from core.synthetic.sparse_codes import SparseCodes
+from core.synthetic.sparse_codes import SparseCodeLaw
 
 CPU = torch.device("cpu")
 
@@ -31,18 +31,18 @@ def run(cfg: DictConfig) -> dict[str, float]:
         rows = [measure(cfg, name, panel) for name, panel in cfg.panels.items()]
     notes = [hardware(CPU, cfg.threads), f"{cfg.steps} steps in a task, medians of {cfg.repetitions}, CPU time"]
     save_table(Path(cfg.cell_folder), rows, notes)
-    found = {}
+    metrics = {}
     for row in rows:
-        found[f"{row['panel']}_speedup"] = row["over one by one"]
-        found[f"{row['panel']}_speedup_over_autograd"] = row["over autograd"]
-        found[f"{row['panel']}_ms_per_run_step"] = row["ms per step of a run"]
-    return found
+        metrics[f"{row['panel']}_speedup"] = row["over one by one"]
+        metrics[f"{row['panel']}_speedup_over_autograd"] = row["over autograd"]
+        metrics[f"{row['panel']}_ms_per_run_step"] = row["ms per step of a run"]
+    return metrics
 
 
 def measure(cfg: DictConfig, name: str, panel: Mapping[str, Any]) -> dict[str, Any]:
     """One panel's runs: stacked, one by one, and one by one under autograd."""
     R, N, M = panel["runs"], panel["N"], panel["M"]
-    p = SparseCodes(N, M, panel["K"]).draw(cfg.n_train, 1, cfg.seed)
+    p = SparseCodeLaw(N, M, panel["K"]).draw(cfg.n_train, 1, cfg.seed)
     X = p.X_train.expand(R, -1, -1).contiguous()
     stack = steps_of(panel, X, list(range(R)), cfg.steps)
     alone = [steps_of(panel, X[:1], [seed], cfg.steps) for seed in range(R)]

@@ -1,8 +1,8 @@
-"""Scoring every latent of a large dictionary against a small one, over the encoder products that scoring contains.
+"""The time to score every latent of a large dictionary against a small one, over that of the encoder products in it.
 
-Both take the same rows in turn: `score_latents`, and the two products x W_enc^T of the dictionaries, bare. Codes are as
-sparse as those of the family that Leask et al. stitch; beside it a case with half of all latents active, where a dense
-product has to score. Weights are random: the time depends on sizes and sparsity alone.
+`score_latents` and the two bare products x W_enc^T run on the same rows in turn. Codes are as sparse as those of the
+family that Leask et al. stitch; a second case has half of all latents active, which needs a dense product to score.
+Weights are random: the time depends on sizes and sparsity only.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from core.seeding import generator
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
-    """`stitching_over_products_m<large>` and its quartiles, the same with dense codes, and the peak of memory above the
-    weights and the rows, as a share of what codes of all rows `[n_rows, n + m]` would take."""
+    """`stitching_over_products_m<large>` with quartiles, the same with dense codes, and the peak memory beyond weights
+    and rows, as a share of what the codes of all rows `[n_rows, n + m]` would take."""
     device = resolve_device(cfg.trainer.accelerator)
     with threads(cfg.threads):
         batches = list(rows(cfg, device).split(cfg.rows_per_batch))

@@ -1,8 +1,8 @@
 """Activations per second of a stream over those of a bare Hugging Face forward pass of the same layers.
 
 The stream reads text, tokenises it, runs the model up to the site, shuffles and serves batches. The bare pass runs a
-copy of the model cut off after the same layers, without hooks, on rows of tokens that lie ready. Both take the same
-number of rows, in turn, at the same batch size and dtype.
+copy of the model cut off after the same layers, without hooks, on tokens in memory. Both process the same number of
+rows, in turn, at the same batch size and dtype.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WHAT = {
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
-    """Time whole fills of the shuffle buffer beside the bare pass; and text and tokenising alone."""
+    """Time whole fills of the shuffle buffer, the bare pass, and text with tokenising alone."""
     with threads(cfg.threads):
         lm = random_model(cfg) if cfg.random_architecture else language_model(cfg)
         stream, n_rows = open_stream(cfg, lm), cfg.stream.buffer_tokens // cfg.stream.n_ctx
@@ -66,7 +66,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
 
 def random_model(cfg: DictConfig) -> LanguageModel:
-    """A GPT-2 of `random_architecture` with random weights, and the bundled tokenizer: speed depends on neither."""
+    """A GPT-2 of `random_architecture` with random weights and the bundled tokenizer, which do not affect speed."""
     torch.manual_seed(cfg.seed)
     config = GPT2Config(**plain(cfg.random_architecture), attn_implementation=cfg.model.attn_implementation)
     model = GPT2LMHeadModel(config).to(getattr(torch, cfg.model.dtype))
@@ -103,7 +103,7 @@ def truncated(lm: LanguageModel, site: str) -> nn.Module:
 
 @torch.no_grad()
 def forward(model: nn.Module, tokens: Tensor, rows_per_forward: int) -> None:
-    """Hidden states of rows `[R, T]`, a few rows at a time, which are thrown away."""
+    """Compute hidden states of rows `[R, T]`, a few rows at a time."""
     for rows in tokens.split(rows_per_forward):
         model(input_ids=rows, use_cache=False)
 

@@ -1,8 +1,8 @@
-"""One complete optimiser step of a k-sparse dictionary over one encoder product, which no implementation can avoid.
+"""The time of an optimiser step of a k-sparse dictionary over that of an encoder product, which no step can avoid.
 
 The step is `DictionaryMethod.update`: normalising, encoding, losses, backward, projection and norm of the decoder,
 clipping, fused Adam and the count of dead latents, with AuxK idle. The product `[B, d] x [d, m]` is timed right before
-every step, so that a busy machine moves both alike.
+every step, so that a busy machine slows both alike.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COPY_BYTES = 8  # per entry of a copy
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `times` has `step` and `product`, ours also the other floors."""
+    """One line of the table. `times` has `step` and `product`; our own also has the other floors."""
 
     who: str
     kind: str
@@ -85,7 +85,7 @@ class Row:
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
-    """The table of this project, plain PyTorch and the peers that are installed; memory; Lightning's overhead."""
+    """The table of this project, plain PyTorch and the installed peers; memory; Lightning's overhead."""
     device = resolve_device(cfg.trainer.accelerator)
     sizes = sorted(cfg.dict_sizes)
     with threads(cfg.threads):
@@ -102,7 +102,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
 
 def own_step(cfg: DictConfig, kind: str, dict_size: int, device: torch.device) -> Row:
-    """This project's step beside its floors: products and a copy of as many entries as there are parameters."""
+    """This project's step and its floors: products, and a copy of as many entries as there are parameters."""
     method = built(cfg.methods[kind], device, dict_size=dict_size)
     optimizer = method.configure_optimizers()
     batch = Batch(peers.structured_rows(cfg.batch_size, cfg.d_model, cfg.seed).to(device))
@@ -112,7 +112,7 @@ def own_step(cfg: DictConfig, kind: str, dict_size: int, device: torch.device) -
     source = torch.ones(n_parameters(method), device=device)
     target = torch.empty_like(source)
     tasks["copy"] = lambda: target.copy_(source)
-    tasks["step"] = lambda: method.update(Batch(batch.x), optimizer)  # a new batch: normalised in every step
+    tasks["step"] = lambda: method.update(Batch(batch.x), optimizer)  # a new batch, so that every step normalises
     times = alternate(tasks, device, cfg.repetitions, cfg.warmup)
     row = Row("ours", kind, dict_size, times)
     print(f"{row.name}: {row.over_product} products, {times.median('step'):.4g} s", file=sys.stderr)
@@ -120,7 +120,7 @@ def own_step(cfg: DictConfig, kind: str, dict_size: int, device: torch.device) -
 
 
 def own_metrics(cfg: DictConfig, row: Row) -> dict[str, float]:
-    """Over the products and over the time that the memory traffic of a step takes at the bandwidth of a copy."""
+    """Ratios of the step to the products, and to the time of its memory traffic at the bandwidth of a copy."""
     times, name = row.times, row.name
     step = times.median("step")
     bandwidth_floor = TRAFFIC_BYTES / COPY_BYTES * times.median("copy")
@@ -144,11 +144,12 @@ def n_parameters(method: DictionaryMethod) -> int:
 
 
 def other_steps(cfg: DictConfig, sizes: list[int], device: torch.device) -> tuple[list[Row], list[str]]:
-    """Plain PyTorch (`dense`) at all sizes, every peer at `peers.dict_sizes`; and notes on what was left out."""
+    """Plain PyTorch (`dense`) at all sizes, every peer at `peers.dict_sizes`; notes name the peers that are left
+    out."""
     python = peers_python(cfg)
-    found = peers.available(python, list(cfg.peers.names))
+    versions = peers.available(python, list(cfg.peers.names))
     rows, notes = [], []
-    for name, version in found.items():
+    for name, version in versions.items():
         wanted = sizes if name == "dense" else list(cfg.peers.dict_sizes)
         kinds = [kind for kind in cfg.peers.kinds if kind in peers.KINDS[name]] or list(peers.KINDS[name])
         if version is None:
@@ -181,13 +182,13 @@ def other_steps(cfg: DictConfig, sizes: list[int], device: torch.device) -> tupl
 
 
 def peers_python(cfg: DictConfig) -> str:
-    """The setting `peers_python`; else the interpreter that `make peers` makes; else this one."""
-    made = Path(__file__).parents[2] / ".venv-peers/bin/python"
-    return cfg.peers_python or (str(made) if made.is_file() else sys.executable)
+    """The setting `peers_python`; else the interpreter that `make peers` installs; else this one."""
+    installed = Path(__file__).parents[2] / ".venv-peers/bin/python"
+    return cfg.peers_python or (str(installed) if installed.is_file() else sys.executable)
 
 
 def speedups(rows: list[Row], others: list[Row]) -> dict[str, float]:
-    """How many times as many products a step of the others takes as ours of the same kind and size."""
+    """The products that a step of the others takes over the products that ours takes, at the same kind and size."""
     ours = {(row.kind, row.dict_size): row for row in rows}
     return {
         f"{row.name}_over_ours": row.over_product.value / ours[key].over_product.value
@@ -200,7 +201,7 @@ def speedups(rows: list[Row], others: list[Row]) -> dict[str, float]:
 
 
 def memory(cfg: DictConfig, dict_size: int, device: torch.device) -> dict[str, float]:
-    """Peak of a step above parameters, gradients and moments, in matrices `[B, m]` of fp32; in a fresh process."""
+    """Peak memory of a step beyond parameters, gradients and moments, in fp32 matrices `[B, m]`; in a new process."""
     buffers = {}
     for kind in cfg.methods:
         settings = {**plain(cfg.methods[kind]), "dict_size": dict_size}
@@ -213,7 +214,7 @@ def memory(cfg: DictConfig, dict_size: int, device: torch.device) -> dict[str, f
 
 
 def peak_extra_bytes(settings: dict[str, Any], batch_size: int, seed: int, device_type: str, n_threads: int) -> int:
-    """Peak of the second and third step above what is there before the first: the batch, parameters, gradients and
+    """Peak of the second and third step beyond the memory before the first one: the batch, parameters, gradients and
     moments, all written to, so that the system counts them."""
     device = torch.device(device_type)
     with threads(n_threads):
@@ -229,7 +230,7 @@ def peak_extra_bytes(settings: dict[str, Any], batch_size: int, seed: int, devic
 
 
 def allocate_state(method: DictionaryMethod, optimizer: ClippingAdam) -> None:
-    """Make gradients and moments by a step with gradients of zero, which moves no parameter."""
+    """Allocate gradients and moments by a step with gradients of zero, which moves no parameter."""
     for parameter in method.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter).fill_(0)  # zeros alone would not be resident
@@ -255,10 +256,10 @@ def _few_steps(settings: Mapping[str, Any], batch_size: int, seed: int, device: 
 
 
 class BareChunks(pl.Callback):
-    """After every chunk trained by Lightning, the same chunk in a bare loop, with a twin of the dictionary.
+    """After every chunk in Lightning, train the same chunk in a bare loop, on a twin of the dictionary.
 
-    `in_fit[i]` is the time from the end of the bare chunk i - 1 to the end of Lightning's chunk i, `bare[i]` that of
-    the bare one; chunks before `warmup` are not kept.
+    `in_fit[i]` is the time from the end of bare chunk i - 1 to the end of Lightning's chunk i, `bare[i]` the time of
+    bare chunk i. Chunks before `warmup` do not count.
     """
 
     def __init__(self, twin: DictionaryMethod, device: torch.device, warmup: int) -> None:
@@ -281,7 +282,7 @@ class BareChunks(pl.Callback):
 
 
 def lightning_overhead(cfg: DictConfig, dict_size: int, device: torch.device) -> dict[str, float]:
-    """What an optimiser step takes in a `Trainer.fit` of a fleet above what it takes in a bare loop, as a fraction."""
+    """How much longer an optimiser step takes in a fleet's `Trainer.fit` than in a bare loop, as a fraction."""
     size, n_chunks = cfg.lightning.batches_per_chunk, cfg.lightning.warmup + cfg.lightning.chunks
     method, twin = (built(cfg.methods.batchtopk, device, dict_size=dict_size) for _ in range(2))
     x = peers.structured_rows(2 * cfg.batch_size, cfg.d_model, cfg.seed).to(device)

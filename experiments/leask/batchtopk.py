@@ -9,41 +9,30 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from core.analysis.evaluate import Evaluation, evaluate_compat, evaluate_dictionary, n_compat_rows
+from core.analysis.evaluate import Evaluation, evaluate_compat, evaluate_dictionary
+from core.analysis.held_out import n_compat_rows
 from core.fleet import Request
-from experiments.common import (
-    compat_reference_losses,
-    held_out_activations,
-    held_out_rows,
-    language_model,
-    reference_losses,
-    requests,
-    trained,
-)
+from experiments.common import compat_held_out, held_out, requests, trained
 
 
 def dictionaries(cfg: DictConfig) -> list[Request]:
     """What the fleet trains for this cell."""
-    n_compat_rows(cfg.evaluation.compat_tokens, cfg.evaluation.n_rows, cfg.stream.n_ctx)  # before hours are spent
+    # Fails here rather than after hours of training.
+    n_compat_rows(cfg.evaluation.compat_tokens, cfg.evaluation.n_rows, cfg.stream.n_ctx)
     return requests(cfg)
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
-    """Train one dictionary and score it on held-out text, under its inference rule and as the authors' code does.
+    """Train one dictionary; score it on held-out text under its inference rule, and as the authors' code does.
 
     Claims: leask/batchtopk-1 to -4 compare these cells with each other.
     """
     method = trained(cfg)
-    lm, site, rows = language_model(cfg), cfg.stream.site, held_out_rows(cfg)
-    e = cfg.evaluation
-    captured = held_out_activations(cfg)
-    evaluation = evaluate_dictionary(
-        method, lm, site, rows, e.n_downstream_rows, e.rows_per_batch, reference_losses(cfg), captured
-    )
-    compat = evaluate_compat(method, lm, site, rows, e.compat_tokens, compat_reference_losses(cfg), captured)
+    evaluation = evaluate_dictionary(method, held_out(cfg))
+    compat = evaluate_compat(method, compat_held_out(cfg))
     save_histogram(evaluation, Path(cfg.cell_folder) / "l0_histogram.parquet")
-    kept = ("nmse_token_std_compat", "ce_degradation_compat", "l0_mean_compat")
-    return {**evaluation.metrics(), **{name: compat[name] for name in kept}}
+    reported = ("nmse_token_std_compat", "ce_degradation_compat", "l0_mean_compat")
+    return {**evaluation.metrics(), **{name: compat[name] for name in reported}}
 
 
 def save_histogram(evaluation: Evaluation, path: Path) -> None:

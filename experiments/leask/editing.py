@@ -27,11 +27,12 @@ from core.analysis.editing import (
     entity_latents,
     the_latent,
 )
-from core.analysis.meta_sae import VarianceExplained, decompose, meta_request, trained_metas
+from core.analysis.meta_sae import decompose, meta_request, trained_metas
 from core.errors import UserError
 from core.fleet import Request
 from core.methods.base import DictionaryMethod
 from core.methods.batchtopk import BatchTopK
+from core.metrics.reconstruction import VarianceExplained
 from core.metrics.statistics import bootstrap_interval
 from core.models.finetune import fine_tuned
 from core.models.language_model import LanguageModel
@@ -39,7 +40,7 @@ from core.runtime import Runtime
 from core.seeding import generator
 from core.streams.decoder_rows import directions
 from core.text.facts import Facts
-from experiments.common import language_model, made, plain, requests, trained
+from experiments.common import build, language_model, plain, requests, trained
 
 Asked = Mapping[str, Mapping[str, Sequence[Question]]]
 CONTROLS = ("random", "third")  # what the meta-latents' edits are compared with, of as many edits
@@ -47,7 +48,7 @@ KINDS = ("meta", *CONTROLS, "swap", "swap_at_entity")
 
 
 def dictionaries(cfg: DictConfig) -> list[Request]:
-    """What the fleet trains for this cell. The model learns the facts first, where it does not know them."""
+    """What the fleet trains for this cell. The model first learns facts that it does not know."""
     return requests(planted(cfg))
 
 
@@ -58,26 +59,26 @@ def later_dictionaries(cfg: DictConfig) -> Iterator[list[Request]]:
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
-    """For pairs of entities, every edit of A's decoder row that removes meta-latents of A and adds some of B: which
-    subsets of attributes become B's while the others stay A's. Beside it: swapping the two latents, random directions
-    in the place of the meta-latents', and the meta-latents of a third entity.
+    """For pairs of entities A and B, try every edit of A's decoder row that removes meta-latents of A and adds some of
+    B. Which subsets of attributes become B's while the others stay A's? The controls are a swap of the two latents,
+    random directions instead of the meta-latents', and the meta-latents of a third entity.
 
     Claims: leask/editing-1 to -5.
     """
     cfg = planted(cfg)
-    facts, lm, method = made(cfg.facts), language_model(cfg), trained(cfg)
+    facts, lm, method = build(cfg.facts), language_model(cfg), trained(cfg)
     asked = ask(facts, lm.tokenizer)
-    known, knowledge = what_it_knows(lm, asked, facts)
+    known, knowledge = known_entities(lm, asked, facts)
     n_prompts = cfg.editing.prompts_per_attribute
-    found = entity_latents(method, lm, cfg.stream.site, asked, cfg.editing.min_coverage, cfg.editing.min_specificity)
+    latents = entity_latents(method, lm, cfg.stream.site, asked, cfg.editing.min_coverage, cfg.editing.min_specificity)
     [meta] = trained_metas([meta_dictionary(cfg, method)], Runtime.of(cfg), method.W_dec.device)
-    chosen = trios(cfg, facts, [entity for entity in facts.entities if found[entity]], known)
-    compositions = composed_of(cfg, meta, method, {name: latent for name, latent in found.items() if latent})
+    chosen = trios(cfg, facts, [entity for entity in facts.entities if latents[entity]], known)
+    compositions = composed_of(cfg, meta, method, {name: latent for name, latent in latents.items() if latent})
     editor = Editor(method, lm, cfg.stream.site, cfg.editing.splice, cfg.editing.rows_per_forward)
     few = {e: {a: questions[:n_prompts] for a, questions in own.items()} for e, own in asked.items()}
-    study = Study(cfg, editor, facts, few, found, compositions, Directions.of(meta))
+    study = Study(cfg, editor, facts, few, latents, compositions, Directions.of(meta))
     outcomes = [(trio, study.outcomes(trio)) for trio in chosen]
-    save_tables(Path(cfg.cell_folder), facts, found, compositions, outcomes)
+    save_tables(Path(cfg.cell_folder), facts, latents, compositions, outcomes)
     rows = learned_rows(method)
     return {
         **knowledge,
@@ -85,8 +86,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
         "n_pairs": len(chosen),
         "n_entities": len(facts.entities),
         "n_entities_with_latent": len(compositions),
-        "entity_latent_specificity": mean(latent.specificity for latent in found.values() if latent),
-        "entity_latent_coverage": mean(latent.coverage for latent in found.values() if latent),
+        "entity_latent_specificity": mean(latent.specificity for latent in latents.values() if latent),
+        "entity_latent_coverage": mean(latent.coverage for latent in latents.values() if latent),
         "meta_latents_per_entity": mean(len(c.values) for c in compositions.values()),
         "meta_ve": VarianceExplained.of(rows, meta.decode(decompose(meta, rows))).centred,
         **summary([{kind: outcome.metrics() for kind, outcome in by_kind.items()} for _, by_kind in outcomes]),
@@ -94,18 +95,17 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
 
 def planted(cfg: DictConfig) -> DictConfig:
-    """The configuration with a model that has read the facts' statements; as it is where they have none."""
-    if not made(cfg.facts).statements:
+    """The configuration with a model trained on the facts' statements; unchanged if the facts have none."""
+    if not build(cfg.facts).statements:
         return cfg
     changed = cfg.copy()
-    changed.model.source = str(fine_tuned(Runtime.of(cfg), plain(cfg.model), made(cfg.data), plain(cfg.planting)))
+    changed.model.source = str(fine_tuned(Runtime.of(cfg), plain(cfg.model), build(cfg.data), plain(cfg.planting)))
     changed.model.name = f"{cfg.model.name} with planted facts"
     return changed
 
 
 def meta_dictionary(cfg: DictConfig, method: DictionaryMethod) -> Request:
-    """One that is trained on the directions of all decoder rows but those of dead latents, which chance put where they
-    are."""
+    """One trained on the directions of all decoder rows except those of dead latents, which are random."""
     m = cfg.meta
     if m.min_firing_rate is not None or m.sampling == "frequency":
         raise UserError(
@@ -121,18 +121,18 @@ def learned_rows(method: DictionaryMethod) -> Tensor:
 
 
 def composed_of(
-    cfg: DictConfig, meta: BatchTopK, method: DictionaryMethod, found: Mapping[str, EntityLatent]
+    cfg: DictConfig, meta: BatchTopK, method: DictionaryMethod, latents: Mapping[str, EntityLatent]
 ) -> dict[str, Composition]:
-    """Of which meta-latents each entity's latent is made."""
+    """The meta-latents that make up each entity's latent."""
     rows = directions(method.W_dec, "method")
-    codes = decompose(meta, rows[[latent.latent for latent in found.values()]]).dense()
+    codes = decompose(meta, rows[[latent.latent for latent in latents.values()]]).dense()
     at_most = cfg.editing.meta_latents_per_row
-    return {entity: Composition.of(row, at_most) for entity, row in zip(found, codes, strict=True)}
+    return {entity: Composition.of(row, at_most) for entity, row in zip(latents, codes, strict=True)}
 
 
-def what_it_knows(lm: LanguageModel, asked: Asked, facts: Facts) -> tuple[set[str], dict[str, float]]:
-    """The entities all of whose attributes the model gets right, and how often it is right: among an attribute's
-    values, and among all tokens."""
+def known_entities(lm: LanguageModel, asked: Asked, facts: Facts) -> tuple[set[str], dict[str, float]]:
+    """The entities of which the model gets all attributes right, and how often it is right among the values of an
+    attribute, and among all tokens."""
     known: set[str] = set()
     right: list[bool] = []
     right_of_all: list[bool] = []
@@ -159,7 +159,7 @@ Trio = tuple[str, str, str]  # A, whose row is edited; B, whose attributes are w
 
 
 def trios(cfg: DictConfig, facts: Facts, with_latent: Sequence[str], known: set[str]) -> list[Trio]:
-    """(A, B, C): pairs of `editing.pairs`, or `editing.n_pairs` at random of those that differ in all attributes, each
+    """(A, B, C): the pairs of `editing.pairs`, or `editing.n_pairs` random pairs that differ in all attributes, each
     with a third entity that shares no attribute with either. Raises UserError if there is none."""
 
     def apart(*entities: str) -> bool:
@@ -168,7 +168,7 @@ def trios(cfg: DictConfig, facts: Facts, with_latent: Sequence[str], known: set[
     e = cfg.editing
     usable = [entity for entity in with_latent if entity in known or not e.only_known]
     wanted = [tuple(pair) for pair in e.pairs] if e.pairs else list(permutations(usable, 2))
-    found = []
+    chosen = []
     for a, b in wanted:
         for entity in (a, b):
             if entity not in usable:
@@ -176,15 +176,15 @@ def trios(cfg: DictConfig, facts: Facts, with_latent: Sequence[str], known: set[
                 raise UserError(f"editing.pairs: {entity!r} has {lacking}.")
         thirds = [c for c in usable if c not in (a, b) and apart(a, b, c)]
         if thirds and apart(a, b):
-            found.append((a, b, thirds[0]))
-    if not found:
+            chosen.append((a, b, thirds[0]))
+    if not chosen:
         raise UserError(
-            f"facts: {len(with_latent)} of {len(facts.entities)} entities have a latent of their own, and of those the "
-            f"model knows {len(usable)}: no three of them differ in every attribute. Train for longer "
+            f"facts: {len(with_latent)} of {len(facts.entities)} entities have a latent of their own, and the model "
+            f"knows {len(usable)} of these. No three of them differ in every attribute. Train for longer "
             "(planting.n_tokens, stream.n_tokens), or lower editing.min_specificity."
         )
-    order = torch.randperm(len(found), generator=generator(e.pair_seed, "pairs")).tolist()
-    return [found[i] for i in order[: e.n_pairs]]
+    order = torch.randperm(len(chosen), generator=generator(e.pair_seed, "pairs")).tolist()
+    return [chosen[i] for i in order[: e.n_pairs]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,8 +252,8 @@ def edits_of(cfg: DictConfig, own: Composition, other: Composition) -> MetaEdits
 
 
 def summary(pairs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
-    """Means over pairs with 95 % bootstrap intervals over pairs, for each kind of edit and for the meta-latents' minus
-    each control's."""
+    """Means over pairs with 95 % bootstrap intervals, for each kind of edit, and for meta-latents minus each
+    control."""
     metrics: dict[str, float] = {}
     for name in pairs[0]["meta"]:
         values = {kind: [pair[kind][name] for pair in pairs] for kind in KINDS}
@@ -270,19 +270,19 @@ def summary(pairs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, flo
 def save_tables(
     folder: Path,
     facts: Facts,
-    found: Mapping[str, EntityLatent | None],
+    latents: Mapping[str, EntityLatent | None],
     compositions: Mapping[str, Composition],
     outcomes: Sequence[tuple[Trio, Mapping[str, Outcome]]],
 ) -> None:
     """latents.parquet: every entity's latent and its meta-latents; pairs.parquet: the metrics of each pair and kind of
     edit; answers.parquet: the log-probability of every candidate after every edit."""
     folder.mkdir(parents=True, exist_ok=True)
-    latents = [
+    rows = [
         {**vars(latent), "meta_latents": compositions[entity].meta_latents.tolist(),
          "values": compositions[entity].values.tolist()}
-        for entity, latent in found.items() if latent
+        for entity, latent in latents.items() if latent
     ]  # fmt: skip
-    pd.DataFrame(latents).to_parquet(folder / "latents.parquet")
+    pd.DataFrame(rows).to_parquet(folder / "latents.parquet")
     pairs = [
         {"entity": a, "target": b, "third": c, "kind": kind, "n_edits": len(outcome.subsets),
          "reached": sorted(outcome.reached), **outcome.metrics()}

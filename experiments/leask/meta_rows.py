@@ -1,4 +1,4 @@
-"""The decoder rows that a meta-SAE is trained on, and the activations that say how often their latents fire.
+"""The decoder rows that a meta-SAE is trained on, and how often their latents fire.
 
 Shapes: N rows, d = d_model, m = dict_size.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +14,22 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from core.analysis import top_activations as top
+from core.analysis.held_out import HeldOut
 from core.errors import UserError
 from core.methods.base import DictionaryMethod
 from core.streams.decoder_rows import directions
-from experiments.common import held_out_activations, held_out_rows, language_model, once_per
+from experiments.common import held_out, once_per
 
 
 @dataclass(frozen=True)
 class Rows:
-    """directions `[N, d]`, unit; `latents` `[N]`: whose they are, in their dictionary; `frequency` `[N]`: the share of
-    the held-out tokens on which each fires, where it was measured; `first`: where each dictionary's rows begin."""
+    """The rows of one dictionary, or of several one after another.
+
+    directions  `[N, d]`, of unit norm
+    latents     `[N]`, the latent of each row, in its dictionary
+    frequency   `[N]`, the share of the held-out tokens on which each fires; None if it was not measured
+    first       place of a dictionary in the family -> its first row
+    """
 
     directions: Tensor
     latents: Tensor
@@ -33,16 +38,17 @@ class Rows:
 
 
 def rows_of(cfg: DictConfig, place: int, method: DictionaryMethod) -> Rows:
-    """The rows of a dictionary, without those of latents that `meta.min_firing_rate` leaves out."""
-    looked_at = cfg.detail or cfg.meta.sampling == "frequency" or cfg.meta.min_firing_rate is not None
-    frequency = strongest(cfg, place, method).frequency if looked_at else None
+    """The rows of a dictionary, except those of latents that fire too rarely (`meta.min_firing_rate`)."""
+    measured = cfg.detail or cfg.meta.sampling == "frequency" or cfg.meta.min_firing_rate is not None
+    frequency = strongest(cfg, place, method).frequency if measured else None
     latents = kept(cfg, method.dict_size, frequency)
-    W = directions(method.W_dec[latents.to(method.W_dec.device)], f"family[{place}] ({method.dict_size} latents)")
+    chosen, name = method.W_dec[latents.to(method.W_dec.device)], f"family[{place}] ({method.dict_size} latents)"
+    W = directions(chosen, name, "meta.min_firing_rate=0 keeps only latents that fire; or choose another dictionary.")
     return Rows(W, latents, None if frequency is None else frequency[latents], {place: 0})
 
 
 def family_rows(cfg: DictConfig, family: Mapping[int, DictionaryMethod]) -> Rows:
-    """The rows of all dictionaries below one another, smallest first."""
+    """The rows of all dictionaries, smallest first."""
     parts = [rows_of(cfg, place, method) for place, method in family.items()]
     starts = np.cumsum([0, *(len(part.latents) for part in parts[:-1])]).tolist()
     frequencies = [part.frequency for part in parts if part.frequency is not None]
@@ -55,7 +61,7 @@ def family_rows(cfg: DictConfig, family: Mapping[int, DictionaryMethod]) -> Rows
 
 
 def kept(cfg: DictConfig, m: int, frequency: Tensor | None) -> Tensor:
-    """The latents whose rows are taken, int64. Raises UserError if none is left."""
+    """The latents whose rows are used, int64. Raises UserError if there is none."""
     if cfg.meta.min_firing_rate is None or frequency is None:
         return torch.arange(m)
     latents = (frequency > cfg.meta.min_firing_rate).nonzero().flatten()
@@ -66,20 +72,22 @@ def kept(cfg: DictConfig, m: int, frequency: Tensor | None) -> Tensor:
 
 def strongest(cfg: DictConfig, place: int, method: DictionaryMethod) -> top.Strongest:
     """The strongest activations of a dictionary's latents on the held-out rows."""
-    return _strongest_of(cfg)(place, method)
+    return _family_activations(cfg).of(place, method)
+
+
+class FamilyActivations:
+    """The strongest activations of every dictionary of a family, computed when they are first asked for."""
+
+    def __init__(self, text: HeldOut, n_strongest: int) -> None:
+        self.text, self.n_strongest = text, n_strongest
+        self.by_place: dict[int, top.Strongest] = {}
+
+    def of(self, place: int, method: DictionaryMethod) -> top.Strongest:
+        if place not in self.by_place:
+            self.by_place[place] = top.strongest_activations(method, self.text, self.n_strongest)
+        return self.by_place[place]
 
 
 @once_per("method", "family", "model", "data", "stream", "evaluation", "examples")
-def _strongest_of(cfg: DictConfig) -> Any:
-    found: dict[int, top.Strongest] = {}
-
-    def of(place: int, method: DictionaryMethod) -> top.Strongest:
-        if place not in found:
-            lm, rows, e = language_model(cfg), held_out_rows(cfg), cfg.evaluation
-            captured = held_out_activations(cfg)
-            found[place] = top.strongest_activations(
-                method, lm, cfg.stream.site, rows, e.rows_per_batch, cfg.examples.n_strongest, captured
-            )
-        return found[place]
-
-    return of
+def _family_activations(cfg: DictConfig) -> FamilyActivations:
+    return FamilyActivations(held_out(cfg), cfg.examples.n_strongest)

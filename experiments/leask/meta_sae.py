@@ -17,7 +17,6 @@ from torch import Tensor
 
 from core.analysis import directions as geometry
 from core.analysis.meta_sae import (
-    VarianceExplained,
     decompose,
     meta_request,
     null_rows,
@@ -29,9 +28,10 @@ from core.errors import UserError
 from core.fleet import Request
 from core.methods.base import DictionaryMethod
 from core.methods.batchtopk import BatchTopK
+from core.metrics.reconstruction import VarianceExplained
 from core.runtime import Runtime
 from core.streams.decoder_rows import directions, random_directions
-from experiments.common import plain, requests, stored, trained, write_told
+from experiments.common import plain, requests, stored, trained, write_record
 from experiments.leask.meta_rows import Rows, family_rows, rows_of, strongest
 from experiments.leask.meta_words import in_words
 
@@ -72,7 +72,7 @@ def check_family(family: Mapping[int, DictionaryMethod]) -> None:
 
 
 def needed(cfg: DictConfig) -> list[int]:
-    """Places in the family that the cell looks at."""
+    """Places in the family of the dictionaries that the cell needs."""
     return list(range(len(cfg.family))) if cfg.detail or cfg.rows == "family" else [cfg.base]
 
 
@@ -117,8 +117,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
     null = null_rows(rows.directions, cfg.seed)
     real, of_null = wanted(cfg, rows)
     meta, null_meta = trained_metas([real, of_null], Runtime.of(cfg), rows.directions.device)
-    found = score(meta, rows.directions).metrics() | score(null_meta, null).metrics("_null")
-    metrics = {"n_rows": float(len(null)), "threshold": float(meta.threshold), **found, **excess(found)}
+    scores = score(meta, rows.directions).metrics() | score(null_meta, null).metrics("_null")
+    metrics = {"n_rows": float(len(null)), "threshold": float(meta.threshold), **scores, **excess(scores)}
     if rows.frequency is not None and cfg.rows == "base":
         metrics |= weighted(meta, rows)
     if cfg.rows == "family":
@@ -131,32 +131,32 @@ def run(cfg: DictConfig) -> dict[str, float]:
         metrics |= geometry.graph_overlap(
             decompose(meta, rows.directions), rows.directions, others[cfg.small]
         ).metrics()
-        metrics |= in_words(cfg, meta, rows, strongest(cfg, cfg.base, family[cfg.base]), found["ve"])
-    write_told(cfg, "meta_dictionary", stored(cfg, real.spec))
+        metrics |= in_words(cfg, meta, rows, strongest(cfg, cfg.base, family[cfg.base]), scores["ve"])
+    write_record(cfg, "meta_dictionary", stored(cfg, real.spec))
     return metrics
 
 
-def excess(found: Mapping[str, float]) -> dict[str, float]:
-    """Variance explained beyond what a meta-dictionary explains of random directions."""
-    names = [name for name in found if name.startswith("ve") and not name.endswith("_null")]
-    return {f"{name}_excess": found[name] - found[f"{name}_null"] for name in names}
+def excess(scores: Mapping[str, float]) -> dict[str, float]:
+    """Variance explained beyond that of random directions."""
+    names = [name for name in scores if name.startswith("ve") and not name.endswith("_null")]
+    return {f"{name}_excess": scores[name] - scores[f"{name}_null"] for name in names}
 
 
-# ---- what is measured beside the variance explained
+# ---- further measurements
 
 
 def weighted(meta: BatchTopK, rows: Rows) -> dict[str, float]:
     """Variance explained with rows weighted by how often their latents fire."""
-    found = score(meta, rows.directions, rows.frequency)
-    return {"ve_by_frequency": found.batch.centred, "ve_by_frequency_uncentred": found.batch.uncentred}
+    explained = score(meta, rows.directions, rows.frequency).batch
+    return {"ve_by_frequency": explained.centred, "ve_by_frequency_uncentred": explained.uncentred}
 
 
 def similarity(
     cfg: DictConfig, meta: BatchTopK, null_meta: BatchTopK, others: Mapping[int, Tensor], sizes: Mapping[int, int]
 ) -> dict[str, float]:
-    """Largest cosines of meta-latents with latents of every size, and within each set; their histograms as a table.
+    """Largest cosines of meta-latents with latents of every size, and within each set; writes their histograms.
 
-    The more latents, the larger the largest of their cosines with anything: `_null` is that of the null's meta-latents.
+    The more latents, the larger the largest of their cosines with anything: `_null` has the null's meta-latents.
     """
     W, W_null = directions(meta.W_dec, "meta"), directions(null_meta.W_dec, "null")
     real, null = (
@@ -186,7 +186,7 @@ def histogram(values: Tensor) -> np.ndarray:
 
 
 def pursuit(cfg: DictConfig, rows: Rows, others: Mapping[int, Tensor]) -> dict[str, float]:
-    """The baseline: k latents of the small dictionary for each row, chosen by matching pursuit; and of as many random
+    """The baseline: matching pursuit chooses k latents of the small dictionary for each row, or k of as many random
     directions."""
     k, W, small = cfg.meta.method.k, rows.directions, others[cfg.small]
     random = random_directions(small.shape[0], small.shape[1], cfg.seed).to(W.device)
@@ -197,7 +197,7 @@ def pursuit(cfg: DictConfig, rows: Rows, others: Mapping[int, Tensor]) -> dict[s
 
 
 def replacement(cfg: DictConfig, meta: BatchTopK, rows: Rows, others: Mapping[int, Tensor]) -> dict[str, float]:
-    """Variance explained with other decoder rows, with the encoder as it is, and trained for them (`_tuned`)."""
+    """Variance explained with other decoder rows: with the same encoder, and with one trained for them (`_tuned`)."""
     wanted_here = replacements(cfg, meta, rows, others)
     tuned = trained_metas([request for _, request in wanted_here.values()], Runtime.of(cfg), rows.directions.device)
     explained = {}

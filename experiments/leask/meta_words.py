@@ -1,4 +1,4 @@
-"""Meta-latents in words: whether the latents below one share top tokens, and the page and tables to browse them."""
+"""Meta-latents in words: whether the latents of a meta-latent share top tokens; the page and tables to browse them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from torch import Tensor
 from core.analysis import directions as geometry
 from core.analysis import top_activations as top
 from core.analysis.meta_page import Latent, MetaLatent, write_page
-from core.analysis.meta_sae import counts, decompose
+from core.analysis.meta_sae import decompose
 from core.bench import Entry, save_table
 from core.kernels.codes import SparseCodes
 from core.methods.batchtopk import BatchTopK
+from core.metrics.sparsity import firing_counts
 from experiments.common import held_out_rows, language_model
 from experiments.leask.meta_rows import Rows
 
@@ -26,11 +27,11 @@ META_LATENTS, PAGE = "meta_latents.parquet", "browse.html"
 SHOWN = 12  # meta-latents in the report's table
 
 
-def in_words(cfg: DictConfig, meta: BatchTopK, rows: Rows, found: top.Strongest, ve: float) -> dict[str, float]:
-    """Whether the latents with the largest weight on a meta-latent share top tokens, more than latents drawn at random
-    and as much as neighbours; writes the tables and the page."""
+def in_words(cfg: DictConfig, meta: BatchTopK, rows: Rows, strongest: top.Strongest, ve: float) -> dict[str, float]:
+    """Do the latents with the largest weight on a meta-latent share top tokens, more than random latents and as much as
+    neighbours? Writes the tables and the page."""
     e = cfg.examples
-    words = top.top_tokens(found, held_out_rows(cfg), language_model(cfg).tokenizer, e.n_tokens)
+    words = top.top_tokens(strongest, held_out_rows(cfg), language_model(cfg).tokenizer, e.n_tokens)
     tokens = [words[latent] for latent in rows.latents.tolist()]
     fires = np.array([bool(words) for words in tokens])
     codes = decompose(meta, rows.directions)
@@ -38,7 +39,7 @@ def in_words(cfg: DictConfig, meta: BatchTopK, rows: Rows, found: top.Strongest,
     random = top.random_sets(np.flatnonzero(fires).tolist(), e.set_size, e.n_random_sets, cfg.seed)
     near = neighbours(rows.directions, np.flatnonzero(fires), e.set_size, max(1, len(sets)), cfg.seed)
     overlap = {key: top.token_overlap(s, tokens) for key, s in (("meta", sets), ("random", random), ("near", near))}
-    write_browsing(cfg, codes, rows, tokens, found, ve)
+    write_browsing(cfg, codes, rows, tokens, strongest, ve)
     mean = {key: float(values.mean()) if len(values) else 0.0 for key, values in overlap.items()}
     p = geometry.p_larger(*(torch.from_numpy(overlap[key]) for key in ("meta", "random"))) if sets else 1.0
     return {
@@ -58,20 +59,25 @@ def neighbours(W: Tensor, among: np.ndarray, size: int, n: int, seed: int) -> li
 
 
 def write_browsing(
-    cfg: DictConfig, codes: SparseCodes, rows: Rows, tokens: Sequence[Sequence[str]], found: top.Strongest, ve: float
+    cfg: DictConfig,
+    codes: SparseCodes,
+    rows: Rows,
+    tokens: Sequence[Sequence[str]],
+    strongest: top.Strongest,
+    ve: float,
 ) -> None:
-    """The page, the table of meta-latents, and the rows of the report."""
+    """Write the page, the table of meta-latents, and the rows for the report."""
     e, lm, text, folder = cfg.examples, language_model(cfg), held_out_rows(cfg), Path(cfg.cell_folder)
-    ids, fired = rows.latents.numpy(), found.counts[rows.latents.numpy()]
-    members, active = top.top_rows(codes, codes.shape[0]), counts(codes).cpu().numpy()
+    ids, fired = rows.latents.numpy(), strongest.counts[rows.latents.numpy()]
+    members, active = top.top_rows(codes, codes.shape[0]), firing_counts(codes).cpu().numpy()
     shown = np.sort(np.argsort(-fired, kind="stable")[: e.max_latents])
     latents = [
         Latent(
             id=int(ids[i]),
             tokens=tokens[i],
-            rate=float(fired[i] / max(1, found.n_tokens)),
-            contexts=top.contexts(found.places[ids[i]][: e.n_shown], text, lm.tokenizer, e.before, e.after),
-            metas=list(zip(*(part.tolist() for part in entries(codes, i)), strict=True)),
+            rate=float(fired[i] / max(1, strongest.n_tokens)),
+            contexts=top.contexts(strongest.places[ids[i]][: e.n_shown], text, lm.tokenizer, e.before, e.after),
+            metas=list(zip(*(part.tolist() for part in meta_latents_of(codes, i)), strict=True)),
         )
         for i in shown.tolist()
     ]
@@ -80,10 +86,12 @@ def write_browsing(
         MetaLatent(j, common[j], int(active[j]), [int(ids[i]) for i in members[j][: 2 * SHOWN]])
         for j in range(len(members))
     ]
-    title = f"{len(found.counts):,} latents at {cfg.stream.site} of the model {cfg.model.name}"
+    title = f"{len(strongest.counts):,} latents at {cfg.stream.site} of the model {cfg.model.name}"
     note = f"{len(metas)} meta-latents, {ve:.1%} of the variance of the decoder directions explained."
-    if len(rows.latents) < len(found.counts):
-        note += f" {len(rows.latents):,} latents fire often enough on the text looked at; the others are left out."
+    if len(rows.latents) < len(strongest.counts):
+        note += (
+            f" {len(rows.latents):,} latents fire often enough on the held-out text; the page leaves out the others."
+        )
     write_page(folder / PAGE, title, note, latents, metas, len(rows.latents))
     table = pd.DataFrame(
         {"meta_latent": range(len(metas)), "n_latents": active, "tokens": [", ".join(c) for c in common]}
@@ -91,7 +99,7 @@ def write_browsing(
     table["top_latents"] = [[int(ids[i]) for i in members[j][: e.set_size]] for j in range(len(metas))]
     table.to_parquet(folder / META_LATENTS)
     frequent = np.argsort(-active, kind="stable")[:SHOWN]
-    entries_of_table: list[dict[str, Entry]] = [
+    table_rows: list[dict[str, Entry]] = [
         {
             "meta-latent": int(j),
             "latents": int(active[j]),
@@ -101,17 +109,17 @@ def write_browsing(
         for j in frequent
     ]
     note = f"The {len(frequent)} most frequent meta-latents; all of them, and all latents: {PAGE} in the cell's folder."
-    save_table(folder, entries_of_table, [note])
+    save_table(folder, table_rows, [note])
 
 
-def entries(codes: SparseCodes, row: int) -> tuple[Tensor, Tensor]:
-    """Meta-latents of one row, and their weights, largest first."""
+def meta_latents_of(codes: SparseCodes, row: int) -> tuple[Tensor, Tensor]:
+    """The meta-latents of one row and their weights, largest first."""
     here = slice(int(codes.support.offsets[row]), int(codes.support.offsets[row + 1]))
     order = codes.values[here].argsort(descending=True)
     return codes.cols[here][order], codes.values[here][order]
 
 
 def common_tokens(lists: Sequence[Sequence[str]], n: int) -> list[str]:
-    """The n tokens that occur in most of the lists, and in two at least; of equals the first seen."""
+    """The n tokens that occur in most of the lists, and in at least two; ties go to the token seen first."""
     seen = Counter(word for words in lists for word in words)
     return [word for word, count in seen.most_common() if count > 1][:n]

@@ -1,4 +1,4 @@
-"""Stitching dictionaries of different sizes (Leask et al. 2025, the section on stitching; and the post of 2024)."""
+"""Stitching dictionaries of different sizes (Leask et al. 2025, section on stitching, and their post of 2024)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from core.analysis.evaluate import evaluate_dictionary
 from core.analysis.frankenstein import frankenstein
 from core.analysis.stitch_path import (
     Curve,
+    StitchPath,
     insertion,
     insertion_in_order,
     interpolation,
@@ -24,7 +25,6 @@ from core.analysis.stitch_path import (
     lowest,
     walk,
 )
-from core.analysis.stitch_path import Path as StitchPath
 from core.analysis.stitching import (
     CLASSES,
     DEAD,
@@ -47,15 +47,7 @@ from core.errors import UserError
 from core.fleet import Request
 from core.methods.base import DictionaryMethod
 from core.methods.stitched import Stitched
-from experiments.common import (
-    held_out_activations,
-    held_out_rows,
-    language_model,
-    plain,
-    reference_losses,
-    requests,
-    trained,
-)
+from experiments.common import held_out, plain, reference_losses, requests, trained
 
 LATENTS, INTERPOLATION, INSERTION, FRANKENSTEIN = (
     f"{name}.parquet" for name in ("latents", "interpolation", "insertion", "frankenstein")
@@ -68,26 +60,26 @@ def dictionaries(cfg: DictConfig) -> list[Request]:
 
 
 def members(cfg: DictConfig) -> list[dict[str, Any]]:
-    """The `method` nodes of the cell: `method` with the settings of each member of the pair, or of the family, in the
-    place of its own. Raises UserError for fewer than two different ones."""
+    """The `method` nodes of the cell: for each member of the pair or family, `method` with the member's settings.
+    Raises UserError unless there are two or more, all different."""
     if cfg.part not in ("pair", "frankenstein"):
         raise UserError(f"part={cfg.part!r} is neither pair nor frankenstein.")
     chosen = [("small", cfg.small), ("large", cfg.large)] if cfg.part == "pair" else []
     chosen += [(f"family[{i}]", node) for i, node in enumerate(cfg.family[: cfg.family_size] if not chosen else ())]
-    method, found = plain(cfg.method), []
+    method, nodes = plain(cfg.method), []
     for name, settings in chosen:
         own = {key: value for key, value in plain(settings).items() if value is not None}
         if unknown := own.keys() - method.keys():
             raise UserError(f"{name}.{sorted(unknown)[0]}: the method has no such setting.")
-        found.append({**method, **own})
-    if len(found) < 2 or any(node in found[:i] for i, node in enumerate(found)):
+        nodes.append({**method, **own})
+    if len(nodes) < 2 or any(node in nodes[:i] for i, node in enumerate(nodes)):
         keys = "small and large" if cfg.part == "pair" else "family"
         raise UserError(f"{keys}: stitching needs two dictionaries or more, each different from the others.")
-    return found
+    return nodes
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
-    """One adjacent pair of a family (`part: pair`), or what is new in each member added up (`part: frankenstein`).
+    """Stitch two neighbours of a family (`part: pair`), or grow its smallest member (`part: frankenstein`).
 
     Claims: leask/stitching-1 to -4.
     """
@@ -97,23 +89,21 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
 
 def activations(cfg: DictConfig) -> Iterator[Tensor]:
-    """Raw activations `[B, d]` of the held-out rows, `stitch.rows_per_block` rows at a time, without beginnings of text
-    and without the first position of a row, whose activations are unlike all others."""
-    lm, rows, captured = language_model(cfg), held_out_rows(cfg), held_out_activations(cfg)
-    size = cfg.stitch.rows_per_block
-    for first in range(0, len(rows), size):
-        tokens = rows[first : first + size]
-        x = lm.capture(tokens, cfg.stream.site) if captured is None else captured[first : first + size]
-        kept = tokens != lm.bos_token_id
+    """Raw activations `[B, d]` of the held-out rows, `stitch.rows_per_block` rows at a time. Beginnings of text and the
+    first position of a row are left out: their activations are unlike all others."""
+    text, size = held_out(cfg), cfg.stitch.rows_per_block
+    for start in range(0, len(text.rows), size):
+        here = slice(start, start + size)
+        kept = text.rows[here] != text.lm.bos_token_id
         kept[:, 0] = False
-        yield x[kept]
+        yield text.activations(here)[kept]
 
 
 # ---- a pair
 
 
 def run_pair(cfg: DictConfig, small: DictionaryMethod, large: DictionaryMethod) -> dict[str, float]:
-    """Score every latent of the large dictionary, foretell the scores from decoder rows, insert sets, interpolate."""
+    """Score every latent of the large dictionary, predict the scores from decoder rows, insert sets, interpolate."""
     check_pair(small, large)
     s, folder = cfg.stitch, Path(cfg.cell_folder)
     scores = score_latents(small, large, activations(cfg), s.n_blocks)
@@ -137,29 +127,29 @@ def run_pair(cfg: DictConfig, small: DictionaryMethod, large: DictionaryMethod) 
     graphs["parents"] = parents(near, small.dict_size, from_data)
     later = {key: interpolation(near, graphs[key], s.steps_per_phase) for key in ("data", "parents")}
     paths, curves = paths | later, curves | walk(small, large, activations(cfg), later)
-    losses = {key: downstream(cfg, small, large, paths[key]) for key in graphs}
-    refit = {key: downstream(cfg, small, large, paths[key], curves[key].shift) for key in graphs}
+    losses = {key: losses_along(small, large, paths[key], held_out(cfg)) for key in graphs}
+    refit = {key: losses_along(small, large, paths[key], held_out(cfg), curves[key].shift) for key in graphs}
     save_curves(folder / INTERPOLATION, {key: paths[key] for key in graphs}, curves, losses=losses, refit=refit)
 
     clean = reference_losses(cfg).clean
-    found = {**scores.metrics(), **of_classes(scores, near, classes)}
-    found |= {"ce_clean": clean, "ce_small": float(losses["paper"][0]), "ce_large": float(losses["paper"][-1])}
-    found |= {"ce_small_refit": float(refit["paper"][0]), "ce_large_refit": float(refit["paper"][-1])}
+    metrics = {**scores.metrics(), **of_classes(scores, near, classes)}
+    metrics |= {"ce_clean": clean, "ce_small": float(losses["paper"][0]), "ce_large": float(losses["paper"][-1])}
+    metrics |= {"ce_small_refit": float(refit["paper"][0]), "ce_large_refit": float(refit["paper"][-1])}
     start = float(curves["paper"].mse[0])
     for key, curve in curves.items():
         if key.startswith("insert_"):
-            found[f"{key}_mse_ratio"] = float(curve.mse[1]) / start
-    found["threshold_insertion"] = from_data
-    found["insert_in_order_lowest_mse_ratio"] = float(curves["order"].mse.min()) / start
-    found["insert_in_order_highest_mse_ratio"] = float(curves["order"].mse.max()) / start
+            metrics[f"{key}_mse_ratio"] = float(curve.mse[1]) / start
+    metrics["threshold_insertion"] = from_data
+    metrics["insert_in_order_lowest_mse_ratio"] = float(curves["order"].mse.min()) / start
+    metrics["insert_in_order_highest_mse_ratio"] = float(curves["order"].mse.max()) / start
     for key, graph in graphs.items():
-        found |= {f"interpolation_{key}_{k}": v for k, v in of_path(scores, paths[key], curves[key], graph).items()}
-    return found
+        metrics |= {f"interpolation_{key}_{k}": v for k, v in of_path(scores, paths[key], curves[key], graph).items()}
+    return metrics
 
 
 def sets(scores: LatentScores, near: Nearest, classes: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Sets of latents of the large dictionary that are inserted at once: by the sign of the score as the paper has it,
-    by what is sure of it, and by the cosine alone."""
+    """Sets of latents of the large dictionary that are inserted at once: by the sign of the score, as in the paper; by
+    a sign that is certain; and by the cosine alone."""
     lowers = (scores.delta_mse < 0) & ~scores.dead
     below = (near.cosine < PAPER_THRESHOLD) & ~scores.dead
     yield "novel", lowers
@@ -171,11 +161,11 @@ def sets(scores: LatentScores, near: Nearest, classes: Tensor) -> Iterator[tuple
 
 
 def of_classes(scores: LatentScores, near: Nearest, classes: Tensor) -> dict[str, float]:
-    """Shares of the classes, and how well the cosine foretells them. Shares are of the latents that are not dead."""
+    """Shares of the classes, and how well the cosine predicts them. Shares are of the latents that are not dead."""
     alive = ~scores.dead
     n_alive = int(alive.sum())
     shares = {name: int((classes == i).sum()) / n_alive for i, name in enumerate(CLASSES) if i != DEAD}
-    found = {
+    metrics = {
         "dead_fraction": 1 - n_alive / len(alive),
         "novel_fraction": int((scores.delta_mse[alive] < 0).sum()) / n_alive,
         "surely_novel_fraction": shares["novel"],
@@ -187,27 +177,27 @@ def of_classes(scores: LatentScores, near: Nearest, classes: Tensor) -> dict[str
     decided = alive & (classes != UNDECIDED)
     for name, chosen in (("", alive), ("_decided", decided)):
         if prediction := predict_novel(near.cosine[chosen], scores.delta_mse[chosen]):
-            found[f"auc{name}"] = prediction.auc
-            found[f"spearman{name}"] = prediction.spearman
-            found[f"threshold_best{name}"] = prediction.threshold
-            found[f"balanced_accuracy_best{name}"] = prediction.balanced_accuracy
-            found[f"balanced_accuracy_paper{name}"] = prediction.balanced_accuracy_paper
-    return found
+            metrics[f"auc{name}"] = prediction.auc
+            metrics[f"spearman{name}"] = prediction.spearman
+            metrics[f"threshold_best{name}"] = prediction.threshold
+            metrics[f"balanced_accuracy_best{name}"] = prediction.balanced_accuracy
+            metrics[f"balanced_accuracy_paper{name}"] = prediction.balanced_accuracy_paper
+    return metrics
 
 
 def of_path(scores: LatentScores, path: StitchPath, curve: Curve, graph: Components) -> dict[str, float]:
-    """An interpolation in numbers; ratios are to the small dictionary's error or L0. `largest_rise`: of the error above
-    the lowest value before, along the phases `insert` and `swap`."""
+    """An interpolation in numbers. Ratios are to the small dictionary's error or L0. `largest_rise` is the largest rise
+    of the error above its lowest value so far, along the phases `insert` and `swap`."""
     mse, l0, ends = curve.mse, curve.l0, scores.metrics()
     inserted = path.phases.count("insert")
     swapped = inserted + path.phases.count("swap")
-    way = mse[: swapped + 1]
+    until_swapped = mse[: swapped + 1]
     return {
         "mse_after_insert_ratio": float(mse[inserted] / mse[0]),
         "mse_after_swap_ratio": float(mse[swapped] / mse[0]),
         "mse_end_ratio": float(mse[-1] / mse[0]),
-        "largest_rise": float(((way - way.cummin(0).values) / mse[0]).max()),
-        "falling_share": float((way.diff() < 0).double().mean()),
+        "largest_rise": float(((until_swapped - until_swapped.cummin(0).values) / mse[0]).max()),
+        "falling_share": float((until_swapped.diff() < 0).double().mean()),
         "largest_rise_refit": float(
             (curve.mse_refit - curve.mse_refit.cummin(0).values)[: swapped + 1].max() / curve.mse_refit[0]
         ),
@@ -220,16 +210,6 @@ def of_path(scores: LatentScores, path: StitchPath, curve: Curve, graph: Compone
         "large_without_partner": float((~graph.paired[graph.large]).sum()),
         "small_without_partner": float((~graph.paired[graph.small]).sum()),
     }
-
-
-def downstream(
-    cfg: DictConfig, small: DictionaryMethod, large: DictionaryMethod, path: StitchPath, shift: Tensor | None = None
-) -> Tensor:
-    """The language model's loss along a path, on the first `evaluation.n_downstream_rows` held-out rows; with each
-    point's decoder bias shifted, if told."""
-    e, captured, lm = cfg.evaluation, held_out_activations(cfg), language_model(cfg)
-    rows = held_out_rows(cfg)[: e.n_downstream_rows]
-    return losses_along(small, large, path, lm, cfg.stream.site, rows, e.rows_per_batch, captured, shift)
 
 
 def save_latents(path: Path, scores: LatentScores, near: Nearest, classes: Tensor, low: Tensor, high: Tensor) -> None:
@@ -255,27 +235,27 @@ def save_curves(
     losses: Mapping[str, Tensor] | None = None,
     refit: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """One row for each point of each path; with `nears` the largest cosine inserted so far; with `losses` and `refit`
-    the language model's loss, as it is and with each point's best decoder bias."""
+    """One row for each point of each path. `nears` adds the largest cosine inserted so far; `losses` and `refit` add
+    the language model's loss, with the path's own and with the best decoder biases."""
     tables = []
-    for key, way in paths.items():
+    for key, stitch_path in paths.items():
         curve = curves[key]
         columns: dict[str, Any] = {
             "path": key,
-            "point": range(way.n_steps + 1),
-            "phase": ["start", *way.phases],
-            "n_latents": way.n_latents,
+            "point": range(stitch_path.n_steps + 1),
+            "phase": ["start", *stitch_path.phases],
+            "n_latents": stitch_path.n_latents,
             "mse": curve.mse,
             "mse_refit": curve.mse_refit,
             "l0": curve.l0,
         }
-        for name, found in (("ce", losses), ("ce_refit", refit)):
-            if found is not None:
-                columns[name] = found[key]
+        for name, by_path in (("ce", losses), ("ce_refit", refit)):
+            if by_path is not None:
+                columns[name] = by_path[key]
         if nears is not None:
             cosine = nears[key].cosine.cpu().double()
-            largest = torch.full((way.n_steps + 2,), -torch.inf, dtype=torch.float64)
-            columns["cosine"] = largest.scatter_reduce(0, way.comes, cosine, "amax").cummax(0).values[:-1]
+            largest = torch.full((stitch_path.n_steps + 2,), -torch.inf, dtype=torch.float64)
+            columns["cosine"] = largest.scatter_reduce(0, stitch_path.comes, cosine, "amax").cummax(0).values[:-1]
         tables.append(pd.DataFrame({k: v.numpy() if isinstance(v, Tensor) else v for k, v in columns.items()}))
     pd.concat(tables, ignore_index=True).to_parquet(path)
 
@@ -284,7 +264,7 @@ def save_curves(
 
 
 def run_frankenstein(cfg: DictConfig, family: list[DictionaryMethod]) -> dict[str, float]:
-    """Grow the smallest dictionary by what is new in each larger one, and compare with ones of the same size."""
+    """Grow the smallest dictionary by the novel latents of each larger one; compare with dictionaries of equal size."""
     s, batches = cfg.stitch, partial(activations, cfg)
     grown = frankenstein(family, batches, cfg.seed, s.frankenstein_below, s.n_blocks)
     ordered = sorted(family, key=lambda method: method.dict_size)
@@ -295,7 +275,7 @@ def run_frankenstein(cfg: DictConfig, family: list[DictionaryMethod]) -> dict[st
 
 
 def row_of(cfg: DictConfig, kind: str, method: DictionaryMethod) -> dict[str, Any]:
-    """Error, L0 and loss of one dictionary, as it is and with its best decoder bias (`_refit`); the encoder stays."""
+    """Error, L0 and loss of one dictionary, unchanged and with its best decoder bias (`_refit`); the encoder stays."""
     error, b_dec = error_and_bias(method, activations(cfg))
     refit = Stitched.of([(method, torch.ones(method.dict_size, dtype=torch.bool))], b_dec)
     losses = {"ce": spliced_loss(cfg, method), "ce_refit": spliced_loss(cfg, refit)}
@@ -303,29 +283,26 @@ def row_of(cfg: DictConfig, kind: str, method: DictionaryMethod) -> dict[str, An
 
 
 def of_family(table: pd.DataFrame) -> dict[str, float]:
-    """The last grown dictionary; and of all grown ones no larger than the family's largest the mean ratio of their
-    error and L0 to those of a dictionary of the same size, read between two of the family in logarithms."""
+    """Metrics of the last grown dictionary. Then a comparison at equal size, over the grown dictionaries no larger than
+    the family's largest: the mean ratio of error and L0, interpolated between two of the family in logarithms."""
     family, grown = (table[table["kind"] == kind] for kind in ("family", "grown"))
     last = grown.iloc[-1]
     names = ("n_latents", "mse", "mse_refit", "l0", "ce", "ce_refit")
-    found = {f"grown_{name}": float(last[name]) for name in names}
-    found |= {f"largest_{name}": float(family.iloc[-1][name]) for name in names}
+    metrics = {f"grown_{name}": float(last[name]) for name in names}
+    metrics |= {f"largest_{name}": float(family.iloc[-1][name]) for name in names}
     within = grown[grown["n_latents"] <= family["n_latents"].max()]
-    found["n_grown_within_family"] = float(len(within))
+    metrics["n_grown_within_family"] = float(len(within))
     if len(within):
         for name in ("mse", "mse_refit", "l0"):
             same = np.interp(np.log(within["n_latents"]), np.log(family["n_latents"]), np.log(family[name]))
-            found[f"grown_{name}_over_same_size"] = float(np.exp(np.log(within[name]) - same).mean())
+            metrics[f"grown_{name}_over_same_size"] = float(np.exp(np.log(within[name]) - same).mean())
         for name in ("ce", "ce_refit"):
             same = np.interp(np.log(within["n_latents"]), np.log(family["n_latents"]), family[name])
-            found[f"grown_{name}_minus_same_size"] = float((within[name] - same).mean())
-    return found
+            metrics[f"grown_{name}_minus_same_size"] = float((within[name] - same).mean())
+    return metrics
 
 
 def spliced_loss(cfg: DictConfig, method: DictionaryMethod) -> float:
     """Nats per token with the dictionary's reconstruction at all positions."""
-    lm, e, captured = language_model(cfg), cfg.evaluation, held_out_activations(cfg)
-    rows = held_out_rows(cfg)[: e.n_downstream_rows]
-    captured = None if captured is None else captured[: len(rows)]
-    arguments = lm, cfg.stream.site, rows, len(rows), e.rows_per_batch, reference_losses(cfg), captured
-    return evaluate_dictionary(method, *arguments).metrics()["ce_spliced"]
+    first = held_out(cfg).first(cfg.evaluation.n_downstream_rows)
+    return evaluate_dictionary(method, first).metrics()["ce_spliced"]

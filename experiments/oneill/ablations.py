@@ -1,6 +1,6 @@
 """The appendix studies of O'Neill et al. 2025: MLP width, biases, Zipf codes, decoder geometry.
 
-Each cell is one of the three problems with one thing changed; `part` names the study. Claims: oneill/ablations-*.
+Each cell changes one thing in one of the three problems; `part` names the study. Claims: oneill/ablations-*.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Classical dictionary learning on the synthetic problem (O'Neill et al. 2025, appendix), with scikit-learn.
 
-`codes` says which problem: `signed`, the authors' (`make_sparse_coded_signal`: Gaussian amplitudes of both signs, so
-that its MCC is not comparable with that of the nonnegative panels), or `nonnegative`, ours beside it: the data of the
-other experiments, and codes kept nonnegative. Sparse coding and updates of the atoms in turn (as in Mairal et al. 2009,
-on the full batch) with scikit-learn's defaults (penalty 1 while fitting), then lasso-LARS with `transform_alpha` on
-held-out samples. Claims: oneill/classical-*.
+`codes` names the problem. `signed` is the authors' (`make_sparse_coded_signal`: Gaussian amplitudes of both signs, so
+its MCC cannot be compared with that of the nonnegative panels). `nonnegative` is ours: the data of the other
+experiments, and nonnegative codes. The fit alternates sparse coding with updates of the atoms (as in Mairal et al.
+2009, on the full batch) with scikit-learn's defaults (penalty 1 while fitting). Lasso-LARS with `transform_alpha` then
+codes the held-out samples. Claims: oneill/classical-*.
 
 Shapes: n samples, N codes, M observed dimensions, K active; D [N, M], atoms are rows.
 """
@@ -29,10 +29,10 @@ from core.bench import threads
 from core.errors import UserError
 from core.metrics import recovery
 from core.seeding import derived_seed
-from core.synthetic.sparse_codes import SparseCodes
+from core.synthetic.sparse_codes import SparseCodeLaw
 
 RUNS = "runs.parquet"
-ACTIVE = 1e-4  # a code whose size is above it counts as active
+ACTIVE = 1e-4  # a code larger than this in size counts as active
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"codes={cfg.codes}: signed or nonnegative.")
     if cfg.codes == "nonnegative" and c.fit_algorithm != "cd":
         raise UserError(f"coder.fit_algorithm={c.fit_algorithm}: scikit-learn keeps codes nonnegative with cd alone.")
-    SparseCodes(s.N, s.M, s.K)
+    SparseCodeLaw(s.N, s.M, s.K)
     if s.zipf_alpha is not None:
-        raise UserError("source.zipf_alpha: make_sparse_coded_signal has uniform codes alone; leave it null.")
+        raise UserError("source.zipf_alpha: make_sparse_coded_signal draws uniform codes only; set it to null.")
     if s.n_train < max(s.N, s.M) or s.n_test < 2:
         raise UserError(
             f"source.n_train={s.n_train}, source.n_test={s.n_test}: at least max(N, M) = {max(s.N, s.M)} and 2 samples."
@@ -76,13 +76,13 @@ def check(cfg: DictConfig) -> None:
 
 
 def scores(cfg: DictConfig, seed: int) -> dict[str, float]:
-    """Fit on the training samples; code the test samples under the learned, and under a random dictionary."""
-    s, c, data = cfg.source, cfg.coder, drawn(cfg, seed)
+    """Fit on the training samples; code the test samples under the learned dictionary and under a random one."""
+    s, c, data = cfg.source, cfg.coder, draw(cfg, seed)
     started = time.perf_counter()
     learner = fitted(cfg, data.X_train, seed)
     fit_seconds = time.perf_counter() - started
     S_hat = coded(cfg, data.X_test, learner.components_)
-    unrelated = SparseCodes(s.N, s.M, s.K).dictionary(derived_seed(seed, "random dictionary")).double().numpy()
+    unrelated = SparseCodeLaw(s.N, s.M, s.K).dictionary(derived_seed(seed, "random dictionary")).double().numpy()
     by_chance = recovery.mcc(tensor(data.S_test), tensor(coded(cfg, data.X_test, unrelated))).item()
     mse = float(np.square(S_hat @ learner.components_ - data.X_test).mean())
     latent = {kind: recovery.mcc(tensor(data.S_test), tensor(S_hat), kind).item() for kind in ("pearson", "cosine")}
@@ -108,11 +108,11 @@ def scores(cfg: DictConfig, seed: int) -> dict[str, float]:
     }
 
 
-def drawn(cfg: DictConfig, seed: int) -> Data:
-    """The problem: the authors' draw for their seed 42, or ours."""
+def draw(cfg: DictConfig, seed: int) -> Data:
+    """Draw the problem: the authors' draw for their seed 42, or ours."""
     s = cfg.source
     if cfg.codes == "nonnegative":
-        p = SparseCodes(s.N, s.M, s.K).draw(s.n_train, s.n_test, derived_seed(s.seed, "run", seed))
+        p = SparseCodeLaw(s.N, s.M, s.K).draw(s.n_train, s.n_test, derived_seed(s.seed, "run", seed))
         return Data(*(t.double().numpy() for t in (p.D, p.X_train, p.X_test, p.S_test)))
     X, D, S = make_sparse_coded_signal(
         n_samples=s.n_train + s.n_test, n_components=s.N, n_features=s.M, n_nonzero_coefs=s.K, random_state=seed
@@ -121,7 +121,7 @@ def drawn(cfg: DictConfig, seed: int) -> Data:
 
 
 def fitted(cfg: DictConfig, X: np.ndarray, seed: int) -> DictionaryLearning:
-    """scikit-learn's defaults but for what the authors set."""
+    """scikit-learn's defaults, except what the authors set."""
     c = cfg.coder
     learner = DictionaryLearning(
         n_components=cfg.source.N,
@@ -134,7 +134,7 @@ def fitted(cfg: DictConfig, X: np.ndarray, seed: int) -> DictionaryLearning:
         random_state=seed,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # of the codes within one iteration; n_iter_ is reported
+        warnings.simplefilter("ignore", ConvergenceWarning)  # within an iteration; n_iter_ is reported
         return learner.fit(X)
 
 
@@ -148,8 +148,8 @@ def coded(cfg: DictConfig, X: np.ndarray, D: np.ndarray) -> np.ndarray:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found: np.ndarray = coder.transform(X)
-    return found
+        codes: np.ndarray = coder.transform(X)
+    return codes
 
 
 def tensor(array: np.ndarray) -> Tensor:

@@ -1,7 +1,7 @@
 """The three problems of O'Neill et al. 2025 (known codes, known dictionary, neither known) for one coder.
 
-All seeds, penalties and k of a cell are one stack. A cell can tell of several methods: its coder, and what optimises
-the coder's codes further; `experiments.oneill.outcome` writes them down.
+All seeds, penalties and k of a cell are one stack. A cell can have several methods: its coder, and solvers that
+optimise the coder's codes further. `experiments.oneill.outcome` writes what they reach.
 
 Shapes: R runs, n samples, N codes, M observed dimensions; D `[R, N, M]`, atoms are rows.
 """
@@ -25,19 +25,19 @@ from core.stacked.coders import Coder
 from core.stacked.inference import fista, hard_top_k, log_codes, nnls, relu_codes
 from core.stacked.l0 import l0_oracle
 from core.stacked.objectives import KnownCodes, Reconstruction, random_dictionary
-from core.synthetic.sparse_codes import Problem, SparseCodes
+from core.synthetic.sparse_codes import Problem, SparseCodeLaw
 from experiments.oneill import costs
-from experiments.oneill.outcome import Curve, Outcome, Scores, leave, timed
+from experiments.oneill.outcome import Curve, Outcome, Scores, timed, write_outcome
 from experiments.oneill.training import train
 
-FOUND = 0.5  # a true code whose correlation with its unit is below it counts as lost
-ACTIVE = 1e-4  # a code above it counts as active: codes that are exponentials are never zero
-WARM_FLOORS = {"ITO warm": 1e-10, "ITO warm floor": 1e-2}  # the paper's text, and one from which a code can grow
+FOUND = 0.5  # a true code counts as lost if its correlation with its unit is lower
+ACTIVE = 1e-4  # a larger code counts as active: codes that are exponentials are never zero
+WARM_FLOORS = {"ITO warm": 1e-10, "ITO warm floor": 1e-2}  # the paper's text; a floor from which a code can grow
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The runs of a cell: what each differs in, and its data along the first axis."""
+    """The runs of a cell: their settings, and their data along the first axis."""
 
     rows: list[dict[str, Any]]  # settings under the configuration's dotted keys
     problem: Problem  # every tensor with the axis R in front
@@ -48,8 +48,8 @@ class Stack:
         swept = product(cfg.seeds, cfg.coder.l1, cfg.coder.k or [None])
         rows = [{"seed": seed, "coder.l1": float(l1), "coder.k": k} for seed, l1, k in swept]
         if cfg.coder.k and max(cfg.coder.k) > s.N:
-            raise UserError(f"coder.k={max(cfg.coder.k)} is more than the N={s.N} codes there are.")
-        source = SparseCodes(s.N, s.M, s.K, s.zipf_alpha)
+            raise UserError(f"coder.k={max(cfg.coder.k)} is more than the source.N={s.N} codes.")
+        source = SparseCodeLaw(s.N, s.M, s.K, s.zipf_alpha)
         seeds = [derived_seed(s.seed, "run", row["seed"]) if s.per_run else s.seed for row in rows]
         drawn = {seed: source.draw(s.n_train, s.n_test, seed) for seed in set(seeds)}
         tensors = {
@@ -75,7 +75,7 @@ class Stack:
 
 
 def known_codes(cfg: DictConfig) -> dict[str, float]:
-    """An encoder learns the true codes themselves (sec. 4.1, fig. 2). No matching: unit i is meant to be code i."""
+    """An encoder learns the true codes themselves (sec. 4.1, fig. 2). Unit i stands for code i: nothing is matched."""
     stack = Stack.of(cfg)
     p, coder = stack.problem, coder_of(cfg, stack)
 
@@ -87,12 +87,12 @@ def known_codes(cfg: DictConfig) -> dict[str, float]:
     outcome = Outcome(stack.rows)
     with timed(cfg) as clock:
         trained = train(cfg, coder, objective, evaluate)
-        outcome.add_trained(cfg.coder.name, trained, partial(costs.known_codes, cfg))
-    return leave(cfg, outcome, clock.seconds)
+        outcome.add_trained(cfg.coder.name, trained, partial(costs.known_codes, cfg, cfg.source.n_train))
+    return write_outcome(cfg, outcome, clock.seconds)
 
 
 def known_dictionary(cfg: DictConfig) -> dict[str, float]:
-    """Codes under the true dictionary (sec. 4.2, fig. 3): encoders that are trained, and solvers that are not."""
+    """Codes under the true dictionary (sec. 4.2, fig. 3), from trained encoders and from solvers."""
     stack = Stack.of(cfg)
     p, outcome = stack.problem, Outcome(stack.rows)
     with timed(cfg) as clock:
@@ -114,11 +114,11 @@ def known_dictionary(cfg: DictConfig) -> dict[str, float]:
                 for label, floor in WARM_FLOORS.items():
                     curve = _ito_curve(cfg, stack, init=start, floor=floor)
                     outcome.add(label, curve, partial(costs.warm_ito, cfg))
-    return leave(cfg, outcome, clock.seconds)
+    return write_outcome(cfg, outcome, clock.seconds)
 
 
 def unknown(cfg: DictConfig) -> dict[str, float]:
-    """Codes and dictionary both learned (sec. 4.3, fig. 4); test codes of sparse coding are optimised anew."""
+    """Codes and dictionary are both learned (sec. 4.3, fig. 4). Sparse coding optimises the test codes afterwards."""
     stack = Stack.of(cfg)
     p = stack.problem
     s, coder = cfg.source, coder_of(cfg, stack)
@@ -163,7 +163,7 @@ def unknown(cfg: DictConfig) -> dict[str, float]:
         scores = {**_latent_scores(stack, S_hat, objective.D, X), **_dictionary_scores(p.D, objective.D)}
         outcome.add(f"{label}/{k}", {cfg.steps: scores}, partial(costs.training, cfg, True))
         outcome.rows[f"{label}/{k}"] = {"coder.name": label, "coder.k": k}
-    return leave(cfg, outcome, clock.seconds, objective.D)
+    return write_outcome(cfg, outcome, clock.seconds, objective.D)
 
 
 # ---- pieces
@@ -177,7 +177,7 @@ def coder_of(cfg: DictConfig, stack: Stack) -> Coder:
 
 
 def _solve(cfg: DictConfig, stack: Stack) -> Curve:
-    """The curve of a solver that needs no training; one point, at 0, for those that are run to the end."""
+    """The curve of a solver; a single point, at 0, if it runs until it converges."""
     p, solver = stack.problem, cfg.coder.solver
     if solver.kind == "ito":
         return _ito_curve(cfg, stack, init=float(solver.init))
@@ -193,7 +193,7 @@ def _solve(cfg: DictConfig, stack: Stack) -> Curve:
 
 
 def _test_codes(cfg: DictConfig, stack: Stack, X: Tensor, D: Tensor) -> Tensor:
-    """Codes of test samples under learned dictionaries, run by run where each has a k of its own."""
+    """Codes of test samples under learned dictionaries; run by run if each has its own k."""
     i, k = cfg.inference, stack.k
     l1 = stack.l1 if i.l1 is None else torch.full_like(stack.l1, i.l1)
 
@@ -221,7 +221,7 @@ def _ito_curve(cfg: DictConfig, stack: Stack, init: float | Tensor, floor: float
 
 
 def _latent_scores(stack: Stack, S_hat: Tensor, D_hat: Tensor, X: Tensor | None = None) -> Scores:
-    """X: what the codes are to explain, if not the test samples."""
+    """`X`: what the codes explain; None: the test samples."""
     p = stack.problem
     mse = (S_hat @ D_hat - (p.X_test if X is None else X)).square().mean((1, 2)).detach()
     return {
@@ -235,18 +235,19 @@ def _latent_scores(stack: Stack, S_hat: Tensor, D_hat: Tensor, X: Tensor | None 
 
 
 def recovered(correlations: Tensor) -> Scores:
-    """MCC, the share of true codes that no unit has found, and the MCC of the others (0 if there are none), from the
-    correlation of each true code with its unit `[R, N]`."""
-    found = correlations >= FOUND
+    """From the correlation of each true code with its unit, `[R, N]`: the MCC, the share of true codes that no unit
+    represents, and the MCC of the others (0 if there are none)."""
+    represented = correlations >= FOUND
     return {
         "latent_mcc": correlations.mean(-1),
-        "lost": 1 - found.float().mean(-1),
-        "latent_mcc_of_found": torch.where(found, correlations, 0).sum(-1) / found.sum(-1).clamp(min=1),
+        "lost": 1 - represented.float().mean(-1),
+        "latent_mcc_of_found": torch.where(represented, correlations, 0).sum(-1) / represented.sum(-1).clamp(min=1),
     }
 
 
 def _same_support(S: Tensor, S_hat: Tensor) -> Tensor:
-    """Share of samples whose active codes are the true ones (by index: meaningful under the true dictionary alone)."""
+    """Share of samples whose active codes are the true ones, by index: it means something under the true dictionary
+    only."""
     if S.shape != S_hat.shape:
         return torch.zeros(len(S))
     return ((S > ACTIVE) == (S_hat > ACTIVE)).all(-1).float().mean(-1)

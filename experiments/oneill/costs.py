@@ -1,6 +1,6 @@
-"""What O'Neill et al.'s methods cost at a step: (FLOPs of training so far, FLOPs of one inference of the test set).
+"""The cost of O'Neill et al.'s methods at a step: (FLOPs of training so far, FLOPs of one inference of the test set).
 
-Every function takes the cell's configuration first, and the step (or iteration) and the way of counting last.
+Every function takes the configuration first, and the step (or iteration) and the mode of counting last.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from core.metrics import flops
 
-FREE = ("sc", "sc_relu")  # kinds of coders whose codes are parameters: those of test samples are optimised anew
+FREE = ("sc", "sc_relu")  # kinds of coders whose codes are parameters; test codes are optimised afterwards
 
 
 def training(cfg: DictConfig, learn_D: bool, step: int, mode: flops.Mode) -> tuple[float, float]:
@@ -38,7 +38,7 @@ def warm_ito(cfg: DictConfig, step: int, mode: flops.Mode) -> tuple[float, float
 
 
 def solver(cfg: DictConfig, step: int, mode: flops.Mode) -> tuple[float, float]:
-    """Iterations of ITO, with the SAE's training at the same index where the paper charges it; no other is counted."""
+    """Iterations of ITO, plus the SAE's training at the same index where the paper charges it; other solvers cost 0."""
     s = cfg.source
     if cfg.coder.solver.kind != "ito":
         return 0.0, 0.0
@@ -47,12 +47,12 @@ def solver(cfg: DictConfig, step: int, mode: flops.Mode) -> tuple[float, float]:
     return total - codes, codes
 
 
-def known_codes(cfg: DictConfig, step: int, mode: flops.Mode) -> tuple[float, float]:
-    """Without a decoder, in training and in inference."""
+def known_codes(cfg: DictConfig, batch_size: int, step: int, mode: flops.Mode) -> tuple[float, float]:
+    """Steps on `batch_size` samples each. Neither training nor inference has a decoder."""
     s, c = cfg.source, cfg.coder
     decoder = 2 * s.M * s.N * s.n_test
     if c.kind == "mlp":
-        per_step = flops.mlp_known_codes_step(s.N, s.M, c.width, s.n_train, mode, c.bias)
+        per_step = flops.mlp_known_codes_step(s.N, s.M, c.width, batch_size, mode, c.bias)
         return step * per_step, flops.mlp_inference(s.N, s.M, c.width, s.n_test) - decoder
-    per_step = flops.sae_known_codes_step(s.N, s.M, s.n_train, mode, c.bias)
+    per_step = flops.sae_known_codes_step(s.N, s.M, batch_size, mode, c.bias)
     return step * per_step, flops.sae_inference(s.N, s.M, s.n_test) - decoder

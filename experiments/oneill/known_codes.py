@@ -1,7 +1,7 @@
 """Learning to infer known sparse codes (O'Neill et al. 2025, sec. 4.1, fig. 2).
 
-An SAE's encoder and MLPs of growing width are trained on the codes themselves, so that nothing but the encoder's form
-stands between them and the truth. Claims: oneill/codes-*.
+An SAE's encoder and MLPs of growing width are trained on the codes themselves, so that only the form of the encoder
+limits them. Claims: oneill/codes-*.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Learning to infer known sparse codes at scale (O'Neill et al. 2025, appendix): 1,000 codes, 500,000 samples.
 
-Encoders learn the codes of a fixed data set by minibatches; beside them stands what converged optimisation under the
-true dictionary reaches on the same test samples. The samples are kept as their active codes (`core.synthetic.
-large_sparse_codes`), so that the memory is that of a few dense batches. Claims: oneill/large-*.
+Encoders learn the codes of a fixed data set by minibatches. The oracle is converged optimisation under the true
+dictionary on the same test samples. Samples are kept as their active codes (`core.synthetic.large_sparse_codes`), so
+that memory is that of a few dense batches. Claims: oneill/large-*.
 
 Shapes: R runs, n samples, N codes, M observed dimensions, K active codes of a sample.
 """
@@ -19,15 +19,15 @@ from torch import Tensor
 
 from core.bench import PeakMemory
 from core.errors import UserError
-from core.metrics import flops
 from core.metrics.recovery import UnmatchedCorrelationSums
 from core.stacked.coders import Coder
 from core.stacked.inference import fista
 from core.stacked.objectives import KnownSparseCodes
 from core.synthetic.large_sparse_codes import LargeSparseCodes
-from core.synthetic.sparse_codes import SparseCodes
+from core.synthetic.sparse_codes import SparseCodeLaw
+from experiments.oneill import costs
 from experiments.oneill.common import ACTIVE, recovered
-from experiments.oneill.outcome import Outcome, Scores, leave, timed
+from experiments.oneill.outcome import Outcome, Scores, timed, write_outcome
 from experiments.oneill.training import train
 
 GB = 1e9
@@ -36,7 +36,7 @@ GB = 1e9
 def run(cfg: DictConfig) -> dict[str, float]:
     """One encoder, all seeds, or the oracle: correlation of each code with the true one on held-out samples.
 
-    `peak_extra_gb` is what the process took at most beyond what it had when the cell began: data, parameters, all.
+    `peak_extra_gb` is the peak memory of the process beyond what it used when the cell began.
     """
     check(cfg)
     memory = PeakMemory(torch.device("cpu"))
@@ -44,18 +44,18 @@ def run(cfg: DictConfig) -> dict[str, float]:
     with timed(cfg) as clock:
         outcome = oracle(cfg) if cfg.coder.solver is not None else encoders(cfg)
     peak = memory.extra() / GB
-    return {**leave(cfg, outcome, clock.seconds), "peak_extra_gb": peak}
+    return {**write_outcome(cfg, outcome, clock.seconds), "peak_extra_gb": peak}
 
 
 def check(cfg: DictConfig) -> None:
-    """Raises UserError for what this experiment cannot do, before data are drawn."""
+    """Raises UserError for settings that this experiment cannot run, before data are drawn."""
     s = cfg.source
     if s.per_run:
         raise UserError("source.per_run: the runs share one large data set; source.seed=0,1,2 draws others.")
     if cfg.coder.solver is not None and cfg.coder.solver.kind != "fista":
-        raise UserError(f"coder={cfg.coder.name}: at this size only sae, mlp and fista are meant.")
+        raise UserError(f"coder={cfg.coder.name}: this experiment runs sae, mlp and fista only.")
     if cfg.objective != "cosine":
-        raise UserError(f"objective={cfg.objective}: at this size only cosine.")
+        raise UserError(f"objective={cfg.objective}: this experiment has cosine only.")
     if not 1 <= cfg.batch_size <= s.n_train:
         raise UserError(f"batch_size={cfg.batch_size} must be between 1 and source.n_train={s.n_train}.")
     if not 2 <= cfg.n_oracle <= s.n_test:
@@ -66,7 +66,7 @@ def samples(cfg: DictConfig, purpose: str) -> LargeSparseCodes:
     """The training or the test samples."""
     s = cfg.source
     n = s.n_train if purpose == "train" else s.n_test
-    return LargeSparseCodes(SparseCodes(s.N, s.M, s.K, s.zipf_alpha), n, s.seed, purpose)
+    return LargeSparseCodes(SparseCodeLaw(s.N, s.M, s.K, s.zipf_alpha), n, s.seed, purpose)
 
 
 def encoders(cfg: DictConfig) -> Outcome:
@@ -80,12 +80,12 @@ def encoders(cfg: DictConfig) -> Outcome:
 
     outcome = Outcome([settings(seed) for seed in cfg.seeds])
     trained = train(cfg, coder, KnownSparseCodes(batches), lambda step: scores(coder, test, cfg))
-    outcome.add_trained(cfg.coder.name, trained, partial(encoder_flops, cfg))
+    outcome.add_trained(cfg.coder.name, trained, partial(costs.known_codes, cfg, cfg.batch_size))
     return outcome
 
 
 def scores(coder: Coder, test: LargeSparseCodes, cfg: DictConfig) -> Scores:
-    """Over the whole test set, one batch at a time: correlation code by code, share of active codes, dead units."""
+    """Over the whole test set, in batches: correlation of each code, share of active codes, dead units."""
     R, N = len(cfg.seeds), cfg.source.N
     sums, n_active = UnmatchedCorrelationSums(R, N), torch.zeros(R, N)
     for start in range(0, len(test), cfg.batch_size):
@@ -101,7 +101,8 @@ def scores(coder: Coder, test: LargeSparseCodes, cfg: DictConfig) -> Scores:
 
 
 def oracle(cfg: DictConfig) -> Outcome:
-    """The first test samples' nonnegative LASSO under the true dictionary, converged; no run differs from another."""
+    """Converged nonnegative LASSO of the first test samples under the true dictionary; it does not depend on the
+    run."""
     test = samples(cfg, "test")
     indices, values = test.active(slice(cfg.n_oracle))
     [l1] = cfg.coder.l1
@@ -110,22 +111,11 @@ def oracle(cfg: DictConfig) -> Outcome:
     sums.add(indices, values, S_hat)
     active = S_hat > ACTIVE
     outcome = Outcome([settings(cfg.seeds[0], l1)])
-    found = {**recovered(sums.each()), "l0": active.float().mean((1, 2)), "dead": (~active).all(1).float().mean(1)}
-    outcome.add(cfg.coder.name, {0: found}, lambda step, mode: (0.0, 0.0))
+    sizes = {"l0": active.float().mean((1, 2)), "dead": (~active).all(1).float().mean(1)}
+    outcome.add(cfg.coder.name, {0: {**recovered(sums.each()), **sizes}}, lambda step, mode: (0.0, 0.0))
     return outcome
 
 
 def settings(seed: int, l1: float = 0.0) -> dict[str, Any]:
-    """Those of one run. Encoders that learn the codes themselves have no penalty."""
+    """The settings of one run. Encoders that learn the codes themselves have no penalty."""
     return {"seed": seed, "coder.l1": l1, "coder.k": None}
-
-
-def encoder_flops(cfg: DictConfig, step: int, mode: flops.Mode) -> tuple[float, float]:
-    """Of `step` steps on a minibatch each, and of one pass over the test samples; without a decoder."""
-    s, c, n = cfg.source, cfg.coder, cfg.batch_size
-    if c.kind == "mlp":
-        h = c.width
-        training = flops.mlp_known_codes_step(s.N, s.M, h, n, mode, c.bias)
-        return step * training, float((2 * s.M * h + h + 2 * h * s.N + s.N) * s.n_test)
-    training = flops.sae_known_codes_step(s.N, s.M, n, mode, c.bias)
-    return step * training, float((2 * s.M * s.N + s.N) * s.n_test)

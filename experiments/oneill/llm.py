@@ -12,14 +12,7 @@ from core.methods.lca import LCA
 from core.methods.mlp_encoder import MLPEncoder
 from core.methods.relu_l1 import ReluL1
 from core.metrics.flops import mlp_train_step, sae_train_step
-from experiments.common import (
-    held_out_activations,
-    held_out_rows,
-    language_model,
-    reference_losses,
-    requests,
-    trained,
-)
+from experiments.common import held_out, requests, trained
 
 
 def dictionaries(cfg: DictConfig) -> list[Request]:
@@ -29,23 +22,13 @@ def dictionaries(cfg: DictConfig) -> list[Request]:
 
 def run(cfg: DictConfig) -> dict[str, float]:
     """Train one dictionary and score it on held-out text. `fvu` is the paper's normalised MSE, with the mean of all
-    held-out tokens in the place of the batch's.
+    held-out tokens instead of the batch's.
 
     Claims: oneill/llm-1 to -6 compare these cells with each other.
     """
     method = trained(cfg)
-    step_flops = train_step_flops(method, cfg.stream.batch_size)  # knows which methods are compared here
-    lm, site, rows, e = language_model(cfg), cfg.stream.site, held_out_rows(cfg), cfg.evaluation
-    metrics = evaluate_dictionary(
-        method,
-        lm,
-        site,
-        rows,
-        e.n_downstream_rows,
-        e.rows_per_batch,
-        reference_losses(cfg),
-        held_out_activations(cfg),
-    ).metrics()
+    step_flops = train_step_flops(method, cfg.stream.batch_size)  # fails for a method that has no count
+    metrics = evaluate_dictionary(method, held_out(cfg)).metrics()
     n_steps = -(-cfg.stream.n_tokens // cfg.stream.batch_size)
     return {
         **metrics,

@@ -1,4 +1,4 @@
-"""What a cell of O'Neill et al.'s synthetic experiments leaves behind: its curves, and a row for each run.
+"""What a cell of O'Neill et al.'s synthetic experiments writes: its curves, and a row for each run.
 
 `curves.parquet` has every run's values along the training, `runs.parquet` the final ones with chance levels, and the
 metrics are means over seeds.
@@ -21,7 +21,7 @@ from torch import Tensor
 from core.bench import threads
 from core.metrics import flops, recovery
 from core.stacked.runs import Trained
-from core.synthetic.sparse_codes import SparseCodes, chance_latent_mcc
+from core.synthetic.sparse_codes import SparseCodeLaw, chance_latent_mcc
 
 RUNS, CURVES = "runs.parquet", "curves.parquet"
 MODES: tuple[flops.Mode, ...] = ("paper", "corrected")
@@ -33,13 +33,13 @@ Cost = Callable[[int, flops.Mode], tuple[float, float]]  # at a step: FLOPs of t
 
 @dataclass
 class Outcome:
-    """What a cell has to tell: method's label -> its curve, and the FLOPs of training and of inference at a step."""
+    """The results of a cell, by the label of each method: its curve, and its FLOPs of training and of inference."""
 
-    runs: Sequence[Mapping[str, Any]]  # settings in which they differ
+    runs: Sequence[Mapping[str, Any]]  # settings that differ between them
     curves: dict[str, Curve] = field(default_factory=dict)
     costs: dict[str, Cost] = field(default_factory=dict)
-    rows: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # label -> further settings of it
-    earlier_seconds: float = 0.0  # of training, before this process went on from a checkpoint
+    rows: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # label -> its further settings
+    earlier_seconds: float = 0.0  # of training, in processes before this one
 
     def add(self, label: str, curve: Curve, cost: Cost) -> None:
         self.curves[label], self.costs[label] = curve, cost
@@ -50,24 +50,24 @@ class Outcome:
 
 
 class Stopwatch:
-    """Wall time of a block, once it has ended."""
+    """Wall time of a block, set when it ends."""
 
     seconds = 0.0
 
 
 @contextmanager
 def timed(cfg: DictConfig) -> Iterator[Stopwatch]:
-    """A block that computes with `cfg.threads` threads, and its wall time."""
+    """Run a block with `cfg.threads` threads, and take its wall time."""
     watch, started = Stopwatch(), time.monotonic()
     with threads(cfg.threads):
         yield watch
     watch.seconds = time.monotonic() - started
 
 
-def leave(cfg: DictConfig, outcome: Outcome, seconds: float, D_hat: Tensor | None = None) -> dict[str, float]:
+def write_outcome(cfg: DictConfig, outcome: Outcome, seconds: float, D_hat: Tensor | None = None) -> dict[str, float]:
     """Write `curves.parquet` and `runs.parquet` (and the first run's atoms); the metrics are means over seeds.
 
-    seconds  that this process took; those before a checkpoint that it went on from come on top
+    seconds  of this process; those of earlier processes, up to a checkpoint, are added
     """
     folder = Path(cfg.cell_folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,31 +106,33 @@ def _final_rows(cfg: DictConfig, outcome: Outcome) -> Iterable[dict[str, Any]]:
             last = {name: float(value[run]) for name, value in curve[steps[-1]].items()}
             latent = [float(curve[step]["latent_mcc"][run]) for step in steps]
             best = max(range(len(steps)), key=latent.__getitem__)
-            found = {**last, "latent_mcc_peak": latent[best], "peak_step": float(steps[best])}
+            metrics = {**last, "latent_mcc_peak": latent[best], "peak_step": float(steps[best])}
             for name, level in chance.items():
                 if name in last:
-                    found[f"{name}_chance"] = level
-                    found[f"{name}_corrected"] = recovery.chance_corrected(last[name], level)
+                    metrics[f"{name}_chance"] = level
+                    metrics[f"{name}_corrected"] = recovery.chance_corrected(last[name], level)
             for step in set(cfg.read_at) & set(steps):
                 for name in {"latent_mcc", "dict_mcc"} & set(last):
-                    found[f"{name}_at_{step}"] = float(curve[step][name][run])
-            yield {**_settings(outcome, label, run), **{f"metrics.{name}": value for name, value in found.items()}}
+                    metrics[f"{name}_at_{step}"] = float(curve[step][name][run])
+            yield {**_settings(outcome, label, run), **{f"metrics.{name}": value for name, value in metrics.items()}}
 
 
 def chance_levels(cfg: DictConfig) -> dict[str, float]:
-    """What an untrained encoder and a random dictionary of these sizes reach."""
+    """MCC of an untrained encoder and of a random dictionary of these sizes."""
     s = cfg.source
+    law = SparseCodeLaw(s.N, s.M, s.K, s.zipf_alpha)
     return {
-        "latent_mcc": chance_latent_mcc(SparseCodes(s.N, s.M, s.K, s.zipf_alpha)) if cfg.task != "known_codes" else 0.0,
+        "latent_mcc": 0.0 if cfg.task == "known_codes" else chance_latent_mcc(law),
         "dict_mcc": recovery.chance_dictionary_mcc(s.N, s.M),
     }
 
 
 def _means(runs: pd.DataFrame) -> dict[str, float]:
-    """Means and standard deviations over seeds: a prefix for each method but a lone one, a suffix for what is swept."""
+    """Means and standard deviations over seeds. Methods are prefixes, unless there is one only; swept settings
+    suffixes."""
     metrics = [name for name in map(str, runs) if name.startswith("metrics.")]
     swept = [key for key in ("coder.l1", "coder.k") if runs[key].nunique(dropna=False) > 1]
-    found: dict[str, float] = {}
+    means: dict[str, float] = {}
     for values, group in runs.groupby(["coder.name", *swept], dropna=False):
         label, *rest = map(str, values)
         lone = runs["coder.name"].nunique() == 1
@@ -142,7 +144,7 @@ def _means(runs: pd.DataFrame) -> dict[str, float]:
             column = group[name].dropna()
             if len(column):
                 key = f"{prefix}{name.removeprefix('metrics.')}{suffix}"
-                found[key] = float(column.mean())
+                means[key] = float(column.mean())
                 if len(column) > 1:
-                    found[f"{key}_std"] = float(column.std())
-    return found
+                    means[f"{key}_std"] = float(column.std())
+    return means

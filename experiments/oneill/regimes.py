@@ -11,5 +11,5 @@ from experiments.oneill.common import unknown
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
-    """One coder at one (N, M, K), all seeds, data drawn anew for each."""
+    """One coder at one (N, M, K), all seeds, each with its own data."""
     return unknown(cfg)

@@ -5,16 +5,16 @@ Shapes: n samples, N codes, M observed dimensions, K active codes; D [N, M], ato
 The paper: sources with at most K >= 2 non-zeros, seen through M < N dimensions by a map that lets them be recovered
 (K log(N / K) <= M), cannot be recovered by an encoder that is one linear map and an element-wise nonlinearity (L-NL).
 
-What is claimed here, exactly. Let the encoder be f_i(x) = g(w_i . x + c_i), one pass, with g injective where it is
+The exact claim. Let the encoder be f_i(x) = g(w_i . x + c_i), one pass, with g injective where it is
 positive (ReLU and its like). Suppose f_i(x) = s_i for every s >= 0 with K >= 2 non-zeros. For j != i let a = s_i > 0
 stay and b = s_j > 0 vary: g(a w_i . d_i + b w_i . d_j + ...) = a is constant and positive, so its argument is constant,
 and w_i . d_j = 0. Different a have different images, so w_i . d_i != 0. Then the matrix of all w_i . d_j is diagonal
 without a zero, of rank N; but it is a product through M < N dimensions. So no L-NL encoder returns the exact values for
-all inputs with K >= 2. Not claimed: that supports cannot be found, that the gap is large, or anything on K = 1 (there
-w_i . d_i = 1 and w_i . d_j <= 0 suffice), on more layers, or on iterations.
+all inputs with K >= 2. This does not claim that supports cannot be found, that the gap is large, or anything about
+K = 1 (there w_i . d_i = 1 and w_i . d_j <= 0 suffice), about more layers, or about iterations.
 
 Checks:
-  T1  no W comes closer to W D = I than N - M in squared Frobenius norm, and the pseudo-inverse does
+  T1  no W comes closer to W D = I than N - M in squared Frobenius norm; the pseudo-inverse reaches that
   T2  N 3, M 2: solvers are exact, trained L-NL encoders are not, and with K = 1 D^T is
   T3  the error that training leaves grows with N - M, from none at N = M
   T4  atoms that some w reads exactly at K = 1, by linear programming
@@ -42,11 +42,11 @@ from core.errors import UserError
 from core.seeding import derived_seed
 from core.stacked.inference import nnls
 from core.stacked.l0 import l0_oracle
-from core.synthetic.sparse_codes import Problem, SparseCodes
+from core.synthetic.sparse_codes import Problem, SparseCodeLaw
 
 RUNS, ILLUSTRATION = "runs.parquet", "illustration.parquet"
 LNL, ORACLE, NNLS, PURSUIT, TRANSPOSE = "L-NL", "L0 oracle", "NNLS", "basis pursuit", "D transposed"
-CLOSE = 1e-2  # a sample is exact enough if no code is farther off
+CLOSE = 1e-2  # a sample counts as exact if no code is farther off
 
 Row = dict[str, Any]
 
@@ -64,7 +64,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
 
 def check_shapes(cfg: DictConfig) -> None:
-    """Before anything is computed: N >= M, and K within what the theorem calls recoverable."""
+    """Raises UserError unless N >= M, and K is recoverable in the sense of the theorem."""
     Path(cfg.cell_folder).mkdir(parents=True, exist_ok=True)
     for N, K in ((shape.N, shape.K) for shape in cfg.shapes):
         if cfg.M > N or K * math.log(N / K) > cfg.M:
@@ -73,7 +73,7 @@ def check_shapes(cfg: DictConfig) -> None:
 
 def gap(cfg: DictConfig, N: int, K: int) -> Iterator[Row]:
     """T1, T3, T4 and T5 for one shape."""
-    problems = [SparseCodes(N, cfg.M, K).draw(cfg.n_train, cfg.n_test, cell_seed(cfg, seed)) for seed in cfg.seeds]
+    problems = [SparseCodeLaw(N, cfg.M, K).draw(cfg.n_train, cfg.n_test, cell_seed(cfg, seed)) for seed in cfg.seeds]
     stack = stacked(problems)
     start = torch.linalg.pinv(stack.D)
     W, b = train_lnl(stack.X_train, stack.S_train, start, cfg.steps, cfg.lr)
@@ -127,8 +127,8 @@ def frobenius(D: Tensor) -> float:
 def train_lnl(X: Tensor, S: Tensor, W: Tensor, steps: int, lr: float) -> tuple[Tensor, Tensor]:
     """Weights `[R, M, N]`, biases `[R, 1, N]` of S_hat = ReLU(X W + b), trained on ||S_hat - S||^2 from W and b = 0.
 
-    Full-batch Adam with a learning rate that falls linearly to zero. The start is to be the pseudo-inverse: from a
-    random one units die, which alone can cost a quarter of the variance, also with N = M.
+    Full-batch Adam with a learning rate that falls linearly to zero. Start from the pseudo-inverse: from a random
+    start units die, which alone can cost a quarter of the variance, even with N = M.
     """
     W, b = W.clone(), torch.zeros_like(S[:, :1])
     W.grad, b.grad = torch.empty_like(W), torch.empty_like(b)
@@ -164,14 +164,14 @@ def scores(S: Tensor, S_hat: Tensor) -> Row:
 
 def is_readable(D: np.ndarray, i: int) -> bool:
     """Whether a w has w . d_i = 1 and w . d_j <= 0 for all j != i: then ReLU(w . x) is s_i exactly for K = 1."""
-    found = linprog(
+    program = linprog(
         np.zeros(D.shape[1]),
         A_ub=np.delete(D, i, 0), b_ub=np.zeros(len(D) - 1),
         A_eq=D[i : i + 1], b_eq=[1.0], bounds=(None, None),
     )  # fmt: skip
-    if found.status not in (0, 2):  # solved, infeasible
-        raise RuntimeError(f"The linear program of atom {i} ended with: {found.message}")
-    return bool(found.status == 0)
+    if program.status not in (0, 2):  # solved, infeasible
+        raise RuntimeError(f"The linear program of atom {i} ended with: {program.message}")
+    return bool(program.status == 0)
 
 
 def expected_readable_share(N: int, M: int) -> float:
@@ -196,7 +196,7 @@ def illustration(cfg: DictConfig) -> Iterator[Row]:
     angles = torch.arange(3, dtype=torch.float64) * (2 * math.pi / 3)
     D = torch.stack([angles.cos(), angles.sin()], 1)
     for K in (2, 1):
-        source, n = SparseCodes(3, 2, K), cfg.illustration.n_samples
+        source, n = SparseCodeLaw(3, 2, K), cfg.illustration.n_samples
         drawn = [source.draw(cfg.n_train, n, cell_seed(cfg, seed)) for seed in cfg.seeds]
         S_train = torch.stack([p.S_train for p in drawn]).double()
         starts = torch.linalg.pinv(D).expand(len(S_train), 2, 3)
@@ -204,18 +204,18 @@ def illustration(cfg: DictConfig) -> Iterator[Row]:
         for i, seed in enumerate(cfg.seeds):
             S = drawn[i].S_test.double()
             X = S @ D
-            found = {
+            codes = {
                 LNL: (X @ W[i] + b[i]).relu(),
                 NNLS: nnls(X, D),
                 PURSUIT: basis_pursuit(X, D),
             }
             if K == 1:
-                found[TRANSPOSE] = (X @ D.T).relu()
-            for name, S_hat in found.items():
+                codes[TRANSPOSE] = (X @ D.T).relu()
+            for name, S_hat in codes.items():
                 setting = {"seed": seed, "source.N": 3, "source.M": 2, "source.K": K, "coder.name": name}
                 yield {**setting, **scores(S, S_hat)}
             if K == 2 and i == 0:
-                save_samples(S[: cfg.illustration.n_shown], found, Path(cfg.cell_folder) / ILLUSTRATION)
+                save_samples(S[: cfg.illustration.n_shown], codes, Path(cfg.cell_folder) / ILLUSTRATION)
 
 
 def basis_pursuit(X: Tensor, D: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ def basis_pursuit(X: Tensor, D: Tensor) -> Tensor:
     return torch.from_numpy(solved.x.reshape(n, N))
 
 
-def save_samples(S: Tensor, found: dict[str, Tensor], path: Path) -> None:
+def save_samples(S: Tensor, codes: dict[str, Tensor], path: Path) -> None:
     """One row for each sample, code and method: the true value and the inferred one."""
     parts = [
         pd.DataFrame(
@@ -240,7 +240,7 @@ def save_samples(S: Tensor, found: dict[str, Tensor], path: Path) -> None:
                 "inferred": S_hat[: len(S)].flatten().numpy(),
             }
         )
-        for name, S_hat in found.items()
+        for name, S_hat in codes.items()
     ]
     pd.concat(parts, ignore_index=True).to_parquet(path)
 
@@ -251,11 +251,11 @@ def save_samples(S: Tensor, found: dict[str, Tensor], path: Path) -> None:
 def flat(table: pd.DataFrame, M: int) -> dict[str, float]:
     """Means over seeds: `<method>_<metric>_N<N>_K<K>`."""
     metrics = [name for name in table.columns if name.startswith("metrics.")]
-    found = {}
+    means = {}
     for (N, K, name), group in table.groupby(["source.N", "source.K", "coder.name"]):
         label = str(name).lower().replace(" ", "_").replace("-", "")
         for metric in metrics:
             values = group[metric].dropna()
             if len(values):
-                found[f"{label}_{metric.removeprefix('metrics.')}_N{N}_K{K}"] = float(values.mean())
-    return found
+                means[f"{label}_{metric.removeprefix('metrics.')}_N{N}_K{K}"] = float(values.mean())
+    return means

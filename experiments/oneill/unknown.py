@@ -1,7 +1,8 @@
 """Learning codes and dictionary together (O'Neill et al. 2025, sec. 4.3, fig. 4).
 
-SAE, SAE with inference-time optimisation, MLP encoders and sparse coding on the same data: what is recovered of codes
-and dictionary, against steps and FLOPs in the paper's counting and corrected. Claims: oneill/unknown-*.
+SAE, SAE with inference-time optimisation, MLP encoders and sparse coding on the same data: how well codes and
+dictionary are recovered, against steps and against FLOPs, as the paper counts them and corrected. Claims:
+oneill/unknown-*.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What is no experiment of a paper: the bundled model's training, and exporting a dictionary."""
+"""Tools that belong to no paper: training the bundled model, and exporting a dictionary."""

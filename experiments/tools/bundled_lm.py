@@ -35,7 +35,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
 
 def train(cfg: DictConfig, source: BundledText, tokens: Any, vocab_size: int) -> Pretraining:
-    """The Lightning run; goes on from the newest checkpoint of the same settings."""
+    """Train with Lightning; resumes from the newest checkpoint of the same settings."""
     n_ctx, rows = cfg.lm.architecture.n_positions, cfg.lm.rows_per_step
     n_steps = cfg.lm.n_tokens // (n_ctx * rows)
     architecture = {**cfg.lm.architecture, "vocab_size": vocab_size}
@@ -50,9 +50,9 @@ def train(cfg: DictConfig, source: BundledText, tokens: Any, vocab_size: int) ->
 
 
 def heldout_metrics(cfg: DictConfig, folder: Path, source: BundledText, train_tokens: Any) -> dict[str, float]:
-    """Bits per byte of the exported half-precision weights, read back, and of the baselines, on the same documents.
+    """Bits per byte of the exported half-precision weights, as read back, and of the baselines, on the same documents.
 
-    The main figures are on the corpus as experiments see it; `_with_repetitive` is on all held-out documents.
+    The main figures are on the corpus that experiments use; `_with_repetitive` is on all held-out documents.
     """
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).float(), AutoTokenizer.from_pretrained(folder)
     documents = list(islice(source.documents("heldout", seed=0), cfg.lm.heldout_documents))
@@ -113,7 +113,7 @@ installation has. Made by `python run.py experiment=bundled_lm scale={cfg.scale}
 
 - **Size** {m["n_parameters"]:,.0f} parameters: {a.n_layer} layers, d_model {a.n_embd}, {a.n_head} heads, context
   {a.n_positions}, byte-level BPE vocabulary of {a.vocab_size}; {m["weights_megabytes"]:.1f} MB in half precision.
-- **Data** the harvested corpus (`core/data/harvest.py`, at most {cfg.data.mb_per_package} MB of files per package):
+- **Data** the harvested corpus (`core/text/harvest.py`, at most {cfg.data.mb_per_package} MB of files per package):
   {train_mb:.1f} MB of training text, {corpus["documents"]:,} documents in all, sha256 `{corpus["sha256"][:16]}`.
 - **Training** {m["n_train_tokens"]:,.0f} tokens, {n_steps:,} steps of {cfg.lm.rows_per_step} x {a.n_positions}; Muon
   for the matrices inside the blocks, AdamW for the rest; seed {cfg.seed}.
@@ -123,9 +123,9 @@ installation has. Made by `python run.py experiment=bundled_lm scale={cfg.scale}
 {rows}
 
 By kind of document: {tags}. Repetitive documents are those that deflate shrinks to under a fifth (generated tables,
-code kept twice): experiments do not see them; the training did. A document's side is decided by a hash of its file.
+copied code): experiments do not use them; the training did. A hash of its file decides whether a document is held out.
 
 Each document is scored on its own, from its beginning, with windows of {a.n_positions} tokens that advance by
 {cfg.lm.stride}; the weights are the shipped ones. The role tokens `<|user|>`, `<|assistant|>`, `<|end|>` are in the
-vocabulary and untrained: they are for a chat-tuned sibling.
+vocabulary but untrained: they are for a chat-tuned sibling.
 """

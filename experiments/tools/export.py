@@ -11,15 +11,7 @@ from core.analysis.evaluate import evaluate_dictionaries
 from core.errors import UserError
 from core.fleet import Request
 from core.interop import saelens
-from experiments.common import (
-    held_out_activations,
-    held_out_rows,
-    is_loaded,
-    language_model,
-    reference_losses,
-    requests,
-    trained,
-)
+from experiments.common import held_out, is_loaded, requests, trained
 
 SCORES = ("l0_mean", "nmse_raw_energy", "nmse_token_std", "ce_degradation")
 
@@ -30,29 +22,26 @@ def dictionaries(cfg: DictConfig) -> list[Request]:
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
-    """L0, errors and loss of the dictionary, and of what was written (`_exported`); `log_sparsity` is measured on the
+    """L0, errors and loss of the dictionary and of the exported one (`_exported`). `log_sparsity` is measured on the
     same held-out text."""
     folder = target(cfg)
     if not is_loaded(cfg.method):
         saelens.check_writable(get_class(cfg.method["_target_"]), cfg.method.input_norm, cfg.export.centred_model)
     method = trained(cfg)
-    lm, site, rows, e = language_model(cfg), cfg.stream.site, held_out_rows(cfg), cfg.evaluation
-    saelens.write(method, folder, model=cfg.model.name, site=site, centred_model=cfg.export.centred_model)
-    both = {"": method, "_exported": saelens.read(folder).to(lm.device)}
-    found = evaluate_dictionaries(
-        both, lm, site, rows, e.n_downstream_rows, e.rows_per_batch, reference_losses(cfg), held_out_activations(cfg)
-    )
-    log_sparsity = (found[""].sparsity.frequencies() + 1e-10).log10().float()
+    text = held_out(cfg)
+    saelens.write(method, folder, model=cfg.model.name, site=text.site, centred_model=cfg.export.centred_model)
+    evaluations = evaluate_dictionaries({"": method, "_exported": saelens.read(folder).to(text.lm.device)}, text)
+    log_sparsity = (evaluations[""].sparsity.frequencies() + 1e-10).log10().float()
     saelens.write_log_sparsity(log_sparsity, folder)
-    scores = {name: evaluation.metrics() for name, evaluation in found.items()}
+    scores = {name: evaluation.metrics() for name, evaluation in evaluations.items()}
     return {score + name: values[score] for name, values in scores.items() for score in SCORES}
 
 
 def target(cfg: DictConfig) -> Path:
-    """The folder to write to. Raises UserError if it is one of the user's and holds something."""
+    """The folder to write to. Raises UserError if the user named it and it is not empty."""
     if cfg.export.folder is None:
         return Path(cfg.cell_folder) / "saelens"
     folder = Path(cfg.export.folder).expanduser()
     if folder.is_dir() and any(folder.iterdir()) and not cfg.force:
-        raise UserError(f"export.folder={folder} holds files already; choose another folder, or force=true.")
+        raise UserError(f"export.folder={folder} already holds files; choose another folder, or force=true.")
     return folder

@@ -1,19 +1,21 @@
 """A grid written as a list of blocks, each a product of its axes; the cells are the union of the blocks.
 
-A paper's grid is rarely one product: k varies at one dictionary size, the size varies at one k, and a third method has
-a sparsity coefficient instead of k. Each such part is a block:
+A paper's grid is rarely one product: k varies at one dictionary size, the size varies at one k, and another method has
+a sparsity coefficient instead of k. Each of these parts is a block:
 
     hydra.sweeper.blocks:
       - {method: "topk,batchtopk", method.dict_size: "768,1536", method.k: 32}
       - {method: jumprelu, method.dict_size: 768, method.l0_coefficient: "0.1,0.2"}
 
-A setting given on the command line narrows the grid. If blocks have it as an axis, the other blocks fall out, and of
-those only the given values stay; values that are nowhere in the grid go to every block that has the axis (`seed=7`). A
-setting that is no axis of any block holds in all cells (`method.lr=0.001`).
+YAML anchors and merge keys (`<<: *shared`) can share settings between blocks.
 
-Assignments named in `hydra.sweeper.alone` fit into no grid that does not name them (`method=pretrained`: a dictionary
-that is read has no size or sparsity to vary). Given on the command line, they leave the grid out: the experiment's own
-settings run, once for every combination of what is given.
+A setting on the command line narrows the grid. If it is an axis of some blocks, only these blocks stay, with only the
+given values. A value that no block has goes to every block that has the axis (`seed=7`). A setting that is no axis of
+any block applies to all cells (`method.lr=0.001`).
+
+An assignment listed in `hydra.sweeper.alone` ignores a grid that does not name it (`method=pretrained`: a dictionary
+that is read has no size or sparsity to vary). On the command line it runs the experiment's own settings without the
+grid, once for every combination of the given values.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ Axis = list[str]  # one axis: ["key=value1", "key=value2"]
 
 
 class BlocksSweeper(BasicSweeper):
-    """The basic sweeper over a union of products. Raises UserError when the grid is empty or does not fit."""
+    """The basic sweeper, over a union of products. Raises UserError for an empty grid, or one that does not fit."""
 
     def __init__(
         self, blocks: ListConfig | list[DictConfig], alone: Sequence[str] = (), max_batch_size: int | None = None
@@ -59,15 +61,15 @@ class BlocksSweeper(BasicSweeper):
         return [results]
 
     def _explained(self, error: ConfigCompositionException, arguments: Sequence[str]) -> Exception:
-        """The error itself, unless it is about a setting that the grid has, and the command line has not."""
-        found = re.search(r"'([\w./@]+)'", str(error))
-        key = found[1] if found else ""
+        """The error itself, or an explanation if it is about a setting of the grid and not of the command line."""
+        named = re.search(r"'([\w./@]+)'", str(error))
+        key = named[1] if named else ""
         if key in _axes(arguments, None) or not any(key in block for block in self.blocks):
             return error
         chosen = [word for word in arguments if word.startswith(f"{key.split('.')[0]}=")] or arguments
         return UserError(
             f"{key} is set by the experiment's grid, but there is no such setting with {' '.join(chosen)}. "
-            "hydra.mode=RUN leaves the grid out: the experiment's own settings run, with yours."
+            "hydra.mode=RUN runs without the grid: the experiment's own settings, with yours."
         )
 
 
@@ -77,7 +79,7 @@ def cells_of(
     config_loader: ConfigLoader | None = None,
     alone: Sequence[str] = (),
 ) -> list[list[str]]:
-    """The overrides of every cell, without repetitions, block after block. Raises UserError if there is none."""
+    """The overrides of every cell, block after block, without repetitions. Raises UserError if there is none."""
     given = _axes(arguments, config_loader)
     parsed = [_axes([f"{key}={value}" for key, value in block.items()], config_loader) for block in blocks]
     within, without = split_alone(parsed, given, alone)
@@ -100,7 +102,8 @@ def _axes(overrides: Sequence[str], config_loader: ConfigLoader | None) -> dict[
 def split_alone(
     blocks: Sequence[Mapping[str, Axis]], given: Mapping[str, Axis], alone: Sequence[str]
 ) -> tuple[dict[str, Axis] | None, dict[str, Axis] | None]:
-    """What is given for the grid, and what leaves it out (see the head of this file); None where there is no such."""
+    """The settings given for the grid, and those that run without it (see the head of this file); either can be
+    None."""
     apart = {value for value in alone if not any(value in axis for block in blocks for axis in block.values())}
     if not any(value in apart for axis in given.values() for value in axis):
         return dict(given), None

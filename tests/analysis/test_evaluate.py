@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from core.analysis.evaluate import downstream_reference, evaluate_compat, evaluate_dictionaries, evaluate_dictionary
+from core.analysis.evaluate import evaluate_compat, evaluate_dictionaries, evaluate_dictionary
+from core.analysis.held_out import HeldOut, downstream_reference
 from core.batch import InputNorm
 from core.errors import UserError
 from core.kernels.codes import DenseCodes, SparseCodes
@@ -72,9 +75,14 @@ def rows() -> torch.Tensor:
     return rows
 
 
+def text(lm, rows, n_downstream_rows: int, rows_per_batch: int, **known) -> HeldOut:
+    given = {"lm": lm, "site": SITE, "rows": rows, **known}
+    return HeldOut(n_downstream_rows=n_downstream_rows, rows_per_batch=rows_per_batch, **given)
+
+
 def test_figures_equal_those_computed_over_all_rows_at_once(lm, rows):
     method = toy().eval()
-    found = evaluate_dictionary(method, lm, SITE, rows, n_downstream_rows=10, rows_per_batch=7).metrics()
+    found = evaluate_dictionary(method, text(lm, rows, 10, 7)).metrics()
     with torch.no_grad():
         x = lm.capture(rows, SITE).flatten(0, 1)
         x_n, shift = method.norm(x)
@@ -121,7 +129,7 @@ def test_figures_equal_those_computed_over_all_rows_at_once(lm, rows):
 
 
 def test_histograms_count_every_token_with_and_without_beginnings_of_text(lm, rows):
-    found = evaluate_dictionary(toy(), lm, SITE, rows, n_downstream_rows=2, rows_per_batch=8)
+    found = evaluate_dictionary(toy(), text(lm, rows, 2, 8))
     assert found.l0_histogram.sum() == R * T
     assert found.l0_histogram_without_bos.sum() == R * T - (rows == BOS).sum()
     values = torch.arange(len(found.l0_histogram))
@@ -129,7 +137,7 @@ def test_histograms_count_every_token_with_and_without_beginnings_of_text(lm, ro
 
 
 def test_the_number_of_rows_per_batch_changes_nothing(lm, rows):
-    one, other = (evaluate_dictionary(toy(), lm, SITE, rows, 10, n).metrics() for n in (1, R))
+    one, other = (evaluate_dictionary(toy(), text(lm, rows, 10, n)).metrics() for n in (1, R))
     assert one == pytest.approx(other, rel=1e-5)
 
 
@@ -137,7 +145,7 @@ def test_a_perfect_dictionary_loses_nothing(lm, rows):
     both = torch.cat([torch.eye(D), -torch.eye(D)])
     method = Toy(both, both, torch.zeros(D), k=1, norm="token_std")
     method.threshold.zero_()
-    found = evaluate_dictionary(method, lm, SITE, rows, n_downstream_rows=R, rows_per_batch=8).metrics()
+    found = evaluate_dictionary(method, text(lm, rows, R, 8)).metrics()
     assert found["l0_mean"] == D
     assert [found[name] for name in ("fve", "fve_raw", "cosine", "l2_ratio")] == pytest.approx([1] * 4)
     assert found["ce_degradation"] == pytest.approx(0, abs=1e-5)
@@ -148,7 +156,7 @@ def test_a_perfect_dictionary_loses_nothing(lm, rows):
 def test_dictionaries_that_say_zero_or_the_mean_recover_nothing_from_that_ablation(lm, rows):
     mean = lm.capture(rows, SITE).double().mean((0, 1)).float()
     methods = {"zero": constant(torch.zeros(D)), "mean": constant(mean)}
-    found = evaluate_dictionaries(methods, lm, SITE, rows, n_downstream_rows=R, rows_per_batch=8)
+    found = evaluate_dictionaries(methods, text(lm, rows, R, 8))
     zero, at_mean = found["zero"].metrics(), found["mean"].metrics()
     assert zero["ce_recovered_zero"] == pytest.approx(0, abs=1e-5)
     assert zero["nmse_raw_energy"] == pytest.approx(1)
@@ -160,14 +168,14 @@ def test_dictionaries_that_say_zero_or_the_mean_recover_nothing_from_that_ablati
 def test_dictionaries_scored_together_and_alone_with_a_shared_reference_agree_exactly(lm, rows):
     methods = {"a": toy(0), "b": toy(1, norm="none")}
     reference = downstream_reference(lm, SITE, rows[:10], rows_per_batch=5)
-    together = evaluate_dictionaries(methods, lm, SITE, rows, 10, 5, reference)
+    together = evaluate_dictionaries(methods, text(lm, rows, 10, 5, reference=reference))
     for name, method in methods.items():
-        assert together[name].metrics() == evaluate_dictionary(method, lm, SITE, rows, 10, 5).metrics()
+        assert together[name].metrics() == evaluate_dictionary(method, text(lm, rows, 10, 5)).metrics()
 
 
 def test_compat_scores_the_training_rule_on_one_batch(lm, rows):
     method = toy(k=4).eval()
-    compat = evaluate_compat(method, lm, SITE, rows, n_tokens=10 * T + 3)
+    compat = evaluate_compat(method, text(lm, rows, 0, 1).one_batch(10 * T + 3))
     assert compat["n_tokens_compat"] == 10 * T
     assert compat["l0_mean_compat"] == 4
     with torch.no_grad():
@@ -175,7 +183,7 @@ def test_compat_scores_the_training_rule_on_one_batch(lm, rows):
         method.train()
         x_hat = method.decode(method.encode(x))
     assert compat["nmse_token_std_compat"] == pytest.approx((x - x_hat).square().mean().item(), rel=1e-5)
-    inference = evaluate_dictionary(method, lm, SITE, rows[:10], 10, 10).metrics()
+    inference = evaluate_dictionary(method, text(lm, rows[:10], 10, 10)).metrics()
     assert inference["l0_mean"] != 4
     assert compat.keys() == {f"{name}_compat" for name in inference}
 
@@ -185,8 +193,8 @@ def test_scoring_changes_neither_modes_nor_buffers_nor_random_state_nor_the_mode
     method.norm.eval()  # a part in another mode than the whole
     before = {name: value.clone() for name, value in method.state_dict().items()}
     rng, logits = torch.get_rng_state(), lm.logits(rows)
-    evaluate_dictionary(method, lm, SITE, rows, n_downstream_rows=4, rows_per_batch=8)
-    evaluate_compat(method, lm, SITE, rows, n_tokens=32)
+    evaluate_dictionary(method, text(lm, rows, 4, 8))
+    evaluate_compat(method, text(lm, rows, 0, 1).one_batch(32))
     assert method.training and not method.norm.training
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
     assert torch.equal(torch.get_rng_state(), rng)
@@ -197,20 +205,20 @@ def test_a_reference_of_another_site_or_other_rows_is_refused(lm, rows):
     reference = downstream_reference(lm, SITE, rows[:4], rows_per_batch=4)
     for site, n_rows in (("resid_pre.2", 4), (SITE, 5)):
         with pytest.raises(ValueError, match="reference"):
-            evaluate_dictionary(toy(), lm, site, rows, n_rows, 4, reference)
+            text(lm, rows, n_rows, 4, site=site, reference=reference)
 
 
 def test_nan_stops_the_evaluation_and_names_the_dictionary(lm, rows):
     method = toy()
     method.b_dec.data[3] = torch.nan
     with pytest.raises(FloatingPointError, match="'broken'"):
-        evaluate_dictionaries({"fine": toy(), "broken": method}, lm, SITE, rows, 4, 8)
+        evaluate_dictionaries({"fine": toy(), "broken": method}, text(lm, rows, 4, 8))
     assert method.training
 
 
 def test_too_few_rows_for_the_compat_batch_are_refused(lm, rows):
     with pytest.raises(UserError, match=r"at most evaluation\.n_rows=24"):
-        evaluate_compat(toy(), lm, SITE, rows)
+        text(lm, rows, 0, 1).one_batch(4096)
 
 
 def test_a_batchtopk_dictionary_is_scored_by_both_of_its_rules(lm, rows):
@@ -237,8 +245,8 @@ def test_a_batchtopk_dictionary_is_scored_by_both_of_its_rules(lm, rows):
     )
     method.threshold.fill_(1.0)
     before = {name: value.clone() for name, value in method.state_dict().items()}
-    found = evaluate_dictionary(method, lm, SITE, rows, n_downstream_rows=8, rows_per_batch=8).metrics()
-    compat = evaluate_compat(method, lm, SITE, rows, n_tokens=R * T)
+    found = evaluate_dictionary(method, text(lm, rows, 8, 8)).metrics()
+    compat = evaluate_compat(method, text(lm, rows, 0, 1).one_batch(R * T))
     x, _ = method.norm(lm.capture(rows, SITE).flatten(0, 1))
     l0 = ((x - method.b_dec) @ method.W_enc.T > 1.0).sum(-1).double().mean().item()
     assert found["l0_mean"] == pytest.approx(l0)
@@ -248,7 +256,6 @@ def test_a_batchtopk_dictionary_is_scored_by_both_of_its_rules(lm, rows):
 
 
 def test_activations_and_reference_made_before_change_no_figure(tiny_model, words):
-    from core.analysis.evaluate import compat_rows
     from core.methods.topk import TopK
     from core.models.language_model import load_language_model
     from core.text.rows import RowStream
@@ -260,13 +267,24 @@ def test_activations_and_reference_made_before_change_no_figure(tiny_model, word
         lr=1e-3, betas=(0.9, 0.99), input_norm="token_std", seed=0, decoder_norm="before_step", dead_after_tokens=100,
         grad_clip=1.0, warmup_steps=0, decay_fraction=0.0,
     )  # fmt: skip
-    plain = evaluate_dictionary(method, lm, site, rows, 4, 3).metrics()
+    held_out = HeldOut(lm=lm, site=site, rows=rows, n_downstream_rows=4, rows_per_batch=3)
+    plain = evaluate_dictionary(method, held_out).metrics()
+    plain_compat = evaluate_compat(method, held_out.one_batch(64))
     captured = torch.cat([lm.capture(part, site) for part in rows.split(3)])
     for keep_logits in (False, True):
         reference = downstream_reference(lm, site, rows[:4], 3, keep_logits)
-        kept = evaluate_dictionary(method, lm, site, rows, 4, 3, reference, captured).metrics()
-        assert kept == pytest.approx(plain, rel=1e-9)
-        first = compat_rows(rows, 64)
-        reference = downstream_reference(lm, site, first, len(first), keep_logits)
-        compat = evaluate_compat(method, lm, site, rows, 64, reference, captured)
-        assert compat == pytest.approx(evaluate_compat(method, lm, site, rows, 64), rel=1e-5)
+        kept = replace(held_out, reference=reference, captured=captured)
+        assert evaluate_dictionary(method, kept).metrics() == pytest.approx(plain, rel=1e-9)
+        one_batch = kept.one_batch(64)
+        reference = downstream_reference(lm, site, one_batch.rows, len(one_batch.rows), keep_logits)
+        compat = evaluate_compat(method, replace(one_batch, reference=reference))
+        assert compat == pytest.approx(plain_compat, rel=1e-5)
+
+
+def test_the_first_rows_keep_their_activations_and_a_reference_that_fits(lm, rows):
+    reference = downstream_reference(lm, SITE, rows[:4], rows_per_batch=4)
+    whole = text(lm, rows, 4, 8, reference=reference, captured=lm.capture(rows, SITE))
+    assert whole.first(4).reference is reference and whole.first(5).reference is None
+    assert whole.first(5).downstream_rows.equal(rows[:5]) and whole.first(5).activations(slice(0, 9)).shape[0] == 5
+    alone = evaluate_dictionary(toy().eval(), text(lm, rows[:4], 4, 8)).metrics()
+    assert evaluate_dictionary(toy().eval(), whole.first(4)).metrics() == pytest.approx(alone, rel=1e-5)

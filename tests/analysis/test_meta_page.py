@@ -35,7 +35,7 @@ def small_page(folder: Path, n: int = 40) -> Path:
     return path
 
 
-def test_the_page_needs_nothing_else_and_says_what_it_leaves_out(tmp_path: Path):
+def test_the_page_needs_nothing_else_and_names_what_is_missing(tmp_path: Path):
     text = small_page(tmp_path).read_text()
     assert not re.search(r"https?://|<link|@import|url\(|src=", TEMPLATE.read_text())
     assert "40 latents &lt;of&gt; a model" in text and "the 40 most active of 50 latents" in text
@@ -115,7 +115,7 @@ def test_a_person_searches_clicks_and_goes_back_and_forth_between_latents_and_me
 
 @browser
 @pytest.mark.slow
-def test_text_is_shown_as_text_whatever_it_says(tmp_path: Path):
+def test_any_text_is_shown_as_text(tmp_path: Path):
     steps = """
     location.hash = '#l8'; await wait();
     seen.context = $('#detail .context').textContent; seen.token = $('#detail .token').textContent;

@@ -11,8 +11,6 @@ import torch
 from core import fleet
 from core.analysis.directions import max_cosines
 from core.analysis.meta_sae import (
-    VarianceExplained,
-    counts,
     decompose,
     decompose_together,
     meta_request,
@@ -25,7 +23,9 @@ from core.artifacts import Store
 from core.errors import NonFiniteLoss, UserError
 from core.fleet import KIND, Fleet, Request
 from core.methods.batchtopk import BatchTopK
+from core.metrics.reconstruction import VarianceExplained
 from core.metrics.recovery import dictionary_mcc
+from core.metrics.sparsity import firing_counts
 from core.runtime import Runtime
 from core.seeding import generator
 from core.streams.decoder_rows import directions, random_directions
@@ -119,7 +119,7 @@ def test_meta_latents_of_a_trained_dictionary_are_nearer_to_the_attributes_than_
         base.update(batch, optimizer)
     base.finish(list(islice(stream, 20)))
     base.eval()
-    fires = counts(base.encode(planted.rows(20_000, generator(0, "heldout")).x)) > 20
+    fires = firing_counts(base.encode(planted.rows(20_000, generator(0, "heldout")).x)) > 20
     rows = directions(base.W_dec[fires], "base")
     settings = {"lr": 3e-3, "k": 3, "decay_fraction": 0.5, "dict_size": 30}
     real, null = (
@@ -211,7 +211,7 @@ def test_a_method_that_does_not_fit_is_refused():
         wanted(ROWS, d_model=12)
 
 
-def test_a_training_that_diverges_says_so_and_stores_nothing(run: Any):
+def test_a_training_that_diverges_raises_and_stores_nothing(run: Any):
     request = wanted(ROWS, lr=1e30, decoder_norm="none")
     with pytest.raises(NonFiniteLoss):
         train_meta(request, run("store"))
@@ -219,16 +219,6 @@ def test_a_training_that_diverges_says_so_and_stores_nothing(run: Any):
 
 
 # ---- figures
-
-
-def test_variance_explained_by_hand():
-    # rows 0 and 4 on a line, rebuilt as 1 and 3: errors 1 + 1, spread 4 + 4, energy 0 + 16
-    rows, rebuilt = torch.tensor([[0.0], [4.0]]), torch.tensor([[1.0], [3.0]])
-    found = VarianceExplained.of(rows, rebuilt)
-    assert found.centred == pytest.approx(1 - 2 / 8) and found.uncentred == pytest.approx(1 - 2 / 16)
-    # weights 3 : 1: mean 1, spread 3 * 1 + 9 = 12, error 3 + 1
-    found = VarianceExplained.of(rows, rebuilt, torch.tensor([3.0, 1.0]))
-    assert found.centred == pytest.approx(1 - 4 / 12) and found.uncentred == pytest.approx(1 - 4 / 16)
 
 
 def by_hand(meta: BatchTopK, codes: torch.Tensor) -> torch.Tensor:
@@ -257,7 +247,7 @@ def test_the_null_has_the_shape_of_the_rows_and_none_of_their_structure():
     assert null.shape == ROWS.shape and not torch.equal(null, ROWS) and torch.equal(null, null_rows(ROWS, 3))
 
 
-def test_another_decoder_leaves_the_rest_as_it_was(run: Any):
+def test_another_decoder_does_not_change_the_rest(run: Any):
     meta = train_meta(wanted(ROWS, 20), run("store"))
     other = replaced_decoder(meta, random_directions(40, 16, 0))
     assert torch.equal(other.W_enc, meta.W_enc) and torch.equal(other.threshold, meta.threshold)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core.analysis import stitching
 from core.analysis.frankenstein import frankenstein
-from core.analysis.stitch_path import Curve, Path, insertion, insertion_in_order, interpolation, lowest, walk
+from core.analysis.stitch_path import Curve, StitchPath, insertion, insertion_in_order, interpolation, lowest, walk
 from core.analysis.stitching import (
     DEAD,
     NOVEL,
@@ -198,7 +198,7 @@ def test_nearest_latents_and_components_by_hand():
 
 
 def test_a_decoder_row_of_norm_zero_is_refused():
-    with pytest.raises(UserError, match=r"large: 1 of 2 decoder rows are zero \(the first: latent 1\)"):
+    with pytest.raises(UserError, match=r"large: 1 of 2 decoder rows are zero or not finite \(latents 1\)"):
         nearest(with_decoder([[1.0, 0.0]]), with_decoder([[1.0, 0.0], [0.0, 0.0]], seed=1))
 
 
@@ -254,7 +254,7 @@ def test_an_interpolation_begins_and_ends_with_the_two_dictionaries(pair: str, a
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_every_point_of_a_path_is_the_stitched_dictionary_it_says(pair: str):
+def test_every_point_of_a_path_is_a_stitched_dictionary(pair: str):
     small, large = PAIRS[pair]()
     path = interpolation(nearest(small, large), components(small, large, 0.5), 3)
     curve = walk(small, large, batches(), {"way": path})["way"]
@@ -407,7 +407,7 @@ def test_the_rule_of_training_is_refused():
 
 
 def test_a_path_counts_its_latents():
-    path = Path(torch.tensor([1, 3, 2]), torch.tensor([2, 3]), 2, ("a", "b"))
+    path = StitchPath(torch.tensor([1, 3, 2]), torch.tensor([2, 3]), 2, ("a", "b"))
     assert path.n_latents.tolist() == [2, 3, 3]
 
 

@@ -143,7 +143,7 @@ def is_new(small: BatchTopK, large: BatchTopK, planted: Tensor, found_at: float 
 
 
 @pytest.mark.slow
-def test_on_trained_families_the_cosine_foretells_what_is_new():
+def test_on_trained_families_the_cosine_predicts_what_is_new():
     """Measured at 1500 steps by the note: AUC .945 to .989, latents of c < .6 change the error by a factor .945 to
     .984, those of c >= .7 by 3.6 to 7.4. Here, at 600 steps and over seven seeds: .938 to .999; .87 to .95; 3.8 to
     7.2."""

@@ -1,5 +1,6 @@
 """Strongest activations against a sort of everything; tokens and overlaps by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from core.analysis import top_activations as top
+from core.analysis.held_out import HeldOut
 from core.kernels.codes import DenseCodes, SparseCodes
 from core.methods.topk import TopK
 from core.models.language_model import LanguageModel, load_language_model
@@ -39,7 +41,8 @@ def test_the_strongest_activations_are_those_of_a_sort_of_all(
     lm: LanguageModel, rows: torch.Tensor, rows_per_batch: int
 ):
     method = dictionary()
-    found = top.strongest_activations(method, lm, "resid_pre.1", rows, rows_per_batch, n=6)
+    text = HeldOut(lm=lm, site="resid_pre.1", rows=rows, n_downstream_rows=0, rows_per_batch=rows_per_batch)
+    found = top.strongest_activations(method, text, n=6)
     x = lm.capture(rows, "resid_pre.1").flatten(0, 1)
     codes = method.encode(method.norm(x)[0]).dense().detach()
     codes[rows.flatten() == lm.bos_token_id] = 0
@@ -49,8 +52,7 @@ def test_the_strongest_activations_are_those_of_a_sort_of_all(
         n = min(6, int((values > 0).sum()))
         np.testing.assert_allclose(found.values[latent, :n], values[:n].numpy(), rtol=1e-6)
         assert found.places[latent].tolist() == [*places[:n].tolist(), *[-1] * (6 - n)]
-    captured = lm.capture(rows, "resid_pre.1")
-    again = top.strongest_activations(method, lm, "resid_pre.1", rows, rows_per_batch, 6, captured)
+    again = top.strongest_activations(method, replace(text, captured=lm.capture(rows, "resid_pre.1")), 6)
     assert (again.places == found.places).all()
     torch.testing.assert_close(found.frequency.sum(), (codes > 0).sum().double() / 180)
 
@@ -92,7 +94,9 @@ def test_the_rows_of_a_column_come_largest_first_and_only_those_let_through():
     codes = SparseCodes(r, c, dense[r, c], (3, 2))
     assert top.top_rows(codes, 2) == [[2, 1], [1, 2]]
     assert top.top_rows(codes, 2, np.array([True, True, False])) == [[1], [1, 0]]
-    assert [a.tolist() for a in top._entries(DenseCodes(dense))] == [a.tolist() for a in top._entries(codes)]
+    assert [a.tolist() for a in top._positive_entries(DenseCodes(dense))] == [
+        a.tolist() for a in top._positive_entries(codes)
+    ]
 
 
 def test_nothing_is_left_of_an_empty_column(tmp_path: Path):

@@ -48,7 +48,7 @@ def test_a_cell_asks_the_fleet_for_what_is_trained_alone(tmp_path, folder):
         common.request(cfg, loaded)
 
 
-def test_every_dictionary_of_a_cell_is_told_in_a_file_of_its_own(tmp_path, folder, monkeypatch):
+def test_every_dictionary_of_a_cell_is_recorded_in_its_own_file(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(common, "language_model", lambda cfg: SimpleNamespace(device="cpu"))
     cfg = cell(tmp_path, "method=pretrained", f"method.repo={folder}", "method.lr=0.5")  # as an experiment may set it
     assert common.requests(cfg) == []
@@ -56,9 +56,9 @@ def test_every_dictionary_of_a_cell_is_told_in_a_file_of_its_own(tmp_path, folde
     assert isinstance(method, Pretrained) and method.source["repo"] == folder
     for dict_size in (None, 16):
         common.trained(cfg, {**common.plain(cfg.method), "dict_size": dict_size})
-    told = {path.name: json.loads(path.read_text()) for path in (tmp_path / "cell").iterdir()}
-    assert len(told) == 3 and "dictionary.json" in told
-    assert sorted(str(t["loaded"]["dict_size"]) for t in told.values()) == ["16", "None", "None"]
+    records = {path.name: json.loads(path.read_text()) for path in (tmp_path / "cell").iterdir()}
+    assert len(records) == 3 and "dictionary.json" in records
+    assert sorted(str(t["loaded"]["dict_size"]) for t in records.values()) == ["16", "None", "None"]
     with pytest.raises(UserError, match=r"method\.dict_size is 17.*method\.dict_size=null"):
         common.trained(cfg, {**common.plain(cfg.method), "dict_size": 17})
     with pytest.raises(UserError, match=r"method\.repo is not set"):

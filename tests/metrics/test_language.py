@@ -15,11 +15,9 @@ from core.metrics.language import (
     NO_TOKEN,
     TextScore,
     Trigram,
-    bits_per_byte,
     by_tag,
     score_texts,
     total,
-    trigram_bits_per_byte,
     windows_of,
     xz_bits_per_byte,
 )
@@ -66,14 +64,17 @@ def test_bits_per_byte_equals_a_loop_over_tokens(model, tokenizer, n_ctx, stride
         assert (score.n_tokens, score.n_bytes) == (len(ids) - 1, len(text.encode()))
     n_bytes = sum(len(text.encode()) for text in TEXTS)
     expected = sum(score.nats for score in scores) / math.log(2) / n_bytes
-    assert bits_per_byte(model, tokenizer, TEXTS, n_ctx, stride, batch_rows) == pytest.approx(expected)
+    assert total(score_texts(model, tokenizer, TEXTS, n_ctx, stride, batch_rows)).bits_per_byte == pytest.approx(
+        expected
+    )
 
 
 def test_a_model_that_knows_nothing_pays_the_logarithm_of_its_vocabulary(tokenizer):
     config = GPT2Config(vocab_size=257, n_positions=16, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
     uniform = GPT2LMHeadModel(config)
     torch.nn.init.zeros_(uniform.lm_head.weight)
-    assert bits_per_byte(uniform, tokenizer, TEXTS, n_ctx=16, stride=8, batch_rows=4) == pytest.approx(math.log2(257))
+    scores = score_texts(uniform, tokenizer, TEXTS, n_ctx=16, stride=8, batch_rows=4)
+    assert total(scores).bits_per_byte == pytest.approx(math.log2(257))
 
 
 def test_scoring_leaves_a_model_in_its_mode(model, tokenizer):
@@ -159,7 +160,8 @@ def test_trigram_scores_each_document_on_its_own_from_bos():
     ]
     scores = Trigram(train, V).score(documents, [5, 2, 0], bos)
     assert [score.nats for score in scores] == pytest.approx(expected)
-    assert trigram_bits_per_byte(train, V, documents, [5, 2, 0], bos) == pytest.approx(sum(expected) / math.log(2) / 7)
+    scores = Trigram(train, V).score(documents, [5, 2, 0], bos)
+    assert total(scores).bits_per_byte == pytest.approx(sum(expected) / math.log(2) / 7)
 
 
 def test_trigram_learns_a_second_order_chain():
@@ -171,7 +173,7 @@ def test_trigram_learns_a_second_order_chain():
     train, test = np.array(ids[:18_000]), ids[18_000:]
     right = np.array([w == (u + v) % 7 for u, v, w in zip(ids, ids[1:], ids[2:], strict=False)])[-len(test) :]
     true_bits = -np.where(right, math.log2(0.9 + 0.1 / 7), math.log2(0.1 / 7)).mean()
-    bits = trigram_bits_per_byte(train, 8, [test], [len(test)], bos_token_id=7)
+    bits = total(Trigram(train, 8).score([test], [len(test)], bos_token_id=7)).bits_per_byte
     assert true_bits < bits < 1.03 * true_bits
 
 

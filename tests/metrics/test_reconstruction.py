@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import r2_score
 
 from core.batch import InputNorm
-from core.metrics.reconstruction import ReconstructionSums, fve_per_token, token_std_errors
+from core.metrics.reconstruction import ReconstructionSums, VarianceExplained, fve_per_token, token_std_errors
 
 
 def rows(n: int, d: int, seed: int, mean: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,3 +109,13 @@ def test_zero_rows_leave_the_figures_finite():
 def test_equal_rows_have_no_fraction_of_variance():
     with pytest.raises(ValueError, match="all rows are equal"):
         _ = ReconstructionSums.of(torch.ones(3, 2), torch.zeros(3, 2)).fvu
+
+
+def test_variance_explained_by_hand():
+    # rows 0 and 4 on a line, rebuilt as 1 and 3: errors 1 + 1, spread 4 + 4, energy 0 + 16
+    w, w_hat = torch.tensor([[0.0], [4.0]]), torch.tensor([[1.0], [3.0]])
+    explained = VarianceExplained.of(w, w_hat)
+    assert explained.centred == pytest.approx(1 - 2 / 8) and explained.uncentred == pytest.approx(1 - 2 / 16)
+    # weights 3 : 1: mean 1, spread 3 * 1 + 9 = 12, error 3 + 1
+    explained = VarianceExplained.of(w, w_hat, torch.tensor([3.0, 1.0]))
+    assert explained.centred == pytest.approx(1 - 4 / 12) and explained.uncentred == pytest.approx(1 - 4 / 16)

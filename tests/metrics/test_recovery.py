@@ -21,7 +21,7 @@ from core.metrics.recovery import (
     unmatched_correlation,
     unmatched_correlations,
 )
-from core.synthetic.sparse_codes import SparseCodes
+from core.synthetic.sparse_codes import SparseCodeLaw
 
 KINDS: tuple[Kind, ...] = ("pearson", "cosine")
 CHANCE = {  # of the dictionary, Pearson: N -> M = 8, 16, 32
@@ -33,7 +33,7 @@ CHANCE = {  # of the dictionary, Pearson: N -> M = 8, 16, 32
 
 
 def codes(n: int = 200, N: int = 6, seed: int = 0) -> torch.Tensor:
-    return SparseCodes(N, 4, min(2, N)).draw(n, 1, seed).S_train
+    return SparseCodeLaw(N, 4, min(2, N)).draw(n, 1, seed).S_train
 
 
 def test_correlations_by_hand():
@@ -181,7 +181,7 @@ def test_unmatched_correlation_is_the_signed_mean_over_equal_indices():
     assert unmatched_correlation(one, one.flip(1)).item() < 0.5
 
 
-def test_a_run_with_nan_or_infinity_gets_nan_and_leaves_the_others_alone():
+def test_a_run_with_nan_or_infinity_gets_nan_and_the_others_their_values():
     S = codes().expand(3, -1, -1)
     S_hat = S.clone()
     S_hat[0, 5, 2], S_hat[2, 0, 0] = math.nan, math.inf
@@ -254,7 +254,7 @@ def test_unmatched_correlation_of_many_columns_is_that_of_each(monkeypatch):
 @settings(deadline=None, max_examples=30)
 @given(st.integers(2, 40), st.integers(0, 2**31))
 def test_correlation_sums_over_chunks_are_the_correlation_over_all_samples(n: int, seed: int):
-    law, g = SparseCodes(N=12, M=3, K=3), torch.Generator().manual_seed(seed)
+    law, g = SparseCodeLaw(N=12, M=3, K=3), torch.Generator().manual_seed(seed)
     indices, values = law.active(n, g)
     S = torch.zeros(n, 12).scatter_(1, indices, values)
     S_hat = (S + torch.randn(4, n, 12, generator=g)).relu()

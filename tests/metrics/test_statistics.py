@@ -17,7 +17,7 @@ def test_t_interval_by_hand():
     assert 2 - found.low == pytest.approx(found.high - 2)
 
 
-def test_t_interval_covers_the_true_mean_as_often_as_it_says():
+def test_t_interval_covers_the_true_mean_as_often_as_its_confidence():
     samples = np.random.default_rng(0).normal(5.0, 2.0, size=(2000, 4))
     covered = [found.low <= 5 <= found.high for found in map(t_interval, samples)]
     assert np.mean(covered) == pytest.approx(0.95, abs=0.02)

@@ -18,14 +18,14 @@ from core.stacked.inference import (
     fista,
     hard_top_k,
     kkt_violation,
-    lca,
     log_codes,
     nnls,
     objective,
     relu_codes,
+    rozell_lca,
 )
 from core.stacked.l0 import l0_oracle, n_supports
-from core.synthetic.sparse_codes import SparseCodes
+from core.synthetic.sparse_codes import SparseCodeLaw
 
 DOUBLE = torch.float64
 
@@ -40,7 +40,7 @@ def planted(
     R: int, n: int, N: int, M: int, K: int, seed: int = 0, dtype: torch.dtype = DOUBLE
 ) -> tuple[Tensor, Tensor, Tensor]:
     """X [R, n, M], D [R, N, M], S [R, n, N]."""
-    problems = [SparseCodes(N, M, K).draw(n, 1, seed + run) for run in range(R)]
+    problems = [SparseCodeLaw(N, M, K).draw(n, 1, seed + run) for run in range(R)]
     D = torch.nn.functional.normalize(torch.stack([p.D for p in problems]).to(dtype), dim=2)
     S = torch.stack([p.S_train for p in problems]).to(dtype)
     return S @ D, D, S
@@ -56,7 +56,7 @@ def test_one_atom_is_soft_thresholded_by_hand():
     # mu = l1 M / (2 N) = 0.4 * 2 / 2 = 0.4; s = max(2 - 0.4, 0)
     X, D = torch.tensor([[1.0, 2.0], [3.0, 0.3]]), torch.tensor([[0.0, 1.0]])
     expected = torch.tensor([[1.6], [0.0]])
-    for found in (fista(X, D, 0.4), lca(X, D, 0.4), log_codes(X, D, 0.4, 2000, 2e-2, init=-2.0)):
+    for found in (fista(X, D, 0.4), rozell_lca(X, D, 0.4), log_codes(X, D, 0.4, 2000, 2e-2, init=-2.0)):
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 
@@ -94,7 +94,7 @@ def test_fp32_fista_reaches_its_tolerance():
     assert (kkt_violation(X, D, fista(X, D, 0.01), 0.01) < 2e-5).all()
 
 
-def test_nnls_leaves_the_residual_that_scipy_finds_and_no_larger_one_than_fista():
+def test_the_residual_of_nnls_is_scipys_and_no_larger_than_fistas():
     X, D, _ = planted(2, 30, 6, 8, 3)
     X = X + 0.1 * torch.randn(X.shape, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
     found = nnls(X, D)
@@ -184,10 +184,12 @@ def test_masked_log_codes_keep_k_per_sample():
 def test_lca_rests_at_the_lasso_also_in_chunks(monkeypatch: pytest.MonkeyPatch):
     X, D, _ = planted(2, 30, 8, 6, 2)
     expected = fista(X, D, [0.05, 0.2], iterations=100_000, tolerance=1e-10)
-    whole = lca(X, D, [0.05, 0.2], iterations=20_000, tolerance=1e-9)
+    whole = rozell_lca(X, D, [0.05, 0.2], iterations=20_000, tolerance=1e-9)
     torch.testing.assert_close(whole, expected, atol=1e-5, rtol=0)
     monkeypatch.setattr("core.stacked.inference.CHUNK_BYTES", 7 * 8 * 8)
-    torch.testing.assert_close(lca(X, D, [0.05, 0.2], iterations=20_000, tolerance=1e-9), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        rozell_lca(X, D, [0.05, 0.2], iterations=20_000, tolerance=1e-9), expected, atol=1e-5, rtol=0
+    )
 
 
 SOLVERS = {
@@ -195,7 +197,7 @@ SOLVERS = {
     "relu": lambda X, D, l1: relu_codes(X, D, l1, 100, 0.01, [0] * len(as_stack(X, D)[0])),
     "masked": lambda X, D, l1: log_codes(X, D, l1, 100, 0.01, init=-2.0, mask_k=3),
     "fista": lambda X, D, l1: fista(X, D, l1),
-    "lca": lambda X, D, l1: lca(X, D, l1, iterations=200),
+    "rozell_lca": lambda X, D, l1: rozell_lca(X, D, l1, iterations=200),
     "nnls": lambda X, D, l1: nnls(X, D),
     "l0_oracle": lambda X, D, l1: l0_oracle(X, D, 3),
 }
@@ -282,7 +284,7 @@ X0, D0 = torch.ones(4, 3), torch.eye(3)
         (lambda: fista(X0 / 0, D0, 0.1), "not finite"),
         (lambda: fista(X0, D0 * 0, 0.1), "dictionary of zeros"),
         (lambda: fista(X0.double(), D0, 0.1), "same dtype"),
-        (lambda: lca(X0, D0, 0.0, rate=30.0), "lower rate, now 30"),
+        (lambda: rozell_lca(X0, D0, 0.0, rate=30.0), "lower rate, now 30"),
         (lambda: l0_oracle(X0, D0, 4), r"K=4: between 1 and min\(N, M\)"),
         (lambda: hard_top_k(X0, 0), "k=0"),
     ],
@@ -292,6 +294,6 @@ def test_bad_input_is_refused_by_name(call, message: str):
         call()
 
 
-def test_an_enumeration_that_is_too_large_says_how_large():
+def test_an_enumeration_that_is_too_large_is_refused_with_its_size():
     with pytest.raises(UserError, match=r"25,706,996 supports \(up to K=5 of N=80 atoms\) on 1,000 samples: .* limit"):
         l0_oracle(torch.ones(1000, 8), torch.ones(80, 8), 5)

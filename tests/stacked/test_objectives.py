@@ -4,12 +4,12 @@ from torch import Tensor
 
 from core.stacked.coders import LinearCoder, MLPCoder
 from core.stacked.objectives import KnownCodes, KnownSparseCodes
-from core.synthetic.sparse_codes import SparseCodes
+from core.synthetic.sparse_codes import SparseCodeLaw
 
 
 @pytest.mark.parametrize("width", [None, 6])
 def test_known_codes_given_as_the_active_ones_have_the_loss_and_the_gradients_of_dense_ones(width: int | None):
-    law, g = SparseCodes(N=12, M=5, K=2), torch.Generator().manual_seed(0)
+    law, g = SparseCodeLaw(N=12, M=5, K=2), torch.Generator().manual_seed(0)
     indices, values = law.active(20, g)
     indices[:, 0] = torch.where(indices[:, 0] == 3, (indices[:, 1] + 1) % 12, indices[:, 0])  # code 3 rare or silent
     S = torch.zeros(20, 12).scatter_(1, indices, values)

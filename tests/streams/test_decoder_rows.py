@@ -68,7 +68,7 @@ def test_directions_have_unit_norm_and_rows_without_one_are_named():
     W = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     torch.testing.assert_close(directions(W, "x"), torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
     for bad in (0.0, torch.nan, torch.inf):
-        with pytest.raises(UserError, match=r"base: 1 decoder rows .*latents 1\)"):
+        with pytest.raises(UserError, match=r"base: 1 of 2 decoder rows .*latents 1\)"):
             directions(torch.tensor([[1.0, 0.0], [bad, bad]]), "base")
     with pytest.raises(UserError, match=r"latents 0, 1, 2, 3, 4, \.\.\."):
         directions(torch.zeros(9, 2), "base")

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 from core.errors import UserError
 from core.synthetic.large_sparse_codes import DRAWN_AT_ONCE, LargeSparseCodes
-from core.synthetic.sparse_codes import SparseCodes
+from core.synthetic.sparse_codes import SparseCodeLaw
 
-LAW = SparseCodes(N=30, M=7, K=4)
+LAW = SparseCodeLaw(N=30, M=7, K=4)
 
 
 def test_a_batch_by_hand():
-    source = LargeSparseCodes(SparseCodes(N=3, M=2, K=2), n=2, seed=0)
+    source = LargeSparseCodes(SparseCodeLaw(N=3, M=2, K=2), n=2, seed=0)
     source.D = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     source.indices = torch.tensor([[2, 0], [1, 2]], dtype=torch.uint16)
     source.values = torch.tensor([[5.0, 1.0], [2.0, 10.0]])
@@ -67,7 +67,7 @@ def test_samples_depend_on_seed_and_purpose_and_the_dictionary_only_on_the_seed(
 
 def test_half_a_million_samples_of_twenty_codes_take_sixty_megabytes():
     n = 2 * DRAWN_AT_ONCE + 1
-    source = LargeSparseCodes(SparseCodes(N=100, M=7, K=20), n=n, seed=0)
+    source = LargeSparseCodes(SparseCodeLaw(N=100, M=7, K=20), n=n, seed=0)
     assert source.n_bytes * 500_000 / n == 500_000 * 20 * (2 + 4) == 60e6
     indices, values = source.active(slice(None))
     assert int(indices.min()) == 0 and int(indices.max()) == 99 and bool((values > 0).all())
@@ -75,7 +75,7 @@ def test_half_a_million_samples_of_twenty_codes_take_sixty_megabytes():
 
 
 def test_the_largest_index_fits_into_sixteen_bits():
-    source = LargeSparseCodes(SparseCodes(N=2**16, M=2, K=1), n=1, seed=0)
+    source = LargeSparseCodes(SparseCodeLaw(N=2**16, M=2, K=1), n=1, seed=0)
     source.indices[0, 0] = 2**16 - 1
     assert source.dense(*source.active(slice(None))).nonzero().tolist() == [[0, 2**16 - 1]]
 
@@ -83,7 +83,7 @@ def test_the_largest_index_fits_into_sixteen_bits():
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda: LargeSparseCodes(SparseCodes(N=2**16 + 1, M=2, K=1), n=1, seed=0), r"source\.N"),
+        (lambda: LargeSparseCodes(SparseCodeLaw(N=2**16 + 1, M=2, K=1), n=1, seed=0), r"source\.N"),
         (lambda: LargeSparseCodes(LAW, n=0, seed=0, purpose="test"), r"source\.n_test"),
         (lambda: LargeSparseCodes(LAW, n=5, seed=0).batch(0, 6), "batch_size"),
         (lambda: LargeSparseCodes(LAW, n=5, seed=0).batch(0, 0), "batch_size"),

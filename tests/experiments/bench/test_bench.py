@@ -70,7 +70,7 @@ def test_tasks_alternate_and_warm_up_rounds_are_not_counted():
     assert [len(seconds) for seconds in times.seconds.values()] == [3, 3]
 
 
-def test_cpu_time_leaves_out_what_was_waited_for_and_wall_time_does_not():
+def test_cpu_time_does_not_count_waiting_and_wall_time_does():
     import time
 
     tasks = {"wait": lambda: time.sleep(0.05)}
@@ -160,7 +160,7 @@ def test_lightning_and_the_bare_loop_do_the_same_work(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(method.parameters(), twin.parameters(), strict=True))
 
 
-def test_batches_from_memory_go_on_where_their_state_says():
+def test_batches_from_memory_resume_at_their_state():
     batches = [Batch(torch.full((1, 1), float(i))) for i in range(3)]
     first, second = RepeatedBatches(batches), RepeatedBatches(batches)
     next(first)

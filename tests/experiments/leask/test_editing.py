@@ -15,7 +15,7 @@ import run as runner
 from core.cells import cell_name
 from core.errors import UserError
 from core.text.facts import Facts
-from experiments.common import made
+from experiments.common import build
 from experiments.leask.editing import meta_dictionary, summary, trios
 from hydra_plugins.blocks_sweeper.sweeper import cells_of
 from reports.claims import PAPERS, load_paper, unknown_metrics
@@ -42,7 +42,7 @@ def test_the_paper_grid_edits_the_papers_cities_in_the_published_dictionary():
         assert (cfg.model.name, cfg.stream.site, cfg.method.dict_size) == ("gpt2_small", "resid_pre.8", 49152)
         assert cfg.method._target_.startswith("core.interop") and cfg.method.path == "blocks.8.hook_resid_pre_49152"
         assert (cfg.meta.method.dict_size, cfg.meta.method.k) == (2304, 4)
-        assert made(cfg.facts).entities == ["Tokyo", "Paris", "Cairo"] and not made(cfg.facts).statements
+        assert build(cfg.facts).entities == ["Tokyo", "Paris", "Cairo"] and not build(cfg.facts).statements
 
 
 def test_the_paper_grid_has_every_preset_for_tokyo_and_paris():
@@ -57,7 +57,7 @@ def test_the_paper_grid_has_every_preset_for_tokyo_and_paris():
 def test_every_other_cell_plants_its_facts_in_the_bundled_model(scale: str):
     for cfg in grid(scale, every=3):
         OmegaConf.resolve(cfg)
-        assert cfg.model.name == "bundled" and made(cfg.facts).statements == made(cfg.data).facts.statements
+        assert cfg.model.name == "bundled" and build(cfg.facts).statements == build(cfg.data).facts.statements
 
 
 def facts(*values: str) -> Facts:
@@ -77,9 +77,9 @@ def test_pairs_and_their_third_entity_share_no_value():
 
 def test_entities_without_a_latent_or_with_a_wrong_answer_are_left_out_or_refused():
     world = facts("xx", "yy", "zz")
-    with pytest.raises(UserError, match=r"2 of 3 entities have a latent of their own.*no three of them differ"):
+    with pytest.raises(UserError, match=r"2 of 3 entities have a latent of their own.*No three of them differ"):
         trios(composed(), world, ["e0", "e1"], set(world.entities))
-    with pytest.raises(UserError, match="of those the model knows 2"):
+    with pytest.raises(UserError, match="the model knows 2 of these"):
         trios(composed(), world, world.entities, {"e0", "e1"})
     assert trios(composed("editing.only_known=false"), world, world.entities, {"e0", "e1"})
     with pytest.raises(UserError, match="'e1' has no latent of its own"):
@@ -95,7 +95,7 @@ def test_rows_weighed_by_frequency_are_refused():
 
 def test_facts_that_do_not_fit_are_refused_in_words():
     with pytest.raises(UserError, match="contains a name twice"):
-        made(composed("facts.entities=[mag,mag]").facts)
+        build(composed("facts.entities=[mag,mag]").facts)
 
 
 def test_the_summary_has_means_intervals_and_differences_over_pairs():
@@ -109,7 +109,9 @@ def test_the_summary_has_means_intervals_and_differences_over_pairs():
 
 
 @pytest.mark.slow
-def test_a_cell_leaves_tables_and_metrics_that_claims_and_figure_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_cell_writes_the_tables_and_metrics_that_claims_and_figure_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     arguments = ["experiment=leask_editing", "scale=smoke", "editing.preset=difference", "logging=none"]
     arguments += [f"output_dir={tmp_path / 'outputs'}", f"artifacts_dir={tmp_path / 'artifacts'}"]
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])

@@ -21,7 +21,7 @@ from core.methods.batchtopk import BatchTopK
 from core.methods.saved import load_dictionary
 from core.streams.decoder_rows import directions
 from experiments.leask.meta_sae import check_family, dictionaries, excess, member, needed
-from experiments.leask.meta_words import common_tokens, entries
+from experiments.leask.meta_words import common_tokens, meta_latents_of
 from hydra_plugins.blocks_sweeper.sweeper import cells_of
 from reports.claims import PAPERS, load_paper, unknown_metrics
 from reports.collect import Cell
@@ -138,7 +138,7 @@ def test_a_cells_numbers_are_those_of_the_stored_meta_dictionary(cells: list[Cel
 
 
 @pytest.mark.slow
-def test_a_detailed_cell_leaves_its_tables_and_the_page(cells: list[Cell]):
+def test_a_detailed_cell_writes_its_tables_and_the_page(cells: list[Cell]):
     detailed = [cell for cell in cells if cell.get("detail")]
     assert {cell.get("meta.preset") for cell in detailed} == {"iclr", "lw"}
     for cell in detailed:
@@ -151,7 +151,7 @@ def test_a_detailed_cell_leaves_its_tables_and_the_page(cells: list[Cell]):
         meta = dictionary(cell, "meta_dictionary.json")
         base = max((dictionary(cell, p.name) for p in cell.folder.glob("dictionary_*.json")), key=lambda m: m.dict_size)
         codes = decompose(meta, directions(base.W_dec, "base"))
-        for latent, (ids, weights) in ((row, entries(codes, row)) for row in (0, 50, 127)):
+        for latent, (ids, weights) in ((row, meta_latents_of(codes, row)) for row in (0, 50, 127)):
             assert data["latents"][latent][0] == latent
             assert data["latents"][latent][4] == [
                 [int(i), pytest.approx(float(w), abs=1e-4)] for i, w in zip(ids, weights, strict=True)
@@ -202,5 +202,5 @@ def test_random_weights_of_rows_are_read_largest_first():
     from core.kernels.codes import SparseCodes
 
     codes = SparseCodes(torch.tensor([0, 0, 1]), torch.tensor([1, 3, 0]), torch.tensor([0.1, 0.7, 0.2]), (2, 4))
-    ids, weights = entries(codes, 0)
+    ids, weights = meta_latents_of(codes, 0)
     assert ids.tolist() == [3, 1] and np.allclose(weights, [0.7, 0.1])

@@ -1,7 +1,8 @@
-"""leask_stitching: what its cells ask for and leave behind, and losses along the way between two dictionaries."""
+"""leask_stitching: what its cells ask for and write, and losses along a path between two dictionaries."""
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from core.methods.base import DictionaryMethod
 from core.methods.pretrained import Pretrained
 from core.models.language_model import load_language_model
 from experiments.bench import stitching as bench_stitching
-from experiments.common import held_out_rows, trained
+from experiments.common import held_out, held_out_rows, trained
 from experiments.leask import stitching as leask_stitching
 from experiments.leask.stitching import activations, dictionaries, members, of_family, run
 from hydra_plugins.blocks_sweeper.sweeper import cells_of
@@ -124,7 +125,7 @@ def pair_of(cfg: DictConfig) -> tuple[DictionaryMethod, DictionaryMethod]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["relu_l1", "batchtopk"])
-def test_a_pair_leaves_its_numbers_its_latents_and_its_curves(tiny, tmp_path: Path, method: str):
+def test_a_pair_writes_metrics_latents_and_curves(tiny, tmp_path: Path, method: str):
     own = ["method.warmup_steps=4", "method.l1_coefficient=0.5"] if method == "relu_l1" else ["method.k=4"]
     cfg = tiny(tmp_path, f"method={method}", *own)
     metrics = run(cfg)
@@ -158,14 +159,14 @@ def test_a_pair_leaves_its_numbers_its_latents_and_its_curves(tiny, tmp_path: Pa
 def test_losses_at_the_ends_are_those_of_the_two_dictionaries(tiny, tmp_path: Path):
     cfg = tiny(tmp_path, "method=batchtopk", "method.k=4")
     small, large = pair_of(cfg)
-    lm, rows = load_language_model(cfg.model), held_out_rows(cfg)[:6]
+    text = replace(held_out(cfg).first(6), captured=None, rows_per_batch=4)
     path = interpolation(nearest(small, large), components(small, large, 0.7), 2)
-    losses = losses_along(small, large, path, lm, cfg.stream.site, rows, 4)
+    losses = losses_along(small, large, path, text)
     for point, method in ((0, small), (-1, large)):
-        alone = evaluate_dictionary(method, lm, cfg.stream.site, rows, 6, 4).metrics()["ce_spliced"]
+        alone = evaluate_dictionary(method, text).metrics()["ce_spliced"]
         assert float(losses[point]) == pytest.approx(alone, abs=1e-5)
-    captured = lm.capture(held_out_rows(cfg), cfg.stream.site)
-    torch.testing.assert_close(losses_along(small, large, path, lm, cfg.stream.site, rows, 4, captured), losses)
+    kept = replace(text, captured=text.activations(slice(6)))
+    torch.testing.assert_close(losses_along(small, large, path, kept), losses)
 
 
 def exact_but_for(offset: Tensor) -> Pretrained:
@@ -186,7 +187,7 @@ def test_a_refitted_bias_undoes_a_constant_error_and_its_loss_is_the_clean_one(t
     curve = walk(small, large, x.split(16), {"way": path})["way"]
     torch.testing.assert_close(curve.shift[[0, -1]].float(), -offsets, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(curve.mse[[0, -1]].float(), offsets.square().mean(1), rtol=1e-4, atol=1e-5)
-    arguments = small, large, path, lm, cfg.stream.site, rows, 4
+    arguments = small, large, path, replace(held_out(cfg).first(6), captured=None, rows_per_batch=4)
     losses, refit = losses_along(*arguments), losses_along(*arguments, shift=curve.shift)
     clean = float(lm.token_losses(rows).double().mean())
     assert all(abs(float(refit[point]) - clean) < 1e-5 < abs(float(losses[point]) - clean) for point in (0, -1))
@@ -249,7 +250,7 @@ def test_a_grown_dictionary_is_compared_at_its_size_by_hand():
     assert "grown_mse_over_same_size" not in beyond and beyond["n_grown_within_family"] == 0
 
 
-def test_a_dictionary_of_another_site_that_never_fires_is_said_so(tiny, tmp_path: Path, monkeypatch):
+def test_a_dictionary_of_another_site_that_never_fires_is_refused(tiny, tmp_path: Path, monkeypatch):
     cfg = tiny(tmp_path, "method=relu_l1", "method.warmup_steps=4", "method.l1_coefficient=0.5")
     small, large = pair_of(cfg)
     with torch.no_grad():

@@ -43,7 +43,7 @@ def test_a_planted_dictionary_is_recovered_beyond_chance(codes: str, tmp_path: P
 def test_nonnegative_codes_stay_nonnegative_and_signed_ones_do_not(tmp_path: Path):
     for codes, lowest in (("nonnegative", 0.0), ("signed", -np.inf)):
         cfg = configured(tmp_path, f"codes={codes}", *SMALL)
-        data = classical.drawn(cfg, 0)
+        data = classical.draw(cfg, 0)
         found = classical.coded(cfg, data.X_test, data.D)
         assert (found.min() >= lowest) and (data.S_test.min() < 0) == (found.min() < 0) == (codes == "signed")
         assert ((data.S_test != 0).sum(1) == 1).all()

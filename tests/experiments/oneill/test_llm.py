@@ -121,7 +121,7 @@ def cells(smoke_cells: Any) -> list[Cell]:
 
 
 @pytest.mark.slow
-def test_every_method_leaves_what_the_issue_asks_for(cells: list[Cell]):
+def test_every_method_reports_the_metrics_that_claims_need(cells: list[Cell]):
     assert sorted({cell.method or "" for cell in cells}) == ["LCA", "MLPEncoder", "ReluL1"]
     assert unknown_metrics(load_paper(PAPERS / "oneill"), "oneill_llm", cells) == {}
     for cell in cells:

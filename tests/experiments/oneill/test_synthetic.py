@@ -43,7 +43,7 @@ def final(table: pd.DataFrame, label: str, metric: str) -> pd.Series:
 # ---- stacks
 
 
-def test_codes_that_no_unit_has_found_are_told_from_those_that_are_found_badly():
+def test_codes_that_no_unit_represents_differ_from_those_represented_badly():
     scores = recovered(torch.tensor([[0.9, 0.7, 0.49, -0.1], [1.0, 0.5, 0.8, 0.9], [0.1, 0.2, 0.0, -1.0]]))
     assert scores["lost"].tolist() == pytest.approx([0.5, 0, 1])
     assert scores["latent_mcc_of_found"].tolist() == pytest.approx([0.8, 0.8, 0])
@@ -82,7 +82,7 @@ def test_settings_that_cannot_be_are_refused_by_name(overrides: list[str], said:
 # ---- what a cell leaves behind
 
 
-def test_a_cell_tells_of_every_run_and_of_the_codes_optimised_further(tmp_path: Path):
+def test_a_cell_reports_every_run_and_the_codes_optimised_further(tmp_path: Path):
     metrics, runs, curves = run("unknown", tmp_path, "coder.l1=[0.01,0.1]", "steps=60", "log_every=30")
     assert sorted(zip(runs["coder.name"], runs["seed"], runs["coder.l1"], strict=True)) == sorted(
         (label, seed, l1) for label in ("SAE", "SAE+ITO") for seed in (0, 1) for l1 in (0.01, 0.1)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from core.bench import threads
 from core.cells import cell_name
 from core.errors import UserError
-from core.synthetic.sparse_codes import SparseCodes
+from core.synthetic.sparse_codes import SparseCodeLaw
 from experiments.oneill import theorem
 from reports.papers.oneill.figures import oneill_theorem as figures
 
@@ -34,7 +34,7 @@ def configured(folder: Path, *overrides: str) -> DictConfig:
 
 @pytest.mark.parametrize(("N", "M"), [(9, 8), (10, 8), (16, 8), (5, 2)])
 def test_no_map_comes_closer_to_the_identity_than_the_rank_deficit_and_the_pseudo_inverse_does(N: int, M: int):
-    D = SparseCodes(N, M, 2).dictionary(0).double()
+    D = SparseCodeLaw(N, M, 2).dictionary(0).double()
     assert theorem.frobenius(D) == pytest.approx(N - M, abs=1e-10)
     best = torch.linalg.pinv(D)
     for seed in range(20):
@@ -72,7 +72,7 @@ def test_the_problems_in_which_the_encoder_fails_are_solvable(smoke: tuple[dict[
         assert metrics[f"l0_oracle_least_singular_value_N{N}_K2"] > 1e-3
 
 
-def test_the_figure_is_drawn_from_what_a_cell_leaves_behind(smoke: tuple[dict[str, float], Path]):
+def test_the_figure_is_drawn_from_the_files_of_a_cell(smoke: tuple[dict[str, float], Path]):
     _, folder = smoke
     runs, samples = (pd.read_parquet(folder / name) for name in (theorem.RUNS, theorem.ILLUSTRATION))
     assert set(runs["coder.name"]) == {"L-NL", "L0 oracle", "NNLS", "basis pursuit", "D transposed"}
@@ -87,7 +87,7 @@ def test_every_atom_of_an_orthonormal_dictionary_is_readable_and_none_between_tw
 
 
 def test_as_many_atoms_are_readable_as_wendels_theorem_expects():
-    found = [theorem.is_readable(SparseCodes(6, 3, 1).dictionary(seed).double().numpy(), 0) for seed in range(400)]
+    found = [theorem.is_readable(SparseCodeLaw(6, 3, 1).dictionary(seed).double().numpy(), 0) for seed in range(400)]
     expected = theorem.expected_readable_share(6, 3)
     assert expected == 0.5 and abs(np.mean(found) - expected) < 4 * math.sqrt(0.25 / 400)
     assert theorem.expected_readable_share(8, 8) == 1 and theorem.expected_readable_share(9, 8) == 1 - 1 / 256

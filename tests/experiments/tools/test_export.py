@@ -87,7 +87,7 @@ def test_a_trained_dictionary_is_exported_and_scored_again_with_the_same_result(
     assert metrics(native)["nmse_raw_energy"] == scores["nmse_raw_energy"]
     from_cell = ["experiment=export", "method=pretrained", f'method.repo="{first}"', f"export.folder={tmp_path}/out"]
     assert metrics(run(tmp_path / "d", *from_cell))["l0_mean_exported"] == scores["l0_mean"]
-    assert f"export.folder={tmp_path / 'out'} holds files already" in refused(tmp_path / "e", *from_cell)
+    assert f"export.folder={tmp_path / 'out'} already holds files" in refused(tmp_path / "e", *from_cell)
 
     for arguments, message in (
         ((f'method.repo="{first}"', "stream.site=resid_pre.2"), "Set stream.site=resid_pre.4"),
