@@ -21,7 +21,7 @@ from core.analysis.evaluate import DownstreamReference, compat_rows, downstream_
 from core.artifacts import Store, content_key, write_atomically
 from core.errors import UserError
 from core.fleet import KIND, Request, load_or_train
-from core.methods.base import DictionaryMethod
+from core.methods.dictionary import Dictionary
 from core.models.language_model import LanguageModel, load_language_model
 from core.runtime import Runtime
 from core.streams.source import Source, source_of
@@ -56,7 +56,7 @@ def requests(cfg: DictConfig, *methods: Any) -> list[Request]:
     return [request(cfg, method) for method in methods or (cfg.method,) if not is_loaded(method)]
 
 
-def trained(cfg: DictConfig, method: Any = None) -> DictionaryMethod:
+def trained(cfg: DictConfig, method: Any = None) -> Dictionary:
     """The cell's dictionary, or that of another `method` node, on the model's device; trained, or loaded where the node
     says so. `dictionary.json` in the cell's folder says where it lies and how it was made; for another node
     `dictionary_<key>.json`."""
@@ -84,7 +84,7 @@ def write_told(cfg: DictConfig, name: str, told: Mapping[str, Any]) -> None:
         write_atomically(Path(cfg.cell_folder) / f"{name}.json", json.dumps(told, indent=1))
 
 
-def _loaded(method: dict[str, Any]) -> tuple[DictionaryMethod, dict[str, Any]]:
+def _loaded(method: dict[str, Any]) -> tuple[Dictionary, dict[str, Any]]:
     """The dictionary of a node that is loaded, and what is to be kept of it: class, options and source."""
     if method["repo"] in (None, "???"):
         raise UserError("method.repo is not set: a name on the Hugging Face hub, or a folder with a dictionary.")

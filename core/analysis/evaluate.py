@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
-from core.methods.base import DictionaryMethod
+from core.methods.dictionary import Dictionary
 from core.metrics.downstream import SplicedSums
 from core.metrics.reconstruction import ReconstructionSums
 from core.metrics.sparsity import SparsitySums
@@ -103,7 +103,7 @@ def _spread_metrics(sums: ReconstructionSums, suffix: str) -> dict[str, float]:
 
 
 def evaluate_dictionary(
-    method: DictionaryMethod,
+    method: Dictionary,
     lm: LanguageModel,
     site: str,
     rows: Tensor,
@@ -119,7 +119,7 @@ def evaluate_dictionary(
 
 @torch.no_grad()
 def evaluate_dictionaries(
-    methods: Mapping[str, DictionaryMethod],
+    methods: Mapping[str, Dictionary],
     lm: LanguageModel,
     site: str,
     rows: Tensor,
@@ -151,7 +151,7 @@ def evaluate_dictionaries(
 
 @torch.no_grad()
 def evaluate_compat(
-    method: DictionaryMethod,
+    method: Dictionary,
     lm: LanguageModel,
     site: str,
     rows: Tensor,
@@ -199,7 +199,7 @@ class _RowSums(NamedTuple):
     sparsity: SparsitySums
 
 
-def _row_sums(method: DictionaryMethod, x: Tensor, is_bos: Tensor) -> _RowSums:  # x [B, d], is_bos [B]
+def _row_sums(method: Dictionary, x: Tensor, is_bos: Tensor) -> _RowSums:  # x [B, d], is_bos [B]
     x_normalised, shift = method.norm(x)
     codes = method.encode(x_normalised)
     x_hat = method.decode(codes)  # [B, d]
@@ -211,7 +211,7 @@ def _row_sums(method: DictionaryMethod, x: Tensor, is_bos: Tensor) -> _RowSums: 
 
 
 def _reconstruct_rows(
-    methods: Mapping[str, DictionaryMethod],
+    methods: Mapping[str, Dictionary],
     lm: LanguageModel,
     site: str,
     rows: Tensor,
@@ -232,7 +232,7 @@ def _reconstruct_rows(
 
 
 def _splice_rows(
-    methods: Mapping[str, DictionaryMethod],
+    methods: Mapping[str, Dictionary],
     lm: LanguageModel,
     reference: DownstreamReference,
     rows_per_batch: int,
@@ -253,7 +253,7 @@ def _splice_rows(
 
 
 @contextmanager
-def _mode(methods: Mapping[str, DictionaryMethod], training: bool) -> Iterator[None]:
+def _mode(methods: Mapping[str, Dictionary], training: bool) -> Iterator[None]:
     """Put methods into training or evaluation mode; at the end every module's mode and every buffer is as it was."""
     modules = [module for method in methods.values() for module in method.modules()]
     modes = [module.training for module in modules]

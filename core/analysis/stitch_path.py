@@ -21,7 +21,7 @@ from torch import Tensor
 from core.analysis.stitching import Components, Nearest, check_pair
 from core.kernels import sparse
 from core.kernels.codes import Codes, SparseCodes, entries
-from core.methods.base import DictionaryMethod
+from core.methods.dictionary import Dictionary
 from core.metrics.sparsity import firing_counts
 from core.models.language_model import LanguageModel
 
@@ -131,7 +131,7 @@ def lowest(path: Path, curve: Curve, values: Tensor) -> float:
 
 @torch.no_grad()
 def walk(
-    small: DictionaryMethod, large: DictionaryMethod, batches: Iterable[Tensor], paths: Mapping[str, Path]
+    small: Dictionary, large: Dictionary, batches: Iterable[Tensor], paths: Mapping[str, Path]
 ) -> dict[str, Curve]:
     """Score every point of several paths in one pass over batches `[B, d]` of raw activations.
 
@@ -167,8 +167,8 @@ def walk(
 
 @torch.no_grad()
 def losses_along(
-    small: DictionaryMethod,
-    large: DictionaryMethod,
+    small: Dictionary,
+    large: Dictionary,
     path: Path,
     lm: LanguageModel,
     site: str,
@@ -202,9 +202,7 @@ def _rows_at_a_time(paths: Mapping[str, Path], d: int) -> int:
     return max(1, PATH_ENTRIES // (d * max(path.n_steps + 1 for path in paths.values())))
 
 
-def _along(
-    path: Path, small: DictionaryMethod, large: DictionaryMethod, codes_small: Codes, codes_large: Codes
-) -> Tensor:
+def _along(path: Path, small: Dictionary, large: Dictionary, codes_small: Codes, codes_large: Codes) -> Tensor:
     """Reconstructions at every point, `[B, S + 1, d]`. The sums run so that the small dictionary's part is exactly 0
     where all its latents are gone."""
     n_points = path.n_steps + 1

@@ -29,7 +29,7 @@ from torch import Tensor
 from core.errors import UserError
 from core.kernels.codes import Codes, SparseCodes
 from core.kernels.sparse import sampled_product
-from core.methods.base import DictionaryMethod
+from core.methods.dictionary import Dictionary
 from core.metrics.sparsity import firing_counts
 from core.seeding import derived_seed
 
@@ -39,7 +39,7 @@ NOVEL, RECONSTRUCTION, UNDECIDED, DEAD = range(4)
 PAPER_THRESHOLD = 0.7  # cosine below which the paper calls a latent novel without inserting it
 
 
-def check_pair(small: DictionaryMethod, large: DictionaryMethod) -> None:
+def check_pair(small: Dictionary, large: Dictionary) -> None:
     """Raises UserError unless both dictionaries can read the same activations: equal d, site and normalisation."""
     if small is large:
         raise UserError("small and large are one dictionary: stitching needs two of a family.")
@@ -141,9 +141,7 @@ class LatentScores:
 
 
 @torch.no_grad()
-def score_latents(
-    small: DictionaryMethod, large: DictionaryMethod, batches: Iterable[Tensor], n_blocks: int = 64
-) -> LatentScores:
+def score_latents(small: Dictionary, large: Dictionary, batches: Iterable[Tensor], n_blocks: int = 64) -> LatentScores:
     """Score all latents of `large` against `small` on batches `[B, d]` of raw activations, each of whole text rows.
 
     Batch i counts in block i modulo `n_blocks`. Where codes are sparse, a latent is looked at only where it fires.
@@ -202,13 +200,13 @@ class Error(NamedTuple):
     l0: float
 
 
-def error_of(method: DictionaryMethod, batches: Iterable[Tensor]) -> Error:
+def error_of(method: Dictionary, batches: Iterable[Tensor]) -> Error:
     """Score a dictionary on batches `[B, d]` of raw activations. The refitted bias is the mean of x - f W over them."""
     return error_and_bias(method, batches)[0]
 
 
 @torch.no_grad()
-def error_and_bias(method: DictionaryMethod, batches: Iterable[Tensor]) -> tuple[Error, Tensor]:
+def error_and_bias(method: Dictionary, batches: Iterable[Tensor]) -> tuple[Error, Tensor]:
     """The same, and the refitted bias `[d]`, of normalised space."""
     total = torch.zeros(method.d_model, dtype=torch.float64, device=method.W_dec.device)
     error, active, n = total.new_zeros(()), total.new_zeros(()), 0
@@ -233,7 +231,7 @@ class Nearest(NamedTuple):
     partner: Tensor
 
 
-def unit_decoder(method: DictionaryMethod, which: str) -> Tensor:
+def unit_decoder(method: Dictionary, which: str) -> Tensor:
     """Decoder rows at unit norm `[m, d]`. Raises UserError where a row is zero: it has no direction."""
     W = method.W_dec.detach()
     norms = W.norm(dim=1, keepdim=True)
@@ -246,7 +244,7 @@ def unit_decoder(method: DictionaryMethod, which: str) -> Tensor:
     return W / norms
 
 
-def _similarities(small: DictionaryMethod, large: DictionaryMethod) -> Iterator[tuple[int, Tensor]]:
+def _similarities(small: Dictionary, large: Dictionary) -> Iterator[tuple[int, Tensor]]:
     """(first latent, cosines `[chunk, n]`) of the large dictionary's latents with all of the small one's, in chunks."""
     check_pair(small, large)
     W_small, W_large = unit_decoder(small, "small"), unit_decoder(large, "large")
@@ -255,7 +253,7 @@ def _similarities(small: DictionaryMethod, large: DictionaryMethod) -> Iterator[
         yield first, W_large[first : first + n_rows] @ W_small.T
 
 
-def nearest(small: DictionaryMethod, large: DictionaryMethod) -> Nearest:
+def nearest(small: Dictionary, large: Dictionary) -> Nearest:
     """c_i = max_j cos(w_i of the large dictionary, w_j of the small one), and that j."""
     found = [cosines.max(1) for _, cosines in _similarities(small, large)]
     return Nearest(torch.cat([part.values for part in found]), torch.cat([part.indices for part in found]))
@@ -277,7 +275,7 @@ class Components(NamedTuple):
         return torch.cat([self.small, self.large]).bincount(minlength=len(self.paired))
 
 
-def components(small: DictionaryMethod, large: DictionaryMethod, threshold: float) -> Components:
+def components(small: Dictionary, large: Dictionary, threshold: float) -> Components:
     """Latents of the two dictionaries joined where cos >= threshold. Memory: the edges, and one chunk of cosines."""
     rows, cols = [], []
     for first, cosines in _similarities(small, large):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from core.kernels.codes import Codes, SparseCodes
-from core.methods.base import DictionaryMethod
+from core.methods.dictionary import Dictionary
 from core.models.language_model import LanguageModel
 from core.seeding import generator
 
@@ -45,7 +45,7 @@ class Strongest:
 
 @torch.no_grad()
 def strongest_activations(
-    method: DictionaryMethod,
+    method: Dictionary,
     lm: LanguageModel,
     site: str,
     rows: Tensor,

@@ -30,8 +30,8 @@ from core.analysis.editing import (
 from core.analysis.meta_sae import VarianceExplained, decompose, meta_request, trained_metas
 from core.errors import UserError
 from core.fleet import Request
-from core.methods.base import DictionaryMethod
 from core.methods.batchtopk import BatchTopK
+from core.methods.dictionary import Dictionary
 from core.metrics.statistics import bootstrap_interval
 from core.models.finetune import fine_tuned
 from core.models.language_model import LanguageModel
@@ -103,7 +103,7 @@ def planted(cfg: DictConfig) -> DictConfig:
     return changed
 
 
-def meta_dictionary(cfg: DictConfig, method: DictionaryMethod) -> Request:
+def meta_dictionary(cfg: DictConfig, method: Dictionary) -> Request:
     """One that is trained on the directions of all decoder rows but those of dead latents, which chance put where they
     are."""
     m = cfg.meta
@@ -115,13 +115,13 @@ def meta_dictionary(cfg: DictConfig, method: DictionaryMethod) -> Request:
     return meta_request(plain(m), rows, cfg.trainer.precision)
 
 
-def learned_rows(method: DictionaryMethod) -> Tensor:
+def learned_rows(method: Dictionary) -> Tensor:
     """Unit directions of the latents that are alive, `[N, d]`."""
     return directions(method.W_dec[~method.dead], "method")
 
 
 def composed_of(
-    cfg: DictConfig, meta: BatchTopK, method: DictionaryMethod, found: Mapping[str, EntityLatent]
+    cfg: DictConfig, meta: BatchTopK, method: Dictionary, found: Mapping[str, EntityLatent]
 ) -> dict[str, Composition]:
     """Of which meta-latents each entity's latent is made."""
     rows = directions(method.W_dec, "method")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core.analysis import top_activations as top
 from core.errors import UserError
-from core.methods.base import DictionaryMethod
+from core.methods.dictionary import Dictionary
 from core.streams.decoder_rows import directions
 from experiments.common import held_out_activations, held_out_rows, language_model, once_per
 
@@ -32,7 +32,7 @@ class Rows:
     first: Mapping[int, int]
 
 
-def rows_of(cfg: DictConfig, place: int, method: DictionaryMethod) -> Rows:
+def rows_of(cfg: DictConfig, place: int, method: Dictionary) -> Rows:
     """The rows of a dictionary, without those of latents that `meta.min_firing_rate` leaves out."""
     looked_at = cfg.detail or cfg.meta.sampling == "frequency" or cfg.meta.min_firing_rate is not None
     frequency = strongest(cfg, place, method).frequency if looked_at else None
@@ -41,7 +41,7 @@ def rows_of(cfg: DictConfig, place: int, method: DictionaryMethod) -> Rows:
     return Rows(W, latents, None if frequency is None else frequency[latents], {place: 0})
 
 
-def family_rows(cfg: DictConfig, family: Mapping[int, DictionaryMethod]) -> Rows:
+def family_rows(cfg: DictConfig, family: Mapping[int, Dictionary]) -> Rows:
     """The rows of all dictionaries below one another, smallest first."""
     parts = [rows_of(cfg, place, method) for place, method in family.items()]
     starts = np.cumsum([0, *(len(part.latents) for part in parts[:-1])]).tolist()
@@ -64,7 +64,7 @@ def kept(cfg: DictConfig, m: int, frequency: Tensor | None) -> Tensor:
     return latents
 
 
-def strongest(cfg: DictConfig, place: int, method: DictionaryMethod) -> top.Strongest:
+def strongest(cfg: DictConfig, place: int, method: Dictionary) -> top.Strongest:
     """The strongest activations of a dictionary's latents on the held-out rows."""
     return _strongest_of(cfg)(place, method)
 
@@ -73,7 +73,7 @@ def strongest(cfg: DictConfig, place: int, method: DictionaryMethod) -> top.Stro
 def _strongest_of(cfg: DictConfig) -> Any:
     found: dict[int, top.Strongest] = {}
 
-    def of(place: int, method: DictionaryMethod) -> top.Strongest:
+    def of(place: int, method: Dictionary) -> top.Strongest:
         if place not in found:
             lm, rows, e = language_model(cfg), held_out_rows(cfg), cfg.evaluation
             captured = held_out_activations(cfg)

@@ -45,7 +45,7 @@ from core.analysis.stitching import (
 )
 from core.errors import UserError
 from core.fleet import Request
-from core.methods.base import DictionaryMethod
+from core.methods.dictionary import Dictionary
 from core.methods.stitched import Stitched
 from experiments.common import (
     held_out_activations,
@@ -112,7 +112,7 @@ def activations(cfg: DictConfig) -> Iterator[Tensor]:
 # ---- a pair
 
 
-def run_pair(cfg: DictConfig, small: DictionaryMethod, large: DictionaryMethod) -> dict[str, float]:
+def run_pair(cfg: DictConfig, small: Dictionary, large: Dictionary) -> dict[str, float]:
     """Score every latent of the large dictionary, foretell the scores from decoder rows, insert sets, interpolate."""
     check_pair(small, large)
     s, folder = cfg.stitch, Path(cfg.cell_folder)
@@ -223,7 +223,7 @@ def of_path(scores: LatentScores, path: StitchPath, curve: Curve, graph: Compone
 
 
 def downstream(
-    cfg: DictConfig, small: DictionaryMethod, large: DictionaryMethod, path: StitchPath, shift: Tensor | None = None
+    cfg: DictConfig, small: Dictionary, large: Dictionary, path: StitchPath, shift: Tensor | None = None
 ) -> Tensor:
     """The language model's loss along a path, on the first `evaluation.n_downstream_rows` held-out rows; with each
     point's decoder bias shifted, if told."""
@@ -283,7 +283,7 @@ def save_curves(
 # ---- a family
 
 
-def run_frankenstein(cfg: DictConfig, family: list[DictionaryMethod]) -> dict[str, float]:
+def run_frankenstein(cfg: DictConfig, family: list[Dictionary]) -> dict[str, float]:
     """Grow the smallest dictionary by what is new in each larger one, and compare with ones of the same size."""
     s, batches = cfg.stitch, partial(activations, cfg)
     grown = frankenstein(family, batches, cfg.seed, s.frankenstein_below, s.n_blocks)
@@ -294,7 +294,7 @@ def run_frankenstein(cfg: DictConfig, family: list[DictionaryMethod]) -> dict[st
     return of_family(table)
 
 
-def row_of(cfg: DictConfig, kind: str, method: DictionaryMethod) -> dict[str, Any]:
+def row_of(cfg: DictConfig, kind: str, method: Dictionary) -> dict[str, Any]:
     """Error, L0 and loss of one dictionary, as it is and with its best decoder bias (`_refit`); the encoder stays."""
     error, b_dec = error_and_bias(method, activations(cfg))
     refit = Stitched.of([(method, torch.ones(method.dict_size, dtype=torch.bool))], b_dec)
@@ -322,7 +322,7 @@ def of_family(table: pd.DataFrame) -> dict[str, float]:
     return found
 
 
-def spliced_loss(cfg: DictConfig, method: DictionaryMethod) -> float:
+def spliced_loss(cfg: DictConfig, method: Dictionary) -> float:
     """Nats per token with the dictionary's reconstruction at all positions."""
     lm, e, captured = language_model(cfg), cfg.evaluation, held_out_activations(cfg)
     rows = held_out_rows(cfg)[: e.n_downstream_rows]
