@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 class Norm(Protocol):
-    """What normalises a batch: called with `x`, it returns the normalised `x` first. Norms with the same `shared_as`
-    do the same; None: what this one does is its own."""
+    """Normalises a batch: a call with `x` returns the normalised `x` first. Norms with the same `shared_as` give the
+    same result; None: the result is not shared."""
 
     @property
     def shared_as(self) -> str | None: ...
@@ -37,7 +37,7 @@ class Batch:
     _normalised: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def normalised(self, norm: Norm) -> Tensor:
-        """`x` as `norm` has it; what depends on `x` alone is computed once for all dictionaries that see this batch."""
+        """`x` after `norm`; a result that depends on `x` alone is computed once for all dictionaries of this batch."""
         if norm.shared_as is None:
             return norm(self.x)[0]
         if norm.shared_as not in self._normalised:

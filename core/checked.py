@@ -81,7 +81,7 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
     """`value` as the type `kind`; UserError that names the setting if it is none."""
     choices = get_args(kind)
     if get_origin(kind) is Literal:
-        require(value in choices, name, value, f"be one of {', '.join(choices)}")
+        require(value in choices, name, value, f"be one of {', '.join(map(str, choices))}")
         return value
     if get_origin(kind) is UnionType:
         return None if value is None else _converted(name, value, choices[0])

@@ -47,7 +47,7 @@ class InputNorm(nn.Module):
 
     @property
     def shared_as(self) -> str | None:
-        """Norms with the same word here do the same to a batch; None: this one has a constant of its own."""
+        """Norms with the same word give the same result for a batch; None: this one has a constant of its own."""
         return None if self.kind == "scalar" else self.kind
 
     def fit(self, x: Tensor) -> None:

@@ -36,9 +36,9 @@ class LCASettings(Settings):
                             `unrolled`: through all iterations, as the authors do; 4 n_iterations matrices `[B, m]`
     n_iterations            at most, in training
     n_iterations_inference  at most, in evaluation mode
-    rows_per_step           training uses only the first so many rows of every batch (of every rank's part); 128 of 8192
-                            in the authors' code
-    rows_at_once            codes are computed for so many rows at a time, so that memory is bounded
+    rows_per_step           training uses only this many rows of every batch (of every rank's part), the first ones; 128
+                            of 8192 in the authors' code
+    rows_at_once            codes are computed for this many rows at a time, so that memory is bounded
     """
 
     l1: float = at_least(0)

@@ -1,6 +1,6 @@
-"""The settings of a method: a frozen dataclass per method is all that says them, beside their values in the YAML.
+"""The settings of a method: one frozen dataclass per method names and checks them; the YAML has their values.
 
-A method's constructor, its hyperparameters and the key of a stored dictionary come from it.
+A method's constructor, its hyperparameters and the key of a stored dictionary come from the dataclass.
 """
 
 from __future__ import annotations
