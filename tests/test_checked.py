@@ -39,7 +39,12 @@ WRONG = {
         lambda value: value not in ("bake", "grill")
     ),
     "racks": NO_NUMBERS.filter(lambda value: value is not None) | st.just(1.5) | st.integers(max_value=0),
-    "curve": NO_NUMBERS | st.lists(st.floats(0, 1)).filter(lambda items: len(items) != 2) | st.just([1.0, "x"]),
+    "curve": st.none()
+    | st.text()
+    | st.integers()
+    | st.lists(st.floats(0, 1)).filter(lambda items: len(items) != 2)
+    | st.tuples(st.floats(0, 1), st.text())
+    | st.just([1.0, 0.5]),
 }
 
 
