@@ -35,13 +35,15 @@ from core.artifacts import Store, content_key
 from core.errors import UserError
 from core.interrupts import raise_if_interrupted
 from core.methods.base import DictionaryMethod
-from core.methods.saved import load_dictionary, method_class, save_dictionary
-from core.methods.together import Fleet
+from core.methods.dictionary import Dictionary
+from core.methods.saved import load_dictionary, save_dictionary
+from core.methods.settings import method_class
 from core.runtime import Runtime
 from core.shares import gpus, number_of_processes, slots, split
 from core.streams.decoder_rows import digest
 from core.streams.module import ActivationData
 from core.streams.source import Source
+from core.together import Fleet
 from core.training import Checkpoints, Work, discard_finished, fit, members_of
 from core.workers import Task, portable, run_tasks
 
@@ -116,12 +118,12 @@ class Request:
         return method
 
 
-def load_or_train(request: Request, run: Runtime) -> DictionaryMethod:
+def load_or_train(request: Request, run: Runtime) -> Dictionary:
     """The dictionary from the store; trained first, alone, if it is not there. Raises what stopped its training."""
     return load_or_train_all([request], run)[0]
 
 
-def load_or_train_all(requests: Sequence[Request], run: Runtime) -> list[DictionaryMethod]:
+def load_or_train_all(requests: Sequence[Request], run: Runtime) -> list[Dictionary]:
     """The dictionaries from the store, in evaluation mode. Missing ones of one source are trained together, here.
 
     Raises what stopped the training of any of them.

@@ -22,7 +22,7 @@ from core.analysis.held_out import DownstreamReference, HeldOut, downstream_refe
 from core.artifacts import Store, content_key, write_atomically
 from core.errors import UserError
 from core.fleet import KIND, Request, load_or_train
-from core.methods.base import DictionaryMethod
+from core.methods.dictionary import Dictionary
 from core.models.language_model import LanguageModel, load_language_model
 from core.runtime import Runtime
 from core.streams.source import Source, source_of
@@ -57,7 +57,7 @@ def requests(cfg: DictConfig, *methods: Any) -> list[Request]:
     return [request(cfg, method) for method in methods or (cfg.method,) if not is_loaded(method)]
 
 
-def trained(cfg: DictConfig, method: Any = None) -> DictionaryMethod:
+def trained(cfg: DictConfig, method: Any = None) -> Dictionary:
     """The cell's dictionary, or that of another `method` node, on the model's device: trained, or loaded if the node
     names a dictionary made elsewhere. `dictionary.json` in the cell's folder records where it is and how it was made;
     for another node `dictionary_<key>.json`."""
@@ -85,7 +85,7 @@ def write_record(cfg: DictConfig, name: str, record: Mapping[str, Any]) -> None:
         write_atomically(Path(cfg.cell_folder) / f"{name}.json", json.dumps(record, indent=1))
 
 
-def _loaded(method: dict[str, Any]) -> tuple[DictionaryMethod, dict[str, Any]]:
+def _loaded(method: dict[str, Any]) -> tuple[Dictionary, dict[str, Any]]:
     """The dictionary that a node names, and its record: class, options and source."""
     if method["repo"] in (None, "???"):
         raise UserError("method.repo is not set: a name on the Hugging Face hub, or a folder with a dictionary.")

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from core.errors import UserError
-from core.methods.base import DictionaryMethod
+from core.methods.dictionary import Dictionary
 from core.models.language_model import LanguageModel
 from core.text.facts import ENTITY, Facts
 from core.text.rows import bos_token_id
@@ -115,7 +115,7 @@ class EntityLatent:
 
 @torch.no_grad()
 def entity_latents(
-    method: DictionaryMethod,
+    method: Dictionary,
     lm: LanguageModel,
     site: str,
     asked: Mapping[str, Mapping[str, Sequence[Question]]],
@@ -174,7 +174,7 @@ class Clean:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, method: DictionaryMethod, lm: LanguageModel, site: str, question: Question) -> Clean:
+    def of(cls, method: Dictionary, lm: LanguageModel, site: str, question: Question) -> Clean:
         x = lm.capture(question.tokens[None], site)[0].float()
         normalised, shift = method.norm(x)
         codes = method.encode(normalised)
@@ -262,7 +262,7 @@ class Directions:
     along: Tensor
 
     @classmethod
-    def of(cls, meta: DictionaryMethod) -> Directions:
+    def of(cls, meta: Dictionary) -> Directions:
         W_dec = meta.W_dec.detach()
         return cls(W_dec, meta.b_dec.detach(), W_dec)
 
@@ -283,7 +283,7 @@ class Editor:
             `reconstruction`: activations are replaced by the edited reconstruction, as in the authors' script
     """
 
-    method: DictionaryMethod
+    method: Dictionary
     lm: LanguageModel
     site: str
     splice: Splice

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from core.analysis.held_out import DownstreamReference, HeldOut
-from core.methods.base import DictionaryMethod
+from core.methods.dictionary import Dictionary
 from core.metrics.downstream import SplicedSums
 from core.metrics.reconstruction import ReconstructionSums
 from core.metrics.sparsity import SparsitySums
@@ -63,12 +63,12 @@ def _spread_metrics(sums: ReconstructionSums, suffix: str) -> dict[str, float]:
     return {name + suffix: value for name, value in values.items()}
 
 
-def evaluate_dictionary(method: DictionaryMethod, held_out: HeldOut) -> Evaluation:
+def evaluate_dictionary(method: Dictionary, held_out: HeldOut) -> Evaluation:
     """Score one dictionary under its inference rule; see `evaluate_dictionaries`."""
     return evaluate_dictionaries({"": method}, held_out)[""]
 
 
-def evaluate_dictionaries(methods: Mapping[str, DictionaryMethod], held_out: HeldOut) -> dict[str, Evaluation]:
+def evaluate_dictionaries(methods: Mapping[str, Dictionary], held_out: HeldOut) -> dict[str, Evaluation]:
     """Score dictionaries at one site under their inference rules; they share the language model's passes.
 
     Reconstruction and sparsity are measured on all rows, the loss on the downstream rows, with the reconstruction in
@@ -77,7 +77,7 @@ def evaluate_dictionaries(methods: Mapping[str, DictionaryMethod], held_out: Hel
     return _evaluate(methods, held_out, training=False)
 
 
-def evaluate_compat(method: DictionaryMethod, one_batch: HeldOut) -> dict[str, float]:
+def evaluate_compat(method: Dictionary, one_batch: HeldOut) -> dict[str, float]:
     """The figures as the BatchTopK authors' code computes them: by the training rule, on one batch of rows
     (`HeldOut.one_batch`).
 
@@ -89,7 +89,7 @@ def evaluate_compat(method: DictionaryMethod, one_batch: HeldOut) -> dict[str, f
 
 
 @torch.no_grad()
-def _evaluate(methods: Mapping[str, DictionaryMethod], held_out: HeldOut, training: bool) -> dict[str, Evaluation]:
+def _evaluate(methods: Mapping[str, Dictionary], held_out: HeldOut, training: bool) -> dict[str, Evaluation]:
     reference = held_out.compared()
     with _mode(methods, training):
         reconstructions = _reconstruct_rows(methods, held_out)
@@ -106,7 +106,7 @@ class _RowSums(NamedTuple):
     sparsity: SparsitySums
 
 
-def _row_sums(method: DictionaryMethod, x: Tensor, is_bos: Tensor) -> _RowSums:  # x [B, d], is_bos [B]
+def _row_sums(method: Dictionary, x: Tensor, is_bos: Tensor) -> _RowSums:  # x [B, d], is_bos [B]
     x_normalised, shift = method.norm(x)
     codes = method.encode(x_normalised)
     x_hat = method.decode(codes)  # [B, d]
@@ -117,7 +117,7 @@ def _row_sums(method: DictionaryMethod, x: Tensor, is_bos: Tensor) -> _RowSums: 
     )
 
 
-def _reconstruct_rows(methods: Mapping[str, DictionaryMethod], held_out: HeldOut) -> dict[str, _RowSums]:
+def _reconstruct_rows(methods: Mapping[str, Dictionary], held_out: HeldOut) -> dict[str, _RowSums]:
     sums: dict[str, _RowSums] = {}
     for start in range(0, len(held_out.rows), held_out.rows_per_batch):
         here = slice(start, start + held_out.rows_per_batch)
@@ -130,7 +130,7 @@ def _reconstruct_rows(methods: Mapping[str, DictionaryMethod], held_out: HeldOut
 
 
 def _splice_rows(
-    methods: Mapping[str, DictionaryMethod], held_out: HeldOut, clean_logits: Tensor | None
+    methods: Mapping[str, Dictionary], held_out: HeldOut, clean_logits: Tensor | None
 ) -> dict[str, SplicedSums]:
     sums: dict[str, SplicedSums] = {}
     lm, site, n_rows = held_out.lm, held_out.site, len(held_out.downstream_rows)
@@ -146,7 +146,7 @@ def _splice_rows(
 
 
 @contextmanager
-def _mode(methods: Mapping[str, DictionaryMethod], training: bool) -> Iterator[None]:
+def _mode(methods: Mapping[str, Dictionary], training: bool) -> Iterator[None]:
     """Put methods into training or evaluation mode; at the end every module's mode and every buffer is as it was."""
     modules = [module for method in methods.values() for module in method.modules()]
     modes = [module.training for module in modules]

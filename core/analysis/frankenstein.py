@@ -11,12 +11,12 @@ from torch import Tensor
 from core.analysis.stitch_path import insertion_in_order, walk
 from core.analysis.stitching import NOVEL, check_pair, nearest, score_latents
 from core.errors import UserError
-from core.methods.base import DictionaryMethod
+from core.methods.dictionary import Dictionary
 from core.methods.stitched import Stitched
 
 
 def frankenstein(
-    family: Sequence[DictionaryMethod],
+    family: Sequence[Dictionary],
     batches: Callable[[], Iterable[Tensor]],
     seed: int,
     below: float | None = None,

@@ -20,7 +20,7 @@ from core.errors import UserError
 from core.fleet import Request, Start, load_or_train_all
 from core.kernels.codes import Codes, SparseCodes
 from core.methods.batchtopk import BatchTopK
-from core.methods.saved import method_class
+from core.methods.settings import method_class
 from core.metrics.reconstruction import VarianceExplained
 from core.metrics.sparsity import firing_counts
 from core.runtime import Runtime

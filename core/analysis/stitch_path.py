@@ -22,7 +22,7 @@ from core.analysis.held_out import HeldOut
 from core.analysis.stitching import Components, Nearest, check_pair
 from core.kernels import sparse
 from core.kernels.codes import Codes, SparseCodes, entries
-from core.methods.base import DictionaryMethod
+from core.methods.dictionary import Dictionary
 from core.metrics.sparsity import firing_counts
 
 PATH_ENTRIES = 1 << 24
@@ -131,7 +131,7 @@ def lowest(path: StitchPath, curve: Curve, values: Tensor) -> float:
 
 @torch.no_grad()
 def walk(
-    small: DictionaryMethod, large: DictionaryMethod, batches: Iterable[Tensor], paths: Mapping[str, StitchPath]
+    small: Dictionary, large: Dictionary, batches: Iterable[Tensor], paths: Mapping[str, StitchPath]
 ) -> dict[str, Curve]:
     """Score every point of several paths in one pass over batches `[B, d]` of raw activations.
 
@@ -167,8 +167,8 @@ def walk(
 
 @torch.no_grad()
 def losses_along(
-    small: DictionaryMethod,
-    large: DictionaryMethod,
+    small: Dictionary,
+    large: Dictionary,
     path: StitchPath,
     held_out: HeldOut,
     shift: Tensor | None = None,
@@ -198,9 +198,7 @@ def _rows_at_a_time(paths: Mapping[str, StitchPath], d: int) -> int:
     return max(1, PATH_ENTRIES // (d * max(path.n_steps + 1 for path in paths.values())))
 
 
-def _along(
-    path: StitchPath, small: DictionaryMethod, large: DictionaryMethod, codes_small: Codes, codes_large: Codes
-) -> Tensor:
+def _along(path: StitchPath, small: Dictionary, large: Dictionary, codes_small: Codes, codes_large: Codes) -> Tensor:
     """Reconstructions at every point, `[B, S + 1, d]`. Sums are ordered so that the small dictionary's part is exactly
     0 once all its latents are removed."""
     n_points = path.n_steps + 1

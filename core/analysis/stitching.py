@@ -29,7 +29,7 @@ from torch import Tensor
 from core.errors import UserError
 from core.kernels.codes import Codes, SparseCodes
 from core.kernels.sparse import sampled_product
-from core.methods.base import DictionaryMethod
+from core.methods.dictionary import Dictionary
 from core.metrics.sparsity import firing_counts
 from core.seeding import derived_seed
 from core.streams.decoder_rows import directions
@@ -40,7 +40,7 @@ NOVEL, RECONSTRUCTION, UNDECIDED, DEAD = range(4)
 PAPER_THRESHOLD = 0.7  # cosine below which the paper calls a latent novel without inserting it
 
 
-def check_pair(small: DictionaryMethod, large: DictionaryMethod) -> None:
+def check_pair(small: Dictionary, large: Dictionary) -> None:
     """Raises UserError unless both dictionaries can read the same activations: equal d, site and normalisation."""
     if small is large:
         raise UserError("small and large are the same dictionary: stitching needs two of a family.")
@@ -142,9 +142,7 @@ class LatentScores:
 
 
 @torch.no_grad()
-def score_latents(
-    small: DictionaryMethod, large: DictionaryMethod, batches: Iterable[Tensor], n_blocks: int = 64
-) -> LatentScores:
+def score_latents(small: Dictionary, large: Dictionary, batches: Iterable[Tensor], n_blocks: int = 64) -> LatentScores:
     """Score all latents of `large` against `small` on batches `[B, d]` of raw activations, each of whole text rows.
 
     Batch i belongs to block i modulo `n_blocks`. With sparse codes, a latent costs time only at the rows where it
@@ -203,13 +201,13 @@ class Error(NamedTuple):
     l0: float
 
 
-def error_of(method: DictionaryMethod, batches: Iterable[Tensor]) -> Error:
+def error_of(method: Dictionary, batches: Iterable[Tensor]) -> Error:
     """Score a dictionary on batches `[B, d]` of raw activations. The refitted bias is the mean of x - f W over them."""
     return error_and_bias(method, batches)[0]
 
 
 @torch.no_grad()
-def error_and_bias(method: DictionaryMethod, batches: Iterable[Tensor]) -> tuple[Error, Tensor]:
+def error_and_bias(method: Dictionary, batches: Iterable[Tensor]) -> tuple[Error, Tensor]:
     """The same, and the refitted bias `[d]`, in normalised space."""
     total = torch.zeros(method.d_model, dtype=torch.float64, device=method.W_dec.device)
     error, active, n = total.new_zeros(()), total.new_zeros(()), 0
@@ -234,7 +232,7 @@ class Nearest(NamedTuple):
     partner: Tensor
 
 
-def _similarities(small: DictionaryMethod, large: DictionaryMethod) -> Iterator[tuple[int, Tensor]]:
+def _similarities(small: Dictionary, large: Dictionary) -> Iterator[tuple[int, Tensor]]:
     """(first latent, cosines `[chunk, n]`) of the large dictionary's latents with all of the small one's, in chunks."""
     check_pair(small, large)
     W_small, W_large = directions(small.W_dec, "small"), directions(large.W_dec, "large")
@@ -243,7 +241,7 @@ def _similarities(small: DictionaryMethod, large: DictionaryMethod) -> Iterator[
         yield first, W_large[first : first + n_rows] @ W_small.T
 
 
-def nearest(small: DictionaryMethod, large: DictionaryMethod) -> Nearest:
+def nearest(small: Dictionary, large: Dictionary) -> Nearest:
     """c_i = max_j cos(w_i of the large dictionary, w_j of the small one), and that j."""
     best = [cosines.max(1) for _, cosines in _similarities(small, large)]
     return Nearest(torch.cat([part.values for part in best]), torch.cat([part.indices for part in best]))
@@ -265,7 +263,7 @@ class Components(NamedTuple):
         return torch.cat([self.small, self.large]).bincount(minlength=len(self.paired))
 
 
-def components(small: DictionaryMethod, large: DictionaryMethod, threshold: float) -> Components:
+def components(small: Dictionary, large: Dictionary, threshold: float) -> Components:
     """Join latents of the two dictionaries if cos >= threshold. Memory: the edges, and one chunk of cosines."""
     rows, cols = [], []
     for first, cosines in _similarities(small, large):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from core.analysis.held_out import HeldOut
 from core.kernels.codes import Codes, SparseCodes, entries
-from core.methods.base import DictionaryMethod
+from core.methods.dictionary import Dictionary
 from core.seeding import generator
 
 MAX_TEXT = 60  # characters of a context on either side of its token
@@ -44,7 +44,7 @@ class Strongest:
 
 
 @torch.no_grad()
-def strongest_activations(method: DictionaryMethod, held_out: HeldOut, n: int) -> Strongest:
+def strongest_activations(method: Dictionary, held_out: HeldOut, n: int) -> Strongest:
     """The `n` strongest of each latent over all held-out tokens, except those that begin a text."""
     m, n_ctx, bos = method.dict_size, held_out.rows.shape[1], held_out.lm.bos_token_id
     counts, n_tokens = np.zeros(m, dtype=np.int64), 0

@@ -8,14 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from core.batch import Normalisation
 from core.errors import UserError
 from core.inputs import note_commit, note_file
 from core.interop import crosscoder, dictionary_learning, gemma_scope, meta_saes, native, saelens, sparsify
 from core.interop.hooks import check_site, hook_of
 from core.interop.hub import dictionary_folder
-from core.methods.base import DictionaryMethod
 from core.methods.batchtopk import BatchTopK
+from core.methods.dictionary import Dictionary
+from core.methods.input_norm import Normalisation
 from core.methods.pretrained import Pretrained, at_inference
 
 Format = Literal["auto", "saelens", "gemma_scope", "dictionary_learning", "sparsify", "meta_saes", "native"]
@@ -41,7 +41,7 @@ def load(
     input_norm: Normalisation | None = None,
     norm_scaling_factor: float | None = None,
     threshold: float | None = None,
-) -> DictionaryMethod:
+) -> Dictionary:
     """A dictionary for inference, on the CPU.
 
     repo, path           a name on the hub or a local folder, and the folder within it (or its `params.npz`)
@@ -82,7 +82,7 @@ def load(
 
 def _read(
     folder: Path, format: str, repo: str, path: str | None, norm_scaling_factor: float | None, threshold: float | None
-) -> DictionaryMethod:
+) -> Dictionary:
     for name, value, user in (
         ("norm_scaling_factor", norm_scaling_factor, "saelens"),
         ("threshold", threshold, "meta_saes"),
@@ -122,7 +122,7 @@ def _note(folder: Path, kind: str, repo: str, revision: str | None, commit: str 
             note_file(file)
 
 
-def _with_norm(method: DictionaryMethod, input_norm: Normalisation, folder: Path) -> Pretrained:
+def _with_norm(method: Dictionary, input_norm: Normalisation, folder: Path) -> Pretrained:
     if method.norm.kind not in ("none", input_norm):
         raise UserError(
             f"method.input_norm={input_norm}: the dictionary in {folder} has its own input normalisation, "
@@ -133,11 +133,11 @@ def _with_norm(method: DictionaryMethod, input_norm: Normalisation, folder: Path
             "method.input_norm=scalar needs a measured constant, which a loaded dictionary lacks. Set it to null."
         )
     m = at_inference(method)
-    threshold = m.threshold if m.activation == "jumprelu" else None
+    threshold = m.threshold if m.settings.activation == "jumprelu" else None
     options: dict[str, Any] = {
-        "activation": m.activation,
-        "k": m.k,
-        "subtract_b_dec": m.subtract_b_dec,
+        "activation": m.settings.activation,
+        "k": m.settings.k,
+        "subtract_b_dec": m.settings.subtract_b_dec,
         "source": m.source,
     }
     return Pretrained.of(m.W_enc, m.W_dec, m.b_enc, m.b_dec, threshold=threshold, input_norm=input_norm, **options)

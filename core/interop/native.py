@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 
 from core.errors import UserError
 from core.interop.files import read_json
-from core.methods.base import DictionaryMethod
+from core.methods.dictionary import Dictionary
 from core.methods.saved import MANIFEST, WEIGHTS, load_dictionary
 
 POINTER = "dictionary.json"
@@ -25,7 +25,7 @@ def stored(folder: Path) -> Path:
     return Path(target)
 
 
-def read(folder: Path) -> DictionaryMethod:
+def read(folder: Path) -> Dictionary:
     """The dictionary as it was trained. Raises UserError if it is missing or damaged."""
     try:
         return load_dictionary(stored(folder))

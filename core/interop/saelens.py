@@ -32,12 +32,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core.artifacts import write_atomically
-from core.batch import Normalisation
 from core.errors import UserError
 from core.interop.files import Weights, read_json, read_safetensors
 from core.interop.hooks import hook_of
-from core.methods.base import DictionaryMethod
-from core.methods.pretrained import Activation, Pretrained, at_inference, require_one_matrix
+from core.methods.dictionary import Dictionary
+from core.methods.input_norm import Normalisation
+from core.methods.pretrained import Activation, Pretrained, at_inference
 
 CFG, WEIGHTS, SPARSITY, SCALER = (
     "cfg.json",
@@ -125,9 +125,9 @@ def write_log_sparsity(log_sparsity: Tensor, folder: Path) -> None:
     _save({"sparsity": log_sparsity}, folder / SPARSITY)
 
 
-def check_writable(method: type[DictionaryMethod], input_norm: str, centred_model: bool) -> None:
+def check_writable(method: type[Dictionary], input_norm: str, centred_model: bool) -> None:
     """Raises UserError for what `write` cannot write. Call it before hours of training."""
-    require_one_matrix(method)
+    method.require_inference_rule()
     if input_norm == "token_center" and not centred_model:
         raise UserError(
             "method.input_norm=token_center: SAELens has no such normalisation. Set export.centred_model=true to write "
@@ -136,7 +136,7 @@ def check_writable(method: type[DictionaryMethod], input_norm: str, centred_mode
 
 
 def write(
-    method: DictionaryMethod,
+    method: Dictionary,
     folder: Path,
     *,
     site: str | None = None,
@@ -167,18 +167,18 @@ def write(
     if dictionary.norm.kind == "token_center":
         metadata["model_from_pretrained_kwargs"] = {"center_writing_weights": True}
     cfg = {
-        "architecture": "standard" if dictionary.activation == "relu" else dictionary.activation,
+        "architecture": "standard" if dictionary.settings.activation == "relu" else dictionary.settings.activation,
         "d_in": dictionary.d_model,
         "d_sae": dictionary.dict_size,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": dictionary.subtract_b_dec,
+        "apply_b_dec_to_input": dictionary.settings.subtract_b_dec,
         "normalize_activations": THEIR_NORMS[dictionary.norm.kind],
         "reshape_activations": "none",
         "metadata": metadata,
     }
-    if dictionary.k is not None:
-        cfg |= {"k": dictionary.k, "rescale_acts_by_decoder_norm": False}
+    if dictionary.settings.k is not None:
+        cfg |= {"k": dictionary.settings.k, "rescale_acts_by_decoder_norm": False}
     folder.mkdir(parents=True, exist_ok=True)
     _save(_folded(dictionary), folder / WEIGHTS)
     write_atomically(folder / CFG, json.dumps(cfg, indent=1))
@@ -191,11 +191,11 @@ def _folded(dictionary: Pretrained) -> dict[str, Tensor]:
     if dictionary.norm.kind == "scalar":
         W_enc, W_dec, b_dec = W_enc / c, W_dec * c, b_dec * c
     elif dictionary.norm.kind == "token_center":
-        if dictionary.subtract_b_dec:  # the encoder's input keeps the mean of b_dec
+        if dictionary.settings.subtract_b_dec:  # the encoder's input keeps the mean of b_dec
             b_enc = b_enc - W_enc.sum(1) * b_dec.mean()
         W_enc = W_enc - W_enc.mean(1, keepdim=True)
     state = {"W_enc": W_enc.T, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
-    return state | ({"threshold": dictionary.threshold} if dictionary.activation == "jumprelu" else {})
+    return state | ({"threshold": dictionary.threshold} if dictionary.settings.activation == "jumprelu" else {})
 
 
 def _save(state: Mapping[str, Tensor], path: Path) -> None:

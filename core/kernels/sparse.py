@@ -29,17 +29,19 @@ from core.kernels.select import NotSparse, Select, mask_of_largest, select_above
 # PyTorch prints this warning once in every program that makes a CSR tensor, as `sampled_product` does.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
-Path = Literal["auto", "sparse", "dense"]
+# How products with codes are made; results are equal up to rounding. `auto` decides by dict_size / k where k is known,
+# else by the share of entries that matter in every batch.
+ProductPath = Literal["auto", "sparse", "dense"]
 MIN_LATENTS_PER_ENTRY = 4  # `auto` is sparse from m = 4 k on, where both are about equally fast (on a CPU, d = 192)
 
 
-def use_sparse(path: Path, dict_size: int, k: float) -> bool:
+def use_sparse(path: ProductPath, dict_size: int, k: float) -> bool:
     """Whether codes with k of `dict_size` latents per row are handled sparsely. Results are equal up to rounding."""
     return path == "sparse" or (path == "auto" and dict_size >= MIN_LATENTS_PER_ENTRY * k)
 
 
 def encode_topk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, centre: Tensor | None = None, path: Path = "sparse"
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, centre: Tensor | None = None, path: ProductPath = "sparse"
 ) -> Codes:
     """The k largest entries > 0 of every row of (x - centre) W_enc^T + b_enc, x `[B, d]`, W_enc `[m, d]`.
 
@@ -53,7 +55,7 @@ def encode_topk(
 
 
 def encode_batchtopk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, centre: Tensor | None = None, path: Path = "sparse"
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, centre: Tensor | None = None, path: ProductPath = "sparse"
 ) -> Codes:
     """The B k largest entries > 0 of the whole matrix (x - centre) W_enc^T + b_enc; fewer if fewer are > 0. With
     several ranks (`core.distributed`), the largest of all their matrices."""
@@ -70,13 +72,21 @@ def encode_threshold(
     return _encode(x, W_enc, b_enc, centre, partial(select_above, threshold=threshold.detach()))
 
 
+def encode_relu(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, centre: Tensor | None = None, path: ProductPath = "auto"
+) -> Codes:
+    """ReLU((x - centre) W_enc^T + b_enc); `path` as in `pre_activations_above`."""
+    pre = pre_activations_above(x, W_enc, b_enc, x.new_zeros(()), centre, path)
+    return DenseCodes(pre.values.relu()) if isinstance(pre, DenseCodes) else pre
+
+
 def pre_activations_above(
     x: Tensor,
     W_enc: Tensor,
     b_enc: Tensor | None,
     floor: Tensor,
     centre: Tensor | None = None,
-    path: Path = "auto",
+    path: ProductPath = "auto",
 ) -> Codes:
     """z = (x - centre) W_enc^T + b_enc, for a rule that ignores entries below `floor` (a scalar, or `[m]`).
 

@@ -1,29 +1,55 @@
 """AuxK: the loss that brings dead latents back by letting them explain the reconstruction's error.
 
 L_aux = |e - e_hat|^2 with e = x - x_hat and e_hat = z_aux W_dec, where z_aux are the k_aux largest activations of each
-row among the dead latents. What the sources disagree on has names:
+row among the dead latents. The sources disagree:
   r1          Bussmann et al. 2024, authors' code: mean over entries; e keeps its gradient, so the term also weighs the
               main residual a little more
   normalized  the dictionary_learning library: e detached, the error divided by the variance of e over the batch; it
               uses k_aux = d / 2 and far more patient dead_after_tokens
-  r2_compat   the meta-SAE authors' package: the codes handed over are already sparse, so those of dead latents are
+  r2_compat   the meta-SAE authors' package: its codes are already sparse, so those of dead latents are
               zero; no dead latent learns and the term adds the mean of e^2 while any latent is dead
   none        no such term
-Pre-activations are computed anew, of the dead latents alone: where none is dead the term costs nothing but looking.
+Pre-activations of the dead latents alone are computed again. Where no latent is dead, only the check costs time.
 
 Shapes: B rows in the batch, d = d_model, m = dict_size.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
+from core.checked import at_least
 from core.kernels import sparse
-from core.methods.sparsity import mse, normalised_mse
+from core.kernels.mean_square import mse, normalised_mse
+from core.kernels.sparse import ProductPath
+from core.methods.settings import Settings, require_k
 
 Aux = Literal["r1", "normalized", "r2_compat", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KSparseSettings(Settings):
+    """What TopK and BatchTopK share.
+
+    k                     active latents per row, in BatchTopK on average over the batch
+    use_enc_bias          whether b_enc takes part
+    aux, aux_coefficient  which L_aux is added to the mean of (x - x_hat)^2 over entries, and how much of it
+    k_aux                 dead latents per row that L_aux uses
+    path                  how products with codes are made, see `core.kernels.sparse.ProductPath`
+    """
+
+    k: int = at_least(1)
+    use_enc_bias: bool
+    aux: Aux
+    aux_coefficient: float = at_least(0)
+    k_aux: int = at_least(1)
+    path: ProductPath
+
+    def check(self) -> None:
+        require_k(self.k, self.dict_size)
 
 
 def aux_loss(
@@ -38,20 +64,14 @@ def aux_loss(
     W_dec: Tensor,
 ) -> Tensor:
     """L_aux, a scalar, for x and x_hat `[B, d]` and the dead latents as bool `[m]`; 0 where none is dead."""
-    which = dead.nonzero().squeeze(1)  # [n_dead]; the device is waited for here
+    which = dead.nonzero().squeeze(1)  # [n_dead]; waits for the device
     if kind == "none" or which.numel() == 0:
         return x.new_zeros(())
     e = x - x_hat
     if kind == "r2_compat":
         return mse(x, x_hat)
-    codes = sparse.encode_topk(
-        x,
-        W_enc[which],
-        None if b_enc is None else b_enc[which],
-        min(k_aux, which.numel()),
-        centre=b_dec,
-        path="auto",
-    )
+    b_dead, k = None if b_enc is None else b_enc[which], min(k_aux, which.numel())
+    codes = sparse.encode_topk(x, W_enc[which], b_dead, k, centre=b_dec, path="auto")
     e_hat = sparse.decode(codes, W_dec[which])
     if kind == "r1":
         return mse(e, e_hat)

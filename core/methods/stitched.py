@@ -10,39 +10,36 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.kernels.codes import Codes, DenseCodes, SparseCodes, entries
-from core.methods.base import DictionaryMethod
-from core.methods.saved import method_class
-from core.methods.untrained import Untrained
-
-Described = Mapping[str, Any]  # `class` and `hyperparameters` of a dictionary
+from core.methods.dictionary import Dictionary
+from core.methods.input_norm import InputNorm
+from core.methods.settings import rebuilt
 
 
-class Stitched(Untrained):
+class Stitched(Dictionary):
     """x_hat = b_dec + sum over parts p of f^p_S(x) W_dec^p[S] (Leask et al. 2025): of each part the latents S are kept.
 
     Every part encodes with all its latents under its own rule of inference; then those that are not kept are dropped.
     Latents are numbered part by part. It is made by `Stitched.of`, scored and stored as any dictionary is, and cannot
     be trained.
 
-    parts   dictionaries, or what rebuilds them
+    parts   dictionaries, or their descriptions
     n_kept  latents kept of each
     """
 
-    def __init__(self, parts: Sequence[DictionaryMethod | Described], n_kept: Sequence[int]) -> None:
-        built = [part if isinstance(part, DictionaryMethod) else _rebuilt(part) for part in parts]
+    def __init__(self, parts: Sequence[Dictionary | Mapping[str, Any]], n_kept: Sequence[int]) -> None:
+        built = [part if isinstance(part, Dictionary) else rebuilt(part) for part in parts]
         first = built[0]
-        super().__init__(
-            d_model=first.d_model,
-            dict_size=sum(n_kept),
-            input_norm=first.norm.kind,
-        )
+        super().__init__()
         self.parts = nn.ModuleList(built)
+        self.W_dec = nn.Parameter(torch.zeros(sum(n_kept), *first.input_shape))
+        self.b_dec = nn.Parameter(torch.zeros(first.input_shape))
+        self.norm = InputNorm(first.norm.kind, first.input_shape[:-1])
         self.norm.load_state_dict(first.norm.state_dict())
         for number, n in enumerate(n_kept):
             self.register_buffer(f"kept_{number}", torch.zeros(n, dtype=torch.int64))
 
     @classmethod
-    def of(cls, parts: Sequence[tuple[DictionaryMethod, Tensor]], b_dec: Tensor) -> Stitched:
+    def of(cls, parts: Sequence[tuple[Dictionary, Tensor]], b_dec: Tensor) -> Stitched:
         """Of each dictionary the latents that are True in its mask `[dict_size]`; b_dec `[d]`.
 
         Raises UserError if nothing is kept. That the parts fit together is for `core.analysis.stitching` to check."""
@@ -54,9 +51,7 @@ class Stitched(Untrained):
         with torch.no_grad():
             for number, index in enumerate(kept):
                 stitched.kept(number).copy_(index)
-            for name in ("W_enc", "W_dec", "b_enc"):
-                rows = torch.cat([getattr(method, name)[index] for method, index in chosen])
-                getattr(stitched, name).copy_(rows)
+            stitched.W_dec.copy_(torch.cat([method.W_dec[index] for method, index in chosen]))
             stitched.b_dec.copy_(b_dec)
         return stitched.eval()
 
@@ -83,20 +78,8 @@ class Stitched(Untrained):
         return SparseCodes(rows, place - rows * self.dict_size, torch.cat(values)[order], (x.shape[0], self.dict_size))
 
     def hyperparameters(self) -> dict[str, Any]:
-        return {
-            "parts": [
-                {
-                    "class": f"{type(part).__module__}.{type(part).__qualname__}",
-                    "hyperparameters": part.hyperparameters(),
-                }
-                for part in self._parts()
-            ],
-            "n_kept": [len(self.kept(number)) for number in range(len(self.parts))],
-        }
+        parts = self._parts()
+        return {"parts": [p.description() for p in parts], "n_kept": [len(self.kept(i)) for i in range(len(parts))]}
 
-    def _parts(self) -> list[DictionaryMethod]:
-        return [part for part in self.parts if isinstance(part, DictionaryMethod)]
-
-
-def _rebuilt(part: Described) -> DictionaryMethod:
-    return method_class(part["class"])(**part["hyperparameters"])
+    def _parts(self) -> list[Dictionary]:
+        return [part for part in self.parts if isinstance(part, Dictionary)]

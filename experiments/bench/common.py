@@ -12,9 +12,9 @@ from pytorch_lightning.callbacks import Callback
 
 from core.batch import Batch
 from core.methods.base import DictionaryMethod
-from core.methods.together import Fleet
 from core.runtime import Runtime
 from core.streams.module import ActivationData
+from core.together import Fleet
 from core.training import Work, fit
 
 

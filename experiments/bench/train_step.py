@@ -137,7 +137,7 @@ def own_metrics(cfg: DictConfig, row: Row) -> dict[str, float]:
 
 
 def n_parameters(method: DictionaryMethod) -> int:
-    return method.W_enc.numel() + method.W_dec.numel()
+    return method.get_parameter("W_enc").numel() + method.W_dec.numel()
 
 
 # ---- the others

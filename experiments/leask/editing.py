@@ -30,8 +30,8 @@ from core.analysis.editing import (
 from core.analysis.meta_sae import decompose, meta_request, trained_metas
 from core.errors import UserError
 from core.fleet import Request
-from core.methods.base import DictionaryMethod
 from core.methods.batchtopk import BatchTopK
+from core.methods.dictionary import Dictionary
 from core.metrics.reconstruction import VarianceExplained
 from core.metrics.statistics import bootstrap_interval
 from core.models.finetune import fine_tuned
@@ -104,7 +104,7 @@ def planted(cfg: DictConfig) -> DictConfig:
     return changed
 
 
-def meta_dictionary(cfg: DictConfig, method: DictionaryMethod) -> Request:
+def meta_dictionary(cfg: DictConfig, method: Dictionary) -> Request:
     """One trained on the directions of all decoder rows except those of dead latents, which are random."""
     m = cfg.meta
     if m.min_firing_rate is not None or m.sampling == "frequency":
@@ -115,13 +115,13 @@ def meta_dictionary(cfg: DictConfig, method: DictionaryMethod) -> Request:
     return meta_request(plain(m), rows, cfg.trainer.precision)
 
 
-def learned_rows(method: DictionaryMethod) -> Tensor:
+def learned_rows(method: Dictionary) -> Tensor:
     """Unit directions of the latents that are alive, `[N, d]`."""
     return directions(method.W_dec[~method.dead], "method")
 
 
 def composed_of(
-    cfg: DictConfig, meta: BatchTopK, method: DictionaryMethod, latents: Mapping[str, EntityLatent]
+    cfg: DictConfig, meta: BatchTopK, method: Dictionary, latents: Mapping[str, EntityLatent]
 ) -> dict[str, Composition]:
     """The meta-latents that make up each entity's latent."""
     rows = directions(method.W_dec, "method")

@@ -16,7 +16,7 @@ from torch import Tensor
 from core.analysis import top_activations as top
 from core.analysis.held_out import HeldOut
 from core.errors import UserError
-from core.methods.base import DictionaryMethod
+from core.methods.dictionary import Dictionary
 from core.streams.decoder_rows import directions
 from experiments.common import held_out, once_per
 
@@ -37,7 +37,7 @@ class Rows:
     first: Mapping[int, int]
 
 
-def rows_of(cfg: DictConfig, place: int, method: DictionaryMethod) -> Rows:
+def rows_of(cfg: DictConfig, place: int, method: Dictionary) -> Rows:
     """The rows of a dictionary, except those of latents that fire too rarely (`meta.min_firing_rate`)."""
     measured = cfg.detail or cfg.meta.sampling == "frequency" or cfg.meta.min_firing_rate is not None
     frequency = strongest(cfg, place, method).frequency if measured else None
@@ -47,7 +47,7 @@ def rows_of(cfg: DictConfig, place: int, method: DictionaryMethod) -> Rows:
     return Rows(W, latents, None if frequency is None else frequency[latents], {place: 0})
 
 
-def family_rows(cfg: DictConfig, family: Mapping[int, DictionaryMethod]) -> Rows:
+def family_rows(cfg: DictConfig, family: Mapping[int, Dictionary]) -> Rows:
     """The rows of all dictionaries, smallest first."""
     parts = [rows_of(cfg, place, method) for place, method in family.items()]
     starts = np.cumsum([0, *(len(part.latents) for part in parts[:-1])]).tolist()
@@ -70,7 +70,7 @@ def kept(cfg: DictConfig, m: int, frequency: Tensor | None) -> Tensor:
     return latents
 
 
-def strongest(cfg: DictConfig, place: int, method: DictionaryMethod) -> top.Strongest:
+def strongest(cfg: DictConfig, place: int, method: Dictionary) -> top.Strongest:
     """The strongest activations of a dictionary's latents on the held-out rows."""
     return _family_activations(cfg).of(place, method)
 
@@ -82,7 +82,7 @@ class FamilyActivations:
         self.text, self.n_strongest = text, n_strongest
         self.by_place: dict[int, top.Strongest] = {}
 
-    def of(self, place: int, method: DictionaryMethod) -> top.Strongest:
+    def of(self, place: int, method: Dictionary) -> top.Strongest:
         if place not in self.by_place:
             self.by_place[place] = top.strongest_activations(method, self.text, self.n_strongest)
         return self.by_place[place]

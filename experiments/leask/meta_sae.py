@@ -26,8 +26,8 @@ from core.analysis.meta_sae import (
 )
 from core.errors import UserError
 from core.fleet import Request
-from core.methods.base import DictionaryMethod
 from core.methods.batchtopk import BatchTopK
+from core.methods.dictionary import Dictionary
 from core.metrics.reconstruction import VarianceExplained
 from core.runtime import Runtime
 from core.streams.decoder_rows import directions, random_directions
@@ -62,7 +62,7 @@ def check(cfg: DictConfig) -> None:
             raise UserError(f"n_replacing={cfg.n_replacing} must be 1 to {cfg.base}, the dictionaries before the base.")
 
 
-def check_family(family: Mapping[int, DictionaryMethod]) -> None:
+def check_family(family: Mapping[int, Dictionary]) -> None:
     """Raises UserError unless all have one width and each is larger than the one before."""
     if len({method.d_model for method in family.values()}) > 1:
         raise UserError(f"family: widths differ: {', '.join(str(method.d_model) for method in family.values())}.")
@@ -91,7 +91,7 @@ def later_dictionaries(cfg: DictConfig) -> Iterator[list[Request]]:
         yield [request for _, request in replacements(cfg, meta, rows, directions_of(cfg, family)).values()]
 
 
-def family_of(cfg: DictConfig) -> tuple[dict[int, DictionaryMethod], Rows]:
+def family_of(cfg: DictConfig) -> tuple[dict[int, Dictionary], Rows]:
     """The dictionaries that the cell looks at, by their place, and the rows that a meta-dictionary is trained on."""
     check(cfg)
     family = {place: trained(cfg, member(cfg, place)) for place in needed(cfg)}
@@ -99,7 +99,7 @@ def family_of(cfg: DictConfig) -> tuple[dict[int, DictionaryMethod], Rows]:
     return family, rows_of(cfg, cfg.base, family[cfg.base]) if cfg.rows == "base" else family_rows(cfg, family)
 
 
-def directions_of(cfg: DictConfig, family: Mapping[int, DictionaryMethod]) -> dict[int, Tensor]:
+def directions_of(cfg: DictConfig, family: Mapping[int, Dictionary]) -> dict[int, Tensor]:
     """The rows of every dictionary of the family."""
     return {place: rows_of(cfg, place, method).directions for place, method in family.items()}
 
@@ -228,7 +228,7 @@ def replacements(
     }
 
 
-def splits(cfg: DictConfig, meta: BatchTopK, rows: Rows, family: Mapping[int, DictionaryMethod]) -> dict[str, float]:
+def splits(cfg: DictConfig, meta: BatchTopK, rows: Rows, family: Mapping[int, Dictionary]) -> dict[str, float]:
     """Meta-latents of latents by the size of their dictionary, and what latents inherit that others split into, for the
     base and the next smaller dictionary."""
     codes = decompose(meta, rows.directions)

@@ -45,7 +45,7 @@ from core.analysis.stitching import (
 )
 from core.errors import UserError
 from core.fleet import Request
-from core.methods.base import DictionaryMethod
+from core.methods.dictionary import Dictionary
 from core.methods.stitched import Stitched
 from experiments.common import held_out, plain, reference_losses, requests, trained
 
@@ -102,7 +102,7 @@ def activations(cfg: DictConfig) -> Iterator[Tensor]:
 # ---- a pair
 
 
-def run_pair(cfg: DictConfig, small: DictionaryMethod, large: DictionaryMethod) -> dict[str, float]:
+def run_pair(cfg: DictConfig, small: Dictionary, large: Dictionary) -> dict[str, float]:
     """Score every latent of the large dictionary, predict the scores from decoder rows, insert sets, interpolate."""
     check_pair(small, large)
     s, folder = cfg.stitch, Path(cfg.cell_folder)
@@ -263,7 +263,7 @@ def save_curves(
 # ---- a family
 
 
-def run_frankenstein(cfg: DictConfig, family: list[DictionaryMethod]) -> dict[str, float]:
+def run_frankenstein(cfg: DictConfig, family: list[Dictionary]) -> dict[str, float]:
     """Grow the smallest dictionary by the novel latents of each larger one; compare with dictionaries of equal size."""
     s, batches = cfg.stitch, partial(activations, cfg)
     grown = frankenstein(family, batches, cfg.seed, s.frankenstein_below, s.n_blocks)
@@ -274,7 +274,7 @@ def run_frankenstein(cfg: DictConfig, family: list[DictionaryMethod]) -> dict[st
     return of_family(table)
 
 
-def row_of(cfg: DictConfig, kind: str, method: DictionaryMethod) -> dict[str, Any]:
+def row_of(cfg: DictConfig, kind: str, method: Dictionary) -> dict[str, Any]:
     """Error, L0 and loss of one dictionary, unchanged and with its best decoder bias (`_refit`); the encoder stays."""
     error, b_dec = error_and_bias(method, activations(cfg))
     refit = Stitched.of([(method, torch.ones(method.dict_size, dtype=torch.bool))], b_dec)
@@ -302,7 +302,7 @@ def of_family(table: pd.DataFrame) -> dict[str, float]:
     return metrics
 
 
-def spliced_loss(cfg: DictConfig, method: DictionaryMethod) -> float:
+def spliced_loss(cfg: DictConfig, method: Dictionary) -> float:
     """Nats per token with the dictionary's reconstruction at all positions."""
     first = held_out(cfg).first(cfg.evaluation.n_downstream_rows)
     return evaluate_dictionary(method, first).metrics()["ce_spliced"]

@@ -21,10 +21,10 @@ from core.analysis.editing import (
     single_token,
     the_latent,
 )
-from core.batch import InputNorm
 from core.errors import UserError
 from core.kernels.codes import DenseCodes
 from core.methods.batchtopk import BatchTopK
+from core.methods.input_norm import InputNorm
 from core.models.language_model import Edit, LanguageModel, load_language_model
 from core.seeding import generator
 from core.text.facts import Facts

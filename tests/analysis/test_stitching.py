@@ -32,6 +32,7 @@ from core.methods.batchtopk import BatchTopK
 from core.methods.pretrained import Pretrained
 from core.methods.relu_l1 import ReluL1
 from core.methods.saved import load_dictionary, save_dictionary
+from core.methods.settings import settings_of
 from core.methods.stitched import Stitched
 from core.seeding import generator
 
@@ -333,9 +334,8 @@ def test_a_stitched_dictionary_is_not_trained_and_not_empty():
     small, _ = PAIRS["relu"]()
     with pytest.raises(UserError, match="without latents"):
         Stitched.of([(small, torch.zeros(20, dtype=torch.bool))], small.b_dec)
-    stitched = Stitched.of([(small, torch.ones(20, dtype=torch.bool))], small.b_dec)
-    with pytest.raises(UserError, match="not trained"):
-        stitched.configure_optimizers()
+    with pytest.raises(UserError, match="Stitched is not trained"):
+        settings_of({"_target_": "core.methods.stitched.Stitched"})
 
 
 # ---- bad input

@@ -107,7 +107,7 @@ def test_batchtopk_and_topk_by_hand(tmp_path):
 
 def test_k_of_older_files_comes_from_the_configuration(tmp_path):
     method = dictionary_learning.read(folder_of(tmp_path, TENSORS, dict_class="AutoEncoderTopK", k=2))
-    assert method.k == 2
+    assert method.settings.k == 2
 
 
 class Harmful:

@@ -92,7 +92,7 @@ def served(endpoint, tmp_path, dictionary, monkeypatch):
 
 def test_only_the_files_of_the_dictionary_are_fetched_from_the_hub(served, rows):
     method = load(24, "lab/saes", "blocks.8.hook_resid_pre_80", site="resid_pre.8")
-    assert isinstance(method, Pretrained) and method.k == 6
+    assert isinstance(method, Pretrained) and method.settings.k == 6
     assert method.source["revision"] == COMMIT and method.source["repo"] == "lab/saes"
     fetched = {line.rpartition("/")[2] for line in served.requests if line.startswith("GET") and "/resolve/" in line}
     assert fetched == {"cfg.json", "sae_weights.safetensors"}

@@ -166,7 +166,7 @@ def test_old_and_new_keys_give_the_same_dictionary(cfg, tmp_path):
 def test_an_old_topk_is_recognised_by_its_activation_function(tmp_path):
     cfg = {**OLD, "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 1}, "apply_b_dec_to_input": False}
     method = saelens.read(folder_of(tmp_path, cfg))
-    assert method.activation == "topk" and codes(method) == [[0, 0, 4]]
+    assert method.settings.activation == "topk" and codes(method) == [[0, 0, 4]]
 
 
 def test_the_selection_uses_the_norms_of_decoder_rows_if_the_file_says_so(tmp_path):

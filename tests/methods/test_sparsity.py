@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from core.kernels.codes import Codes, DenseCodes, SparseCodes
-from core.methods.sparsity import jumprelu, l0_penalty, l1_penalty, mse
+from core.kernels.mean_square import mse
+from core.methods.sparsity import jumprelu, l0_penalty, l1_penalty
 
 # theta 0.5 and bandwidth 0.4: the kernel's window is 0.3 < z < 0.7
 Z = [[0.2, 0.6], [0.4, 0.9], [-1.0, 0.35]]

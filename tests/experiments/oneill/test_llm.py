@@ -15,7 +15,7 @@ from core.cells import cell_name
 from core.errors import UserError
 from core.methods.decoder import unit_rows_
 from core.methods.saved import load_dictionary
-from experiments.oneill.llm import atom_norms, train_step_flops
+from experiments.oneill.llm import atom_norms
 from hydra_plugins.blocks_sweeper.sweeper import cells_of
 from reports.claims import PAPERS, load_paper, unknown_metrics
 from reports.collect import Cell
@@ -87,21 +87,21 @@ def test_a_steps_flops_are_those_of_its_products_and_a_little(method: str):
     cfg = composed(f"method={method}", "method.dict_size=512")
     built = instantiate(cfg.method)
     products = flops_of(cfg, built.d_model, 512)
-    assert products < train_step_flops(built, cfg.stream.batch_size) < 1.05 * products
+    assert products < built.train_step_flops(cfg.stream.batch_size) < 1.05 * products
 
 
 def test_the_flops_of_lca_are_three_products_an_iteration_on_the_rows_it_looks_at():
     built = instantiate(small("lca", n_iterations=7, rows_per_step=16))
     product = 2 * 16 * built.d_model * 64
-    assert train_step_flops(built, 512) == product * (3 * 7 + 2)
-    assert train_step_flops(built, 8) == product / 2 * (3 * 7 + 2)
+    assert built.train_step_flops(512) == product * (3 * 7 + 2)
+    assert built.train_step_flops(8) == product / 2 * (3 * 7 + 2)
     unrolled = instantiate(small("lca", n_iterations=7, rows_per_step=16, dictionary_gradient="unrolled"))
-    assert train_step_flops(unrolled, 512) == product * (9 * 7 + 2)
+    assert unrolled.train_step_flops(512) == product * (9 * 7 + 2)
 
 
 def test_another_method_is_refused_by_name():
-    with pytest.raises(UserError, match="TopK is not one of oneill_sae"):
-        train_step_flops(instantiate(small("topk", k=4, k_aux=8)), 64)
+    with pytest.raises(UserError, match="step of TopK are not counted"):
+        instantiate(small("topk", k=4, k_aux=8)).train_step_flops(64)
 
 
 def test_atom_norms_by_hand():

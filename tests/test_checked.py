@@ -1,0 +1,101 @@
+"""Settings that check themselves: what each annotation takes, what it refuses, and what the message says."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.checked import Checked, at_least, between, positive, rule
+from core.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oven(Checked):
+    node: ClassVar[str] = "oven"
+    minutes: int = positive()
+    degrees: float = between(20, 250)
+    fan: bool
+    mode: Literal["bake", "grill"]
+    racks: int | None = at_least(1)
+    curve: tuple[float, float] = rule(lambda curve: curve[0] <= curve[1], "rise")
+
+    def check(self) -> None:
+        if self.mode == "grill" and self.fan:
+            raise UserError("oven.fan: the grill has none.")
+
+
+GOOD: dict[str, Any] = {
+    "minutes": 30, "degrees": 180.0, "fan": False, "mode": "bake", "racks": None, "curve": [0.5, 1.0],
+}  # fmt: skip
+NO_NUMBERS = st.one_of(st.none(), st.booleans(), st.text(), st.lists(st.integers()), st.just(math.nan))
+WRONG = {
+    "minutes": NO_NUMBERS | st.floats().filter(lambda value: not value.is_integer()) | st.integers(max_value=0),
+    "degrees": NO_NUMBERS | st.just(math.inf) | st.just(10**400) | st.floats(max_value=19.9),
+    "fan": st.none() | st.text() | st.integers() | st.floats(),
+    "mode": (st.none() | st.booleans() | st.integers() | st.text()).filter(
+        lambda value: value not in ("bake", "grill")
+    ),
+    "racks": NO_NUMBERS.filter(lambda value: value is not None) | st.just(1.5) | st.integers(max_value=0),
+    "curve": st.none()
+    | st.text()
+    | st.integers()
+    | st.lists(st.floats(0, 1)).filter(lambda items: len(items) != 2)
+    | st.tuples(st.floats(0, 1), st.text())
+    | st.just([1.0, 0.5]),
+}
+
+
+@given(st.sampled_from(sorted(WRONG)).flatmap(lambda name: st.tuples(st.just(name), WRONG[name])))
+def test_a_value_of_the_wrong_type_or_range_is_refused_by_name(wrong: tuple[str, Any]):
+    name, value = wrong
+    with pytest.raises(UserError, match=rf"^oven\.{name}: .* must "):
+        Oven.of(GOOD | {name: value})
+
+
+@given(minutes=st.integers(1, 10**9), degrees=st.floats(20, 250), racks=st.none() | st.integers(1, 9))
+def test_right_values_get_the_annotated_types_and_come_back_as_plain_data(minutes: int, degrees: float, racks: Any):
+    oven = Oven.of(GOOD | {"minutes": float(minutes), "degrees": degrees, "racks": racks, "curve": [0, 1]})
+    assert (oven.minutes, oven.degrees, oven.racks, oven.curve) == (minutes, degrees, racks, (0.0, 1.0))
+    assert type(oven.minutes) is int and type(oven.degrees) is float and type(oven.curve[0]) is float
+    assert oven.plain()["curve"] == [0.0, 1.0] and Oven.of(oven.plain()) == oven
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"minutes": 64.5}, "oven.minutes: 64.5 must be a whole number."),
+     ({"minutes": True}, "oven.minutes: True must be a whole number."),
+     ({"minutes": -3}, "oven.minutes: -3 must be positive."),
+     ({"degrees": None}, "oven.degrees: None must be a finite number."),
+     ({"degrees": 300}, "oven.degrees: 300.0 must lie between 20 and 250."),
+     ({"fan": 1}, "oven.fan: 1 must be true or false."),
+     ({"mode": "boil"}, "oven.mode: 'boil' must be one of bake, grill."),
+     ({"racks": 0}, "oven.racks: 0 must be 1 or more."),
+     ({"curve": [0.9]}, "oven.curve: [0.9] must be a list of 2 numbers."),
+     ({"curve": [2, 1]}, "oven.curve: (2.0, 1.0) must rise."),
+     ({"mode": "grill", "fan": True}, "oven.fan: the grill has none."),
+     ({"minuets": 3},
+      "oven.minuets: there is no such setting here. There are: minutes, degrees, fan, mode, racks, curve.")],
+)  # fmt: skip
+def test_the_message_names_the_setting_its_value_and_the_rule(changes: dict[str, Any], message: str):
+    with pytest.raises(UserError) as error:
+        Oven.of(GOOD | changes)
+    assert str(error.value) == message
+
+
+def test_a_missing_setting_is_named_and_a_large_power_of_ten_is_a_whole_number():
+    with pytest.raises(UserError, match=r"^oven\.fan: this setting is missing\.$"):
+        Oven.of({name: value for name, value in GOOD.items() if name != "fan"})
+    assert Oven.of(GOOD | {"minutes": 1e8}).minutes == 100_000_000
+
+
+def test_an_annotation_that_nothing_checks_is_an_error_of_the_programmer():
+    @dataclass(frozen=True, kw_only=True)
+    class Loose(Checked):
+        node: ClassVar[str] = "loose"
+        anything: dict
+
+    with pytest.raises(TypeError, match=r"loose\.anything"):
+        Loose.of({"anything": {}})
