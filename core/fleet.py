@@ -37,7 +37,7 @@ from core.interrupts import raise_if_interrupted
 from core.methods.base import DictionaryMethod
 from core.methods.dictionary import Dictionary
 from core.methods.saved import load_dictionary, save_dictionary
-from core.methods.settings import method_class
+from core.methods.settings import Settings, method_class, settings_of
 from core.runtime import Runtime
 from core.shares import gpus, number_of_processes, slots, split
 from core.streams.decoder_rows import digest
@@ -91,9 +91,15 @@ class Request:
     @cached_property
     def spec(self) -> dict[str, Any]:
         """What decides the dictionary."""
+        name = self.method["_target_"]
+        method = {"class": name, "version": method_class(name).version, **self.settings.plain()}
         start = {} if self.start is None else {"start": self.start.spec}
-        version = method_class(self.method["_target_"]).version
-        return {"method": self.method, "method_version": version, **start, **self.group_spec}
+        return {"method": method, **start, **self.group_spec}
+
+    @cached_property
+    def settings(self) -> Settings:
+        """Of the method, checked. Raises UserError for values that it refuses."""
+        return settings_of(self.method)
 
     @cached_property
     def key(self) -> str:
@@ -101,8 +107,8 @@ class Request:
 
     @property
     def cost(self) -> float:
-        """Of a step, against other requests': B d m."""
-        return float(self.source.batch_size * self.method["d_model"] * self.method["dict_size"])
+        """Of a step, against other requests'."""
+        return float(self.source.batch_size * self.settings.cost_per_row)
 
     def build(self) -> DictionaryMethod:
         """The dictionary before training. Raises UserError for settings that do not fit together."""
@@ -141,7 +147,7 @@ def prefetch(requests: Iterable[Request], run: Runtime) -> None:
     """Train what is missing of many requests, source by source. Failures are printed; the cell tries again."""
     store = Store(run.artifacts_dir)
     _discard_checkpoints(store)
-    groups = _missing(requests, store)
+    groups = _missing(filter(_is_sound, requests), store)
     for number, group in enumerate(groups.values(), 1):
         print(f"stream {number} of {len(groups)}: {len(group)} dictionaries to train", file=sys.stderr)
         failed = _train_shares(_shares(group, store, run), run)
@@ -168,6 +174,15 @@ def prefetch_rounds(rounds: Sequence[Iterator[Iterable[Request]]], run: Runtime)
             still.append(one)
         prefetch(wanted, run)
         going = still
+
+
+def _is_sound(request: Request) -> bool:
+    """Whether the method's settings fit together; says what is wrong with them if not."""
+    try:
+        return bool(request.settings)
+    except UserError as error:
+        print(f"not trained together: {error}", file=sys.stderr)
+        return False
 
 
 def _missing(requests: Iterable[Request], store: Store) -> dict[str, dict[str, Request]]:

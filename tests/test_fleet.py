@@ -95,14 +95,21 @@ def test_requests_on_different_streams_train_in_different_groups(setting, monkey
     assert sorted(groups) == [1, 2]
 
 
-def test_a_method_that_cannot_be_built_leaves_the_others_alone(setting):
+def test_settings_that_do_not_fit_are_reported_and_leave_the_others_alone(setting, capfd):
     run, request = setting
     bad, good = request("topk", k=65), request("topk")
-    failed = train_together([bad, good], run("store"))
-    assert isinstance(failed[bad.key], UserError) and "method.k" in str(failed[bad.key])
-    assert failed.keys() == {bad.key} and Store(run("store").artifacts_dir).has(KIND, good.spec)
+    unknown = request("topk", _target_="core.methods.no_such_file.TopK")
+    prefetch([bad, good, unknown], run("store"))
+    err = capfd.readouterr().err
+    assert "not trained together: method.k is 65" in err and "there is no module core.methods.no_such_file" in err
+    assert Store(run("store").artifacts_dir).has(KIND, good.spec)
     with pytest.raises(UserError, match=r"method\.k is 65"):
         load_or_train(bad, run("store"))
+
+
+def test_settings_that_are_written_differently_and_mean_the_same_have_one_key(setting):
+    _, request = setting
+    assert request("topk", lr=1, k=4).key == request("topk", lr=1.0, k=4.0).key != request("topk", lr=1, k=5).key
 
 
 def test_a_dictionary_that_diverges_stops_alone_and_is_not_stored(setting):

@@ -72,7 +72,10 @@ def method_class(name: str) -> type[Dictionary]:
     module, _, attribute = name.rpartition(".")
     if not module.startswith("core.methods."):
         raise UserError(f"{name}: only classes below core.methods are loaded.")
-    cls = getattr(import_module(module), attribute, None)
+    try:
+        cls = getattr(import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{name}: there is no module {module}.") from error
     if not (isinstance(cls, type) and issubclass(cls, Dictionary)):
         raise UserError(f"{name} is no dictionary-learning method.")
     return cls
