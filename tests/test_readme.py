@@ -1,4 +1,4 @@
-"""What the README tells a reader to type works: targets exist, commands compose, code runs."""
+"""What the pages tell a reader to type works: targets exist, commands compose, code runs, links and files are there."""
 
 import importlib.util
 import re
@@ -9,33 +9,39 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+import yaml
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import OmegaConf, open_dict
 
 from core.batch import Batch
-from core.cells import cell_name
 from core.methods.saved import load_dictionary, save_dictionary
+from reports.claims import load_papers
+from tests.composing import CONF, ROOT, composed
 
-ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md")
-TEXT = {page: (ROOT / page).read_text() for page in PAGES}
+README, ADDING, EXPERIMENTS = "README.md", "docs/adding.md", "docs/experiments.md"
+PAGES = (README, "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+LOG = tuple(sorted(f"docs/log/{path.name}" for path in (ROOT / "docs/log").glob("*.md")))
+TEXT = {page: (ROOT / page).read_text() for page in (*PAGES, *LOG)}
+LINES, WIDTH = 170, 140  # of the README; of a line of prose in it
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)]+))?\)")
+FILE = re.compile(r"`((?:core|experiments|reports|conf|tests|docs|hydra_plugins)/[\w/.]*)")
+OWN = "relu_log"  # the README's example of a method, which is not in the repository
 
 
-def blocks(language: str, page: str = "README.md") -> list[str]:
+def blocks(language: str, page: str = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", TEXT[page], flags=re.DOTALL | re.MULTILINE)
+
+
+def prose(page: str) -> list[str]:
+    """The lines of a page outside of code, tables and pictures."""
+    text = re.sub(r"^```.*?^```$", "", TEXT[page], flags=re.DOTALL | re.MULTILINE)
+    return [line for line in text.splitlines() if not line.startswith(("|", "![", "<!--"))]
 
 
 COMMANDS = sorted({line for page in PAGES for block in blocks("bash", page) for line in block.splitlines() if line})
 INLINE = sorted(
-    {command for page in PAGES for command in re.findall(r"`((?:make|python run\.py) [^`<>]+)`", TEXT[page])}
+    {command for page in TEXT for command in re.findall(r"`((?:make|python run\.py) [^`<>]+)`", TEXT[page])}
 )
-
-
-def composed(overrides: list[str]) -> DictConfig:
-    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", overrides=overrides, return_hydra_config=True)
 
 
 def check_command(words: list[str]) -> None:
@@ -43,21 +49,26 @@ def check_command(words: list[str]) -> None:
     while "=" in words[0]:  # PIP_EXTRA_INDEX_URL=... make demo
         words = words[1:]
     words[0] = words[0].removeprefix(".venv/bin/")
+    nowhere = ["--outputs", str(ROOT / "no_such_folder")]
     if words[0] == "make":
         subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True)
     elif words[:2] == ["python", "run.py"]:
         if len(words) > 2:
-            composed([word for word in words[2:] if not word.startswith("method=relu_log")])
+            composed(*(word for word in words[2:] if word != f"method={OWN}"), hydra=True)
     elif words[:3] == ["python", "-m", "reports.compare"]:
         from reports.compare import main
 
-        assert main([*words[3:-1], str(ROOT / "no_such_folder"), "--no-kept"]) == 1
+        assert main([*words[3:], *nowhere, "--no-kept"]) == 1
+    elif words[:3] == ["python", "-m", "reports.keep"]:
+        from reports.keep import main
+
+        assert main([*words[3:], *nowhere]) == 1
     else:
         raise AssertionError(f"a command that no test knows: {' '.join(words)}")
 
 
 @pytest.mark.parametrize("line", [*COMMANDS, *INLINE])
-def test_every_command_in_the_readme_would_start(line: str):
+def test_every_command_in_the_pages_would_start(line: str):
     check_command(shlex.split(line.replace("...", "x")))
 
 
@@ -68,22 +79,57 @@ def test_a_command_with_a_misspelt_setting_or_target_would_be_noticed():
         check_command(["make", "dmeo"])
 
 
-def test_every_link_and_picture_in_the_repository_exists():
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)\)", TEXT[page]):
-            if "://" not in target:
-                assert (ROOT / target).exists(), f"{page} links to {target}"
+def heading_anchors(page: Path) -> set[str]:
+    """The names that a page's headings have in links, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_readme_lists_the_experiments_that_exist():
-    listed = set(
-        re.findall(
-            r"^\| `(\w+)` \|.*\|.*\|$",
-            TEXT["README.md"].split("## Experiments")[1].split("| scale |")[0],
-            flags=re.MULTILINE,
-        )
-    )
-    assert listed == {path.stem for path in (ROOT / "conf/experiment").glob("*.yaml")}
+@pytest.mark.parametrize("page", TEXT)
+def test_every_link_and_picture_leads_somewhere(page: str):
+    for target, anchor in LINK.findall(TEXT[page]):
+        if "://" not in target:
+            path = (ROOT / page).parent / target if target else ROOT / page
+            assert path.exists(), f"{page} links to {target}"
+            assert not anchor or anchor in heading_anchors(path), f"{page} links to {target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_names_exists(page: str):
+    for name in FILE.findall(TEXT[page]):
+        assert OWN in name or (ROOT / name).exists(), f"{page} names {name}"
+
+
+def test_the_readmes_tree_names_what_is_there():
+    [tree] = [block for block in blocks("") if block.startswith("run.py")]
+    for line in tree.splitlines():
+        name = line.split()[0]
+        assert (ROOT / ("core" if line.startswith("  ") else "") / name).exists(), line
+
+
+def test_the_readme_fits_on_three_screens():
+    assert len(TEXT[README].splitlines()) <= LINES
+    assert [line for line in prose(README) if len(line) > WIDTH] == []
+
+
+def test_the_experiments_page_lists_the_experiments_that_exist():
+    listed = re.findall(r"^\| `(\w+)` \|", TEXT[EXPERIMENTS].split("## Verdicts")[0], flags=re.MULTILINE)
+    assert sorted(listed) == sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+
+def test_the_log_lists_every_entry_once():
+    listed = [target for target, _ in LINK.findall(TEXT["docs/log/README.md"])]
+    assert sorted(listed) == sorted(Path(page).name for page in LOG if page != "docs/log/README.md")
+
+
+def test_the_example_of_a_claim_is_one_of_the_claims():
+    [example] = [yaml.safe_load(block) for block in blocks("yaml", ADDING) if "claims:" in block]
+    [row] = example["claims"]
+    papers = {claim.id: (paper, claim) for paper in load_papers() for claim in paper.claims}
+    paper, claim = papers[row["id"]]
+    assert {key: getattr(claim, key) for key in row} == row
+    assert set(example["match"]) <= set(paper.experiments[claim.experiment].match)
+    assert set(example["columns"]) <= set(paper.experiments[claim.experiment].columns)
 
 
 @pytest.fixture
@@ -98,7 +144,7 @@ def relu_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "core.methods.relu_log", module)
     monkeypatch.setattr("core.methods.relu_log", module, raising=False)
     spec.loader.exec_module(module)
-    cfg = composed(["experiment=leask_batchtopk", "scale=smoke"])
+    cfg = composed("experiment=leask_batchtopk", "scale=smoke")
     experiment = OmegaConf.load(ROOT / "conf/experiment/leask_batchtopk.yaml")
     with open_dict(cfg):
         cfg.method = OmegaConf.merge(OmegaConf.create(blocks("yaml")[0]), experiment.method)
