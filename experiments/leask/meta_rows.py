@@ -17,7 +17,7 @@ from core.analysis import top_activations as top
 from core.analysis.held_out import HeldOut
 from core.errors import UserError
 from core.methods.dictionary import Dictionary
-from core.streams.decoder_rows import directions
+from core.streams.decoder_rows import digest, directions
 from experiments.common import held_out, once_per
 
 
@@ -40,7 +40,7 @@ class Rows:
 def rows_of(cfg: DictConfig, place: int, method: Dictionary) -> Rows:
     """The rows of a dictionary, except those of latents that fire too rarely (`meta.min_firing_rate`)."""
     measured = cfg.detail or cfg.meta.sampling == "frequency" or cfg.meta.min_firing_rate is not None
-    frequency = strongest(cfg, place, method).frequency if measured else None
+    frequency = strongest(cfg, method).frequency if measured else None
     latents = kept(cfg, method.dict_size, frequency)
     chosen, name = method.W_dec[latents.to(method.W_dec.device)], f"family[{place}] ({method.dict_size} latents)"
     W = directions(chosen, name, "meta.min_firing_rate=0 keeps only latents that fire; or choose another dictionary.")
@@ -70,24 +70,25 @@ def kept(cfg: DictConfig, m: int, frequency: Tensor | None) -> Tensor:
     return latents
 
 
-def strongest(cfg: DictConfig, place: int, method: Dictionary) -> top.Strongest:
+def strongest(cfg: DictConfig, method: Dictionary) -> top.Strongest:
     """The strongest activations of a dictionary's latents on the held-out rows."""
-    return _family_activations(cfg).of(place, method)
+    return _activations(cfg).of(method)
 
 
-class FamilyActivations:
-    """The strongest activations of every dictionary of a family, computed when they are first asked for."""
+class Activations:
+    """The strongest activations of dictionaries on held-out text, computed when they are first asked for."""
 
     def __init__(self, text: HeldOut, n_strongest: int) -> None:
         self.text, self.n_strongest = text, n_strongest
-        self.by_place: dict[int, top.Strongest] = {}
+        self.by_digest: dict[str, top.Strongest] = {}
 
-    def of(self, place: int, method: Dictionary) -> top.Strongest:
-        if place not in self.by_place:
-            self.by_place[place] = top.strongest_activations(method, self.text, self.n_strongest)
-        return self.by_place[place]
+    def of(self, method: Dictionary) -> top.Strongest:
+        key = digest(*method.state_dict().values())
+        if key not in self.by_digest:
+            self.by_digest[key] = top.strongest_activations(method, self.text, self.n_strongest)
+        return self.by_digest[key]
 
 
-@once_per("method", "family", "model", "data", "stream", "evaluation", "examples")
-def _family_activations(cfg: DictConfig) -> FamilyActivations:
-    return FamilyActivations(held_out(cfg), cfg.examples.n_strongest)
+@once_per("model", "data", "stream", "evaluation", "examples")
+def _activations(cfg: DictConfig) -> Activations:
+    return Activations(held_out(cfg), cfg.examples.n_strongest)

@@ -131,7 +131,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         metrics |= geometry.graph_overlap(
             decompose(meta, rows.directions), rows.directions, others[cfg.small]
         ).metrics()
-        metrics |= in_words(cfg, meta, rows, strongest(cfg, cfg.base, family[cfg.base]), scores["ve"])
+        metrics |= in_words(cfg, meta, rows, strongest(cfg, family[cfg.base]), scores["ve"])
     write_record(cfg, "meta_dictionary", stored(cfg, real.spec))
     return metrics
 
