@@ -7,7 +7,7 @@ PY := .venv/bin/python
 READY := .venv/.installed
 TESTS := .venv/.tests
 WORKERS ?= auto
-PYTEST = $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
 PAPERS := leask oneill minder paulo song
 BENCHMARKS := bench_train_step bench_stream bench_fleet bench_scaling bench_stacked bench_stitching
 ALL := $(basename $(notdir $(foreach paper,$(PAPERS),$(sort $(wildcard conf/experiment/$(paper)_*.yaml)))))

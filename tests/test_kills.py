@@ -20,21 +20,20 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 from safetensors import SafetensorError
 from safetensors.torch import load
 
 from core import artifacts, fleet, training
 from core.artifacts import Store
-from core.cells import cell_name
 from core.fleet import KIND, Request, train_together
 from core.interrupts import Interrupted, handled_by, stop_at_once
 from core.methods.base import DictionaryMethod
 from core.runtime import Runtime
 from core.streams.module import ActivationData
+from experiments.common import request as request_of
+from tests.composing import CONF, composed
 
-CONF = Path(__file__).parents[1] / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if path.stem != "pretrained")  # never trained
 SUBJECTS = {**{name: [name] for name in METHODS}, "pair": ["batchtopk", "relu_l1"], "fleet": METHODS}
 TRAINING = ["method.dict_size=64", "method.dead_after_tokens=256", "method.warmup_steps=8", "method.decay_fraction=0.5"]
@@ -167,24 +166,13 @@ def setting(tmp_path_factory: pytest.TempPathFactory, shared: list[str]) -> Any:
 
     def cfg(method: str) -> DictConfig:
         few = ["method.k=4", "method.k_aux=16"] if method in ("topk", "batchtopk") else []
-        overrides = [*shared, f"method={method}", *TRAINING, *few]
-        OmegaConf.register_new_resolver("cell", cell_name, replace=True)
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose("config", overrides)
-        with open_dict(composed):
-            composed.pop("hydra", None)
-        return composed
-
-    def request(composed: DictConfig) -> Request:
-        from experiments.common import request
-
-        return request(composed)
+        return composed(*shared, f"method={method}", *TRAINING, *few)
 
     configurations = {method: cfg(method) for method in METHODS}
 
     def subject(name: str, place: str) -> Subject:
         chosen = [configurations[method] for method in SUBJECTS[name]]
-        return Subject(root / place.replace(" ", "_"), Runtime.of(chosen[0]), [request(one) for one in chosen])
+        return Subject(root / place.replace(" ", "_"), Runtime.of(chosen[0]), [request_of(one) for one in chosen])
 
     return subject
 

@@ -62,11 +62,6 @@ def train_meta(request: Request, run: Runtime) -> BatchTopK:
     return train_metas([request], run)[0]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads: None) -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def run(runtime: Any, tmp_path: Path) -> Any:
     return partial(runtime, tmp_path)

@@ -79,11 +79,11 @@ def test_cpu_time_does_not_count_waiting_and_wall_time_does():
 
 
 def test_the_number_of_threads_is_as_before_afterwards():
-    with threads(1):
-        assert torch.get_num_threads() == 1
+    with threads(2):
+        assert torch.get_num_threads() == 2
         with threads(None):
-            assert torch.get_num_threads() == 1
-    assert torch.get_num_threads() == 2
+            assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == 1
 
 
 def test_hardware_names_the_processor_and_its_threads():

@@ -45,11 +45,6 @@ def cells(scale: str) -> list[DictConfig]:
     return [composed(f"scale={scale}", *cell) for cell in grid]  # a second each
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads: None) -> None:
-    torch.set_num_threads(1)  # these matrices are so small that threads would only wait for each other
-
-
 # ---- what cells ask for
 
 
