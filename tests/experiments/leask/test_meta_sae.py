@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+import tests.composing
 from core.analysis.meta_sae import decompose, score
-from core.cells import cell_name
 from core.errors import UserError
 from core.methods.base import DictionaryMethod
 from core.methods.batchtopk import BatchTopK
@@ -28,14 +28,10 @@ from reports.collect import Cell
 from reports.figures import draw
 from reports.verdicts import judge
 
-CONF = Path(__file__).parents[3] / "conf"
 SMALL = ["method.k=4", "base=2", "small=0", "n_replacing=2"]
 
 
-def composed(*overrides: str) -> DictConfig:
-    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=["experiment=leask_meta_sae", *overrides])
+composed = partial(tests.composing.composed, "experiment=leask_meta_sae")
 
 
 def grid(scale: str) -> list[dict[str, str]]:

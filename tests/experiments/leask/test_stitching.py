@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
+import tests.composing
 from core.analysis.evaluate import evaluate_dictionary
 from core.analysis.stitch_path import interpolation, losses_along, walk
 from core.analysis.stitching import components, error_and_bias, nearest
-from core.cells import cell_name
 from core.errors import UserError
 from core.methods.base import DictionaryMethod
 from core.methods.pretrained import Pretrained
@@ -31,13 +31,7 @@ from reports.claims import PAPERS, load_paper, unknown_metrics
 from reports.collect import Cell
 from reports.figures import draw
 
-CONF = Path(__file__).parents[3] / "conf"
-
-
-def composed(*overrides: str) -> DictConfig:
-    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=["experiment=leask_stitching", *overrides])
+composed = partial(tests.composing.composed, "experiment=leask_stitching")
 
 
 def cells(scale: str) -> list[DictConfig]:

@@ -8,11 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from core.bench import threads
-from core.cells import cell_name
 from core.errors import UserError
 from core.metrics.recovery import unmatched_correlation
 from core.results import RESULTS, run_cell
@@ -20,6 +18,7 @@ from core.stacked.coders import LinearCoder
 from experiments.oneill import large_scale as large
 from reports.collect import read_cells
 from reports.papers.oneill.figures import oneill_large_scale as figures
+from tests.composing import composed
 
 
 @pytest.fixture(autouse=True)
@@ -29,10 +28,8 @@ def one_thread() -> Iterator[None]:
 
 
 def configured(folder: Path, *overrides: str) -> DictConfig:
-    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
-    with initialize_config_dir(str(Path(__file__).parents[3] / "conf"), version_base="1.3"):
-        arguments = ["experiment=oneill_large_scale", "scale=smoke", "logging=none", f"cell_folder='{folder}'"]
-        return compose("config", overrides=[*arguments, f"output_dir='{folder}'", *overrides])
+    arguments = ["experiment=oneill_large_scale", "scale=smoke", "logging=none", f"cell_folder='{folder}'"]
+    return composed(*arguments, f"output_dir='{folder}'", *overrides)
 
 
 LONGER = ["steps=600", "log_every=200", "read_at=[200]", "lr=0.01"]

@@ -2,16 +2,16 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from core.cells import cell_name
+import tests.composing
 from core.errors import UserError
 from core.methods.decoder import unit_rows_
 from core.methods.saved import load_dictionary
@@ -21,13 +21,7 @@ from reports.claims import PAPERS, load_paper, unknown_metrics
 from reports.collect import Cell
 from reports.figures import draw
 
-CONF = Path(__file__).parents[3] / "conf"
-
-
-def composed(*overrides: str) -> DictConfig:
-    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=["experiment=oneill_llm", *overrides])
+composed = partial(tests.composing.composed, "experiment=oneill_llm")
 
 
 def small(method: str, **changes: Any) -> DictConfig:
