@@ -102,7 +102,6 @@ def test_the_summary_has_means_intervals_and_differences_over_pairs():
     assert "reached_meta_low" not in summary(pairs[:1])
 
 
-@pytest.mark.slow
 def test_a_cell_writes_the_tables_and_metrics_that_claims_and_figure_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

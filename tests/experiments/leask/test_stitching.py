@@ -42,7 +42,6 @@ def cells(scale: str) -> list[DictConfig]:
 # ---- what cells ask for
 
 
-@pytest.mark.slow
 def test_the_demo_trains_two_families_on_one_stream_and_every_neighbouring_pair_is_a_cell():
     chosen = cells("demo")
     wanted = {request.key: request for cfg in chosen for request in dictionaries(cfg)}
@@ -55,7 +54,6 @@ def test_the_demo_trains_two_families_on_one_stream_and_every_neighbouring_pair_
     assert sorted(pairs) == sorted([(192, 384), (384, 768)] * 2 + [(768, 1536)])
 
 
-@pytest.mark.slow
 def test_the_paper_grid_has_the_published_pairs_and_trains_nothing():
     chosen = cells("paper")
     assert all(dictionaries(cfg) == [] for cfg in chosen)
@@ -112,7 +110,6 @@ def pair_of(cfg: DictConfig) -> tuple[DictionaryMethod, DictionaryMethod]:
     return small, large
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["relu_l1", "batchtopk"])
 def test_a_pair_writes_metrics_latents_and_curves(tiny, tmp_path: Path, method: str):
     own = ["method.warmup_steps=4", "method.l1_coefficient=0.5"] if method == "relu_l1" else ["method.k=4"]
@@ -195,7 +192,6 @@ def test_a_family_is_compared_with_and_without_the_best_bias(tiny, tmp_path: Pat
     assert row["ce_refit"] == pytest.approx(clean, abs=1e-5) and abs(row["ce"] - clean) > 1e-5
 
 
-@pytest.mark.slow
 def test_a_family_is_grown_and_compared(tiny, tmp_path: Path):
     cfg = tiny(tmp_path, "method=batchtopk", "method.k=4", "part=frankenstein")
     metrics = run(cfg)

@@ -18,7 +18,6 @@ def configured(folder: Path, *overrides: str) -> DictConfig:
     return composed("experiment=oneill_classical", f"cell_folder='{folder}'", *overrides)
 
 
-@pytest.mark.slow
 def test_the_authors_published_value_comes_out_of_the_authors_settings(tmp_path: Path):
     found = classical.run(configured(tmp_path, "scale=paper", "source.N=32", "source.M=16", "source.K=3"))
     assert found["latent_mcc"] == pytest.approx(0.986, abs=1e-3)

@@ -35,7 +35,6 @@ def configured(folder: Path, *overrides: str) -> DictConfig:
 LONGER = ["steps=600", "log_every=200", "read_at=[200]", "lr=0.01"]
 
 
-@pytest.mark.slow
 def test_an_encoder_learns_codes_that_the_oracle_finds_and_a_narrow_one_does_not(tmp_path: Path):
     sae = large.run(configured(tmp_path / "sae", *LONGER))
     narrow = large.run(configured(tmp_path / "mlp", "coder=mlp", "coder.width=3", *LONGER))
@@ -69,7 +68,6 @@ def test_a_stack_of_two_seeds_is_each_of_them_alone(tmp_path: Path):
     assert both.curves["SAE"][60]["latent_mcc"][1] == pytest.approx(float(alone.curves["SAE"][60]["latent_mcc"][0]))
 
 
-@pytest.mark.slow
 def test_the_figure_has_the_curves_of_finished_cells_and_the_oracle(tmp_path: Path):
     for name, overrides in {"sae": [], "fista": ["coder=fista"], "mlp": ["coder=mlp", "coder.width=8"]}.items():
         folder = tmp_path / "oneill_large_scale/smoke" / name

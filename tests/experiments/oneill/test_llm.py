@@ -114,7 +114,6 @@ def cells(smoke_cells: Any) -> list[Cell]:
     return smoke_cells("oneill_llm")
 
 
-@pytest.mark.slow
 def test_every_method_reports_the_metrics_that_claims_need(cells: list[Cell]):
     assert sorted({cell.method or "" for cell in cells}) == ["LCA", "MLPEncoder", "ReluL1"]
     assert unknown_metrics(load_paper(PAPERS / "oneill"), "oneill_llm", cells) == {}
@@ -128,7 +127,6 @@ def test_every_method_reports_the_metrics_that_claims_need(cells: list[Cell]):
             assert norms == pytest.approx((1.0, 1.0, 1.0), abs=1e-5)
 
 
-@pytest.mark.slow
 def test_the_figure_is_drawn_from_the_cells_and_twice_the_same(cells: list[Cell], tmp_path: Path):
     more = [replace(cell, seed=seed) for cell in cells for seed in (0, 1)]
     for chosen in (cells, more):
@@ -137,7 +135,6 @@ def test_the_figure_is_drawn_from_the_cells_and_twice_the_same(cells: list[Cell]
         assert first[1].read_bytes() == second[1].read_bytes()
 
 
-@pytest.mark.slow
 def test_a_cells_dictionary_is_the_stored_one(cells: list[Cell]):
     for cell in cells:
         method = load_dictionary(json.loads((cell.folder / "dictionary.json").read_text())["folder"])

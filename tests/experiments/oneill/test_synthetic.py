@@ -148,7 +148,6 @@ def test_towards_known_codes_the_wide_mlp_beats_the_sae(tmp_path: Path):
     assert sae["metrics.latent_mcc"].between(0.75, 0.92).all()
 
 
-@pytest.mark.slow
 def test_under_the_true_dictionary_ito_beats_the_sae_whose_recovery_peaks_and_falls(tmp_path: Path):
     few = ["steps=8000", "log_every=500", "seeds=[0,1]"]
     _, sae, _ = run("known_dictionary", tmp_path / "sae", "coder=sae", *few)
@@ -162,7 +161,6 @@ def test_under_the_true_dictionary_ito_beats_the_sae_whose_recovery_peaks_and_fa
     assert (delayed.loc[4500] < 0.78).all()
 
 
-@pytest.mark.slow
 def test_without_the_dictionary_sparse_coding_beats_the_sae(tmp_path: Path):
     few = ["steps=4000", "log_every=4000", "lr=3e-3", "seeds=[0,1]"]
     _, sae, _ = run("unknown", tmp_path / "sae", "coder=sae", "inference.iterations=3000", *few)
