@@ -5,13 +5,16 @@ SCALE ?= demo
 
 PY := .venv/bin/python
 READY := .venv/.installed
+TESTS := .venv/.tests
+WORKERS ?= auto
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
 PAPERS := leask oneill minder paulo song
 BENCHMARKS := bench_train_step bench_stream bench_fleet bench_scaling bench_stacked bench_stitching
 ALL := $(basename $(notdir $(foreach paper,$(PAPERS),$(sort $(wildcard conf/experiment/$(paper)_*.yaml)))))
 EXPERIMENTS := $(filter-out $(WITHOUT),$(ALL))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick check report bench peers clean reproduce-all $(PAPERS:%=reproduce-%)
+.PHONY: help demo test test-all check report bench peers clean reproduce-all $(PAPERS:%=reproduce-%)
 
 help: ## this list
 	@grep -hE '^[a-z<>-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -21,11 +24,11 @@ demo: $(READY) ## the main experiment on the bundled model, then the report: min
 	@status=0; HF_HUB_OFFLINE=1 $(PY) run.py experiment=leask_batchtopk scale=demo || status=$$?; \
 	$(PY) -m reports.compare || status=$$?; exit $$status
 
-test: .venv/.triton ## the whole test suite
-	$(PY) -m pytest
+test: $(TESTS) ## the tests that a change is likely to break: at most 10 minutes on two cores (WORKERS=n processes)
+	$(PYTEST) -m "not slow"
 
-test-quick: $(READY) ## the tests that take no more than a few seconds each
-	$(PY) -m pytest -m "not slow"
+test-all: test ## those, then the slow ones: kills, paper sizes, whole demos; at most 45 minutes on two cores
+	$(PYTEST) -m slow
 
 check: $(READY) ## format, lint and types
 	$(PY) -m ruff format --check .
@@ -40,12 +43,6 @@ reproduce-all: $(READY) ## all experiments of all papers (SCALE=demo|paper), one
 
 $(PAPERS:%=reproduce-%): reproduce-%: $(READY)
 	@$(call run_each,$(filter $*_%,$(EXPERIMENTS)))
-
-# CUDA builds of PyTorch 2.13 bring this Triton; without one it is installed for the kernels' tests, which interpret them.
-.venv/.triton: $(READY)
-	@$(PY) -c 'import triton' 2>/dev/null || test "$$(uname -sm)" != "Linux x86_64" || \
-		$(PY) -m pip install --quiet --disable-pip-version-check --no-deps triton==3.7.1
-	@touch $@
 
 bench: $(READY) ## all benchmarks but bench_hours (SCALE=demo|paper), then the report; `make peers` first for the other libraries
 	@$(call run_each,$(BENCHMARKS))
@@ -78,4 +75,9 @@ $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -m venv .venv
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# Apart from requirements.lock: the bundled corpus is made of what that file names.
+$(TESTS): requirements-tests.lock $(READY)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-tests.lock
 	@touch $@

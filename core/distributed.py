@@ -118,22 +118,6 @@ def mean_gradients_(parameters: Iterable[nn.Parameter]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-@torch.no_grad()
-def among_largest(values: Tensor, n: int) -> Tensor:
-    """bool, for each of this rank's values `[c]`: whether it is among the n largest > 0 of all ranks.
-
-    Ties go to the lower rank, and within a rank to the earlier value. NaN counts as the largest. c is above n only if
-    all values are NaN; then only the first n count.
-    """
-    from core.kernels.select import mask_of_largest
-
-    padded = values.new_zeros(n)
-    padded[: values.numel()] = values[:n]
-    begin, mask = rank() * n, torch.zeros_like(values, dtype=torch.bool)
-    mask[:n] = mask_of_largest(all_rows(padded), n)[begin : begin + min(n, values.numel())]
-    return mask
-
-
 def check_equal(tensors: Iterable[Tensor]) -> None:
     """Raises RuntimeError unless every tensor has the same bits on all ranks."""
     if not is_active():

@@ -44,6 +44,17 @@ def note_commit(repo: str, revision: str, commit: str) -> None:
         noted[f"{HUB}{repo}@{revision}"] = commit
 
 
+def cached_commit(repo: str, revision: str) -> str | None:
+    """The commit of a revision when this machine last fetched it; None if it never did. Needs no network."""
+    from huggingface_hub import HfApi  # slow to import, rarely needed
+    from huggingface_hub.errors import HFValidationError, RevisionResolutionError
+
+    try:
+        return HfApi().resolve_revision(repo, revision=revision, local_files_only=True).resolved
+    except (RevisionResolutionError, HFValidationError):
+        return None
+
+
 def changed(inputs: Mapping[str, str]) -> list[str]:
     """The names of the inputs that have changed. A deleted input does not count as changed."""
     return [name for name, before in inputs.items() if _current(name) not in (before, None)]
@@ -51,8 +62,6 @@ def changed(inputs: Mapping[str, str]) -> list[str]:
 
 def _current(name: str) -> str | None:
     if name.startswith(HUB):
-        from core.interop.hub import cached_commit  # slow to import, rarely needed
-
         repo, _, revision = name.removeprefix(HUB).rpartition("@")
         return cached_commit(repo, revision)
     return _hash(Path(name)) if Path(name).is_file() else None

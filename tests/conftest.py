@@ -1,6 +1,7 @@
 """What several test files need: a small tokenizer, a random GPT-2 as a folder, and text that needs no installation."""
 
 import json
+import os
 import random
 import signal
 import sys
@@ -142,6 +143,24 @@ def runtime() -> Callable[..., Runtime]:
     return make
 
 
+@pytest.fixture(scope="session")
+def bundled_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of a session share: the bundled corpus and its tokens are made there once."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bundled_text"
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path, bundled_text: Path) -> Path:
+    """An empty store, but for the bundled corpus and its tokens."""
+    folder = tmp_path / "artifacts"
+    folder.mkdir()
+    for kind in ("corpus", "tokens"):
+        (bundled_text / kind).mkdir(parents=True, exist_ok=True)
+        (folder / kind).symlink_to(bundled_text / kind)
+    return folder
+
+
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
     """Sets where the Hugging Face hub is believed to be (see `tests/fake_hub.py`); nothing is in the cache."""
@@ -161,15 +180,16 @@ def endpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str],
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _interrupts() -> Iterator[None]:
-    """SIGINT as in a terminal. Started in the background by a shell, the suite would ignore it, with all that it
-    starts."""
+def _as_in_a_terminal() -> Iterator[None]:
+    """SIGINT interrupts, also in a suite that a shell has started in the background. One thread: the tensors are small,
+    and several processes share the cores."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
-def _few_threads() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
+def _one_thread() -> None:
+    """Also after a test that has set another number."""
+    torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What the fork server of tests/test_kills.py imports, and does once, so that no life of a test has to."""
+"""Imported once by the fork server of tests/test_kills.py, so that its processes start quickly."""
 
 # ruff: noqa: F401
 

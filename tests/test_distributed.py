@@ -108,7 +108,6 @@ def ranks(setting) -> Runtime:
     return run("ranks")
 
 
-@pytest.mark.slow
 def test_two_ranks_train_the_same_dictionaries_as_one_process_on_the_joined_batches(setting, ranks):
     run, request = setting
     requests = [request(method, 2) for method in METHODS.values()]

@@ -200,7 +200,6 @@ def counted(monkeypatch) -> list[list[int]]:
     return shares
 
 
-@pytest.mark.slow
 def test_a_group_split_over_processes_comes_out_bitwise_as_in_one(setting):
     run, request = setting
     requests = [request(name) for name in METHODS] + [request("batchtopk", k=8)]

@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from core import inputs, results
-from core.interop import hub, saelens
+from core.interop import saelens
 from core.interop.loading import load
 from core.methods.pretrained import Pretrained
 from tests.fake_hub import COMMIT
@@ -68,7 +68,7 @@ def test_a_branch_on_the_hub_is_identified_by_the_commit_that_was_last_fetched(t
         inputs.note_commit("lab/sae", COMMIT, COMMIT)  # cannot move
         inputs.note_commit("lab/never_fetched", "main", COMMIT)
     assert noted == {"hub:lab/sae@main": COMMIT, "hub:lab/never_fetched@main": COMMIT}
-    assert hub.cached_commit("lab/sae", "main") == COMMIT and inputs.changed(noted) == []
+    assert inputs.cached_commit("lab/sae", "main") == COMMIT and inputs.changed(noted) == []
     (refs / "main").write_text(COMMIT[::-1])
     assert inputs.changed(noted) == ["hub:lab/sae@main"]
 

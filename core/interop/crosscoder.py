@@ -34,7 +34,7 @@ class CrosscoderWeights:
     threshold              of v (see above), for BatchTopK; None for a plain ReLU
     k                      mean active latents per row in the training of a BatchTopK crosscoder
     code_normalization_id  the authors' number for the definition of v; None if the file has none (the paper's)
-    layout                 `minder` or `kissane`
+    layout                 `modules` (encoder.weight, ...) or `matrices` (W_enc, ...): names in the file
     source                 the repository or folder, the folder within it and the commit, if `load` read it
     """
 
@@ -91,7 +91,7 @@ def read(path: Path) -> CrosscoderWeights:
     file = _file(path)
     weights = read_safetensors(file) if file.suffix == ".safetensors" else read_pt(file)
     weights = weights.renamed(lambda name: name.removeprefix("_orig_mod."))
-    crosscoder = _kissane(weights) if "W_enc" in weights else _minder(weights)
+    crosscoder = _of_matrices(weights) if "W_enc" in weights else _of_modules(weights)
     weights.done()
     return crosscoder
 
@@ -104,7 +104,7 @@ def _file(path: Path) -> Path:
     return file
 
 
-def _minder(weights: Weights) -> CrosscoderWeights:
+def _of_modules(weights: Weights) -> CrosscoderWeights:
     d, m = _sizes(weights, "encoder.weight")
     W_enc, W_dec = weights.take("encoder.weight", 2, d, m), weights.take("decoder.weight", 2, m, d)
     b_enc, b_dec = weights.take("encoder.bias", m), weights.take("decoder.bias", 2, d)
@@ -119,15 +119,15 @@ def _minder(weights: Weights) -> CrosscoderWeights:
         threshold,
         int(weights.take_number("k")) if "k" in weights else None,
         int(weights.take_number("code_normalization_id")) if "code_normalization_id" in weights else None,
-        "minder",
+        "modules",
     )
 
 
-def _kissane(weights: Weights) -> CrosscoderWeights:
+def _of_matrices(weights: Weights) -> CrosscoderWeights:
     d, m = _sizes(weights, "W_enc")
     W_enc, W_dec = weights.take("W_enc", 2, d, m), weights.take("W_dec", m, 2, d)
     b_enc, b_dec = weights.take("b_enc", m), weights.take("b_dec", 2, d)
-    return CrosscoderWeights(W_enc.permute(2, 0, 1).contiguous(), W_dec, b_enc, b_dec, None, None, None, "kissane")
+    return CrosscoderWeights(W_enc.permute(2, 0, 1).contiguous(), W_dec, b_enc, b_dec, None, None, None, "matrices")
 
 
 def _sizes(weights: Weights, name: str) -> tuple[int, int]:

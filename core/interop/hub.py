@@ -16,11 +16,11 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
-    RevisionResolutionError,
 )
 from huggingface_hub.utils import disable_progress_bars
 
 from core.errors import UserError
+from core.inputs import cached_commit
 
 TIMEOUT_S = 10.0
 Formats = Mapping[str, tuple[Collection[str], Collection[str]]]  # by name: required and optional files
@@ -109,14 +109,6 @@ def _listed(api: HfApi, repo: str, inner: PurePosixPath, commit: str) -> list[st
     """The names in a folder of the repository."""
     within = None if str(inner) == "." else str(inner)
     return [PurePosixPath(entry.path).name for entry in api.list_repo_tree(repo, within, revision=commit)]
-
-
-def cached_commit(repo: str, revision: str) -> str | None:
-    """The commit of a revision when this machine last fetched it; None if it never did. Needs no network."""
-    try:
-        return HfApi().resolve_revision(repo, revision=revision, local_files_only=True).resolved
-    except (RevisionResolutionError, HFValidationError):
-        return None
 
 
 def _cached(query: _Query) -> tuple[Path, str] | None:

@@ -9,6 +9,7 @@ to the lower row-major position, which is the lower position in the global batch
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from core import distributed
@@ -21,7 +22,7 @@ def select_global_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: i
     support, values = select_batchtopk(x, W_enc, b_enc, k * distributed.n_ranks())
     if not distributed.is_active():
         return support, values
-    kept = distributed.among_largest(values, k * x.shape[0] * distributed.n_ranks())
+    kept = among_largest(values, k * x.shape[0] * distributed.n_ranks())
     return Support(support.rows[kept], support.cols[kept], support.shape), values[kept]
 
 
@@ -32,5 +33,19 @@ def mask_of_batchtopk(z: Tensor, k: int) -> Tensor:
     mask = mask_of_largest(flat, n)
     if distributed.is_active():
         candidates = mask.nonzero().squeeze(1)
-        mask[candidates[~distributed.among_largest(flat[candidates], n)]] = False
+        mask[candidates[~among_largest(flat[candidates], n)]] = False
     return mask.view_as(z)
+
+
+@torch.no_grad()
+def among_largest(values: Tensor, n: int) -> Tensor:
+    """bool, for each of this rank's values `[c]`: whether it is among the n largest > 0 of all ranks.
+
+    Ties go to the lower rank, and within a rank to the earlier value. NaN counts as the largest. c is above n only if
+    all values are NaN; then only the first n count.
+    """
+    padded = values.new_zeros(n)
+    padded[: values.numel()] = values[:n]
+    begin, mask = distributed.rank() * n, torch.zeros_like(values, dtype=torch.bool)
+    mask[:n] = mask_of_largest(distributed.all_rows(padded), n)[begin : begin + min(n, values.numel())]
+    return mask

@@ -104,8 +104,7 @@ def _place(source: str) -> str:
     if folder.is_dir():
         return str(folder)
     if source in SHIPPED:
-        remedy = "Restore it, or train it: python run.py experiment=bundled_lm"
-        raise UserError(f"model={source}: {folder} is missing. {remedy}")
+        raise UserError(f"model={source}: {folder} is missing. It is part of the repository: git checkout {folder}")
     if source.startswith(("/", "~", ".")) or source.count("/") > 1:
         raise UserError(f"model.source: there is no folder {folder}. {OFFLINE}")
     return source

@@ -62,11 +62,6 @@ def train_meta(request: Request, run: Runtime) -> BatchTopK:
     return train_metas([request], run)[0]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads: None) -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def run(runtime: Any, tmp_path: Path) -> Any:
     return partial(runtime, tmp_path)
@@ -84,7 +79,6 @@ def recovered(meta: BatchTopK, planted: PlantedEntities) -> tuple[float, float]:
     return float(dictionary_mcc(planted.attributes, meta.W_dec, "cosine")), float((nearest > 0.7).double().mean())
 
 
-@pytest.mark.slow
 def test_meta_latents_of_entities_are_the_planted_attributes(run: Any):
     """Over eight seeds: mean cosine .84 to .87, .88 to .93 of the attributes found, .89 to .92 of the parts right."""
     planted = PlantedEntities(n_entities=600, seed=0)  # 40 attributes, 3 for each entity
@@ -181,7 +175,6 @@ def test_trained_together_each_comes_out_as_alone(run: Any):
         assert_equal(together, train_meta(request, run("alone")))
 
 
-@pytest.mark.slow
 def test_a_decoder_that_is_given_stays_and_the_encoder_learns_to_use_it(run: Any):
     other = random_directions(40, 16, seed=9)
     start = replaced_decoder(train_meta(wanted(ROWS, 200), run("store")), other)
@@ -191,7 +184,6 @@ def test_a_decoder_that_is_given_stays_and_the_encoder_learns_to_use_it(run: Any
     assert score(tuned, ROWS).batch.centred > score(start, ROWS).batch.centred + 0.05
 
 
-@pytest.mark.slow
 def test_frequent_rows_are_explained_better_when_they_are_drawn_more_often(run: Any):
     weights = torch.where(torch.arange(200) < 20, 1.0, 0.01)
     even = train_meta(wanted(ROWS, 400), run("store"))

@@ -31,11 +31,6 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads: None) -> None:
-    torch.set_num_threads(1)
-
-
 # ---- dictionaries made by hand: atoms that both know, and atoms that the large one alone knows
 
 D, N_KNOWN = 32, 10

@@ -1,20 +1,18 @@
 """What experiments share: a cell may have more than one dictionary, and dictionaries that are loaded."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from core.cells import cell_name
 from core.errors import UserError
 from core.interop import saelens
 from core.methods.pretrained import Pretrained
 from experiments import common
+from tests.composing import composed
 
 
 @pytest.fixture
@@ -29,9 +27,7 @@ def folder(tmp_path) -> str:
 
 
 def cell(tmp_path, *overrides: str) -> DictConfig:
-    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
-    with initialize_config_dir(str(Path(__file__).parents[2] / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides=["experiment=leask_batchtopk", "scale=smoke", *overrides])
+    cfg = composed("experiment=leask_batchtopk", "scale=smoke", *overrides)
     cfg.cell_folder = str(tmp_path / "cell")
     return cfg
 

@@ -2,28 +2,23 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
 import run as runner
+from tests.composing import CONF
 
-EXPERIMENTS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf/experiment").glob("*.yaml"))
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 BENCHMARKS_WITHOUT = {"bench_hours", "bench_stream", "bench_stacked", "bench_stitching"}
 WITHOUT_LIGHTNING = {*BENCHMARKS_WITHOUT, "oneill_classical", "oneill_theorem"}  # they fit nothing with it
 
 
-@pytest.fixture(scope="module")
-def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("artifacts")  # one harvest serves all
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_runs_at_smoke_scale_and_is_skipped_the_next_time(name, artifacts, tmp_path, monkeypatch, capsys):
-    arguments = [f"experiment={name}", "scale=smoke", f"output_dir={tmp_path}", f"artifacts_dir={artifacts}"]
-    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    places = [f"output_dir={tmp_path}", f"artifacts_dir={artifacts}"]
+    here = "trainer.cell_processes=1"  # the cells take less time than a process takes to start
+    monkeypatch.setattr(sys, "argv", ["run.py", f"experiment={name}", "scale=smoke", here, *places])
     assert runner.main() == 0
     results = [json.loads(path.read_text()) for path in (tmp_path / name / "smoke").rglob("results.json")]
     assert results and all(result["metrics"] and result["scale"] == "smoke" for result in results)

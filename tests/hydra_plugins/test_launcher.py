@@ -49,7 +49,6 @@ def sweep(fixed: list[str], tmp_path: Path, monkeypatch: Any, capsys: Any):
     return call
 
 
-@pytest.mark.slow
 def test_cells_give_the_same_results_in_separate_processes_as_one_by_one(sweep, tmp_path):
     one, err = sweep("one", "method.k=8,1000", code=1)
     assert "1 of 4 cells, " in err and "4 of 4 cells, 0 s left" in err
@@ -114,7 +113,6 @@ def test_the_time_left_is_estimated_from_the_mean_so_far(monkeypatch, capsys):
     ]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_sweep_over_two_processes_gives_the_same_numbers_as_one_and_trains_only_what_is_missing(sweep):
     one, _ = sweep("one", "method=topk,batchtopk")
     narrowed, _ = sweep("two", "method=topk", "trainer.processes=2")

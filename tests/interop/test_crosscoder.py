@@ -37,9 +37,9 @@ def test_both_layouts_give_the_same_codes_as_their_equations(name, prefix, tmp_p
     torch.testing.assert_close(forward(loaded, H), (f, h_hat))
     torch.testing.assert_close(loaded.decoder_norms[:, 1], W_DEC[1].norm(dim=1))
     if name == "cc_weights.pt":
-        assert (loaded.layout, loaded.threshold, loaded.k) == ("kissane", None, None)
+        assert (loaded.layout, loaded.threshold, loaded.k) == ("matrices", None, None)
     else:
-        assert (loaded.layout, loaded.threshold, loaded.k, loaded.code_normalization_id) == ("minder", 0.5, 100, 0)
+        assert (loaded.layout, loaded.threshold, loaded.k, loaded.code_normalization_id) == ("modules", 0.5, 100, 0)
 
 
 def test_numbers_that_are_not_tensors_are_read_too_and_a_relu_crosscoder_has_no_threshold(tmp_path):

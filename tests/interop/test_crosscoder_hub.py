@@ -46,7 +46,7 @@ def test_only_the_checkpoint_of_a_crosscoder_is_fetched(served):
 @pytest.mark.parametrize("path", ["blocks.14.hook_resid_pre", "blocks.14.hook_resid_pre/cc_weights.pt"])
 def test_a_folder_or_a_file_within_the_repository_can_be_named(served, path):
     loaded = crosscoder.load("lab/kissane", path)
-    assert loaded.layout == "kissane" and fetched(served) == {"cc_weights.pt"}
+    assert loaded.layout == "matrices" and fetched(served) == {"cc_weights.pt"}
 
 
 def test_a_named_file_is_read_even_if_another_comes_first(served, tmp_path):

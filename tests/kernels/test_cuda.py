@@ -61,7 +61,6 @@ KERNELS: list[tuple[Any, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter's functions cannot be compiled")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles_even_on_a_machine_without_a_gpu(

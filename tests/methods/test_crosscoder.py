@@ -50,11 +50,6 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads: None) -> None:
-    torch.set_num_threads(1)  # these matrices are so small that threads would only wait for each other
-
-
 NORMS = pytest.mark.parametrize("norm", ["per_model", "jointly"])
 SCALES = torch.tensor([[3.0], [0.5]])  # of the two models' activations
 

@@ -69,11 +69,6 @@ OWN: dict[type[DictionaryMethod], dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads: None) -> None:
-    torch.set_num_threads(1)  # these matrices are so small that threads would only wait for each other
-
-
 METHODS = pytest.mark.parametrize("cls", list(OWN))
 K_SPARSE = pytest.mark.parametrize("cls", [TopK, BatchTopK])
 

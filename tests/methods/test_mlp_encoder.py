@@ -48,14 +48,6 @@ OWN: dict[type[DictionaryMethod], dict[str, Any]] = {
 BOTH = pytest.mark.parametrize("cls", list(OWN))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 def build(cls: type[DictionaryMethod], **changes: Any) -> DictionaryMethod:
     return cls(**(COMMON | OWN[cls] | changes))
 

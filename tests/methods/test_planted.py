@@ -30,11 +30,6 @@ SHARED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads: None) -> None:
-    torch.set_num_threads(1)  # these matrices are so small that threads would only wait for each other
-
-
 GRID = [(dict_size, k) for dict_size in (128, 256) for k in (3, 6)]
 
 

@@ -195,7 +195,6 @@ def test_chance_of_a_dictionary(N: int, column: int):
     assert chance_dictionary_mcc(N, 2 ** (3 + column)) == pytest.approx(CHANCE[N][column], abs=0.02)
 
 
-@pytest.mark.slow
 def test_chance_of_dictionaries_of_all_published_shapes():
     for N, row in CHANCE.items():
         found = [chance_dictionary_mcc(N, M) for M in (8, 16, 32)]

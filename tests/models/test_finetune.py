@@ -46,7 +46,6 @@ def source_texts(source: Any) -> list[str]:
     return [document.text for document, _ in zip(source.documents("heldout", 0), range(20), strict=False)]
 
 
-@pytest.mark.slow
 def test_an_interrupted_training_continues_to_the_same_weights(tiny_model, words_data, tmp_path, runtime, monkeypatch):
     source = instantiate(words_data)
     whole = fine_tuned(runtime(tmp_path, "whole"), tiny_model, source, TRAINING)

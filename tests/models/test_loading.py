@@ -133,7 +133,7 @@ def test_in_offline_mode_loading_by_name_fails_and_suggests_the_bundled_model(hu
 
 def test_the_error_for_a_missing_bundled_model_says_how_to_train_it(monkeypatch, tmp_path):
     monkeypatch.setitem(SHIPPED, "bundled", tmp_path / "gone")
-    with pytest.raises(UserError, match=r"model=bundled: .*gone is missing.*experiment=bundled_lm"):
+    with pytest.raises(UserError, match=r"model=bundled: .*gone is missing.*git checkout"):
         load_language_model(settings("bundled"))
 
 

@@ -69,7 +69,6 @@ def test_the_kept_results_have_every_metric_that_the_claims_and_tables_read():
     assert len(unknown) == 9 and not any(unknown.values()), unknown
 
 
-@pytest.mark.slow
 def test_the_smoke_cells_of_leask_batchtopk_have_every_metric(smoke_cells: Callable[..., list[Cell]]):
     """The other experiments without kept results are compared with their claims in their own tests."""
     cells = smoke_cells("leask_batchtopk", "evaluation.compat_tokens=64")

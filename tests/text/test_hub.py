@@ -23,8 +23,6 @@ from omegaconf import OmegaConf
 
 from core.text.documents import TextSource, split_of
 
-pytestmark = pytest.mark.slow  # a separate process imports datasets, which takes about 10 s
-
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REVISIONS = (COMMIT, "main", "refs/convert/parquet")
 TEXTS = [f"Document number {i}: {'word ' * (i % 7)}end." for i in range(400)]

@@ -70,7 +70,6 @@ def test_the_splits_are_disjoint_by_content_and_follow_split_of(jsonl):
     assert len(train) + len(heldout) == 300
 
 
-@pytest.mark.slow
 def test_the_bundled_corpus_has_disjoint_splits_and_continues_from_a_saved_position(tmp_path):
     source = BundledText(mb_per_package=0.02, artifacts_dir=tmp_path)
     train, heldout = texts(source), texts(source, "heldout")

@@ -8,14 +8,13 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from core.artifacts import Store
 from core.batch import Batch
 from core.bench import PeakMemory, Times, alternate, hardware, resolve_device, save_table, threads
-from core.cells import cell_name
 from core.errors import UserError
 from core.fleet import KIND
 from core.kernels import reference
@@ -31,16 +30,14 @@ from experiments.bench.common import RepeatedBatches, built, fit_fleet
 from hydra_plugins.blocks_sweeper.sweeper import cells_of
 from reports import compare, figures
 from reports.collect import read_cells
+from tests.composing import composed, composing
 
-ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 PEERS = [name for name in peers.PACKAGES if name != "dense"]
 
 
-def composed(name: str, *overrides: str) -> DictConfig:
-    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", overrides=[f"experiment={name}", "scale=smoke", "logging=none", *overrides])
+def configured(name: str, *overrides: str) -> DictConfig:
+    return composed(f"experiment={name}", "scale=smoke", "logging=none", *overrides)
 
 
 def tiny_case(peer: str, kind: str = "batchtopk", **changes: Any) -> peers.Case:
@@ -79,11 +76,11 @@ def test_cpu_time_does_not_count_waiting_and_wall_time_does():
 
 
 def test_the_number_of_threads_is_as_before_afterwards():
-    with threads(1):
-        assert torch.get_num_threads() == 1
+    with threads(2):
+        assert torch.get_num_threads() == 2
         with threads(None):
-            assert torch.get_num_threads() == 1
-    assert torch.get_num_threads() == 2
+            assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == 1
 
 
 def test_hardware_names_the_processor_and_its_threads():
@@ -104,7 +101,7 @@ def test_peak_memory_sees_a_buffer_that_is_gone_again_and_not_one_from_before():
 
 @pytest.mark.slow
 def test_a_dense_step_holds_more_matrices_than_a_sparse_one():
-    cfg = composed("bench_train_step", "batch_size=1024", "d_model=64", "k=8", "~methods.batchtopk")
+    cfg = configured("bench_train_step", "batch_size=1024", "d_model=64", "k=8", "~methods.batchtopk")
     sparse = bench_train_step.memory(cfg, 4096, CPU)["peak_extra_preactivation_buffers"]
     cfg.methods.topk.path = "dense"
     dense = bench_train_step.memory(cfg, 4096, CPU)["peak_extra_preactivation_buffers"]
@@ -132,7 +129,7 @@ def test_floors_by_hand():
 
 
 def test_the_step_that_is_timed_trains(tmp_path):
-    cfg = composed("bench_train_step", f"cell_folder={tmp_path}", "product_dtypes.cpu=[bfloat16]")
+    cfg = configured("bench_train_step", f"cell_folder={tmp_path}", "product_dtypes.cpu=[bfloat16]")
     row = bench_train_step.own_step(cfg, "batchtopk", 128, CPU)
     metrics = bench_train_step.own_metrics(cfg, row)
     assert all(value > 0 for value in metrics.values())
@@ -140,7 +137,7 @@ def test_the_step_that_is_timed_trains(tmp_path):
 
 
 def test_gradients_and_moments_are_allocated_without_moving_a_parameter():
-    cfg = composed("bench_train_step")
+    cfg = configured("bench_train_step")
     method = built(cfg.methods.topk, CPU, dict_size=64)
     before = {name: value.clone() for name, value in method.state_dict().items()}
     optimizer = method.configure_optimizers()
@@ -151,7 +148,7 @@ def test_gradients_and_moments_are_allocated_without_moving_a_parameter():
 
 
 def test_lightning_and_the_bare_loop_do_the_same_work(tmp_path):
-    cfg = composed("bench_train_step", f"output_dir={tmp_path}", "trainer.accelerator=cpu")
+    cfg = configured("bench_train_step", f"output_dir={tmp_path}", "trainer.accelerator=cpu")
     method, twin = (built(cfg.methods.batchtopk, CPU, dict_size=64) for _ in range(2))
     batches = [Batch(x) for x in peers.structured_rows(2 * 64, cfg.d_model, 0).split(64)]
     bare = bench_train_step.BareChunks(twin, CPU, warmup=1)
@@ -199,7 +196,7 @@ def test_a_competitor_is_timed_in_a_process_of_its_own():
 
 
 def test_a_peer_that_cannot_be_imported_is_named_and_left_out(monkeypatch, tmp_path):
-    cfg = composed("bench_train_step", "peers.names=[sparsify]", f"peers_python={sys.executable}")
+    cfg = configured("bench_train_step", "peers.names=[sparsify]", f"peers_python={sys.executable}")
     monkeypatch.setattr(peers, "available", lambda python, names: dict.fromkeys(names))
     rows, notes = bench_train_step.other_steps(cfg, [128], CPU)
     assert rows == [] and "sparsify is not installed" in notes[0]
@@ -224,7 +221,7 @@ def test_an_unknown_peer_or_interpreter_is_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("peer", PEERS)
 def test_a_peer_that_is_installed_is_timed(peer):
-    python = bench_train_step.peers_python(composed("bench_train_step"))
+    python = bench_train_step.peers_python(configured("bench_train_step"))
     version = peers.available(python, [peer])[peer]
     if version is None:
         pytest.skip(f"{peers.PACKAGES[peer]} is not installed for {python}: `make peers`")
@@ -249,13 +246,12 @@ def test_a_truncated_model_ends_with_the_layers_below_the_site(tiny_model):
 
 def test_a_random_model_has_the_shape_that_was_asked_for():
     shape = "{n_embd: 32, n_layer: 3, n_head: 2, n_positions: 64, vocab_size: 5000}"
-    lm = bench_stream.random_model(composed("bench_stream", f"random_architecture={shape}", "model.device=cpu"))
+    lm = bench_stream.random_model(configured("bench_stream", f"random_architecture={shape}", "model.device=cpu"))
     assert lm.capture(torch.zeros(1, 8, dtype=torch.long), "resid_pre.2").shape == (1, 8, 32)
 
 
 def test_the_fleet_benchmark_asks_for_the_dictionaries_of_the_grid(tmp_path):
-    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with composing():
         cfg = compose("config", overrides=["experiment=bench_fleet", "scale=smoke", f"artifacts_dir={tmp_path}"])
         requests = bench_fleet.requests_of_grid(cfg)
     targets = sorted(request.method["_target_"].rpartition(".")[2] for request in requests)
@@ -264,7 +260,7 @@ def test_the_fleet_benchmark_asks_for_the_dictionaries_of_the_grid(tmp_path):
 
 
 def test_stores_differ_where_one_bit_of_a_dictionary_does(tmp_path):
-    cfg = composed("bench_train_step")
+    cfg = configured("bench_train_step")
 
     class Asked:
         spec = {"one": 1}  # noqa: RUF012
@@ -281,7 +277,7 @@ def test_stores_differ_where_one_bit_of_a_dictionary_does(tmp_path):
 
 
 def test_scaling_varies_one_axis_at_a_time(tmp_path):
-    cfg = composed("bench_scaling", f"cell_folder={tmp_path}", f"output_dir={tmp_path}", "trainer.accelerator=cpu")
+    cfg = configured("bench_scaling", f"cell_folder={tmp_path}", f"output_dir={tmp_path}", "trainer.accelerator=cpu")
     metrics = bench_scaling.run(cfg)
     table = pd.read_parquet(tmp_path / bench_scaling.CURVES)
     assert set(table["axis"]) == {"dict_size", "k", "batch_size", "n_dictionaries"}
@@ -317,10 +313,10 @@ def test_hours_of_the_parts_add_up_and_are_shared_by_the_cores(tmp_path, monkeyp
 
 def test_the_parts_of_a_panel_are_its_grid():
     """Each cell is in one part, with a fraction of its own work."""
-    hours = composed("bench_hours", "scale=paper")
+    hours = configured("bench_hours", "scale=paper")
     parts = hours.parts
     for panel in {part.panel for part in parts.values()}:
-        cfg = composed(panel, "scale=paper")
+        cfg = configured(panel, "scale=paper")
         cells = [
             cell
             for part in parts.values()
@@ -332,7 +328,7 @@ def test_the_parts_of_a_panel_are_its_grid():
         named = {tuple(sorted(word for word in cell if word.split("=")[0] in axes)) for cell in cells}
         assert len(named) == len(cells) == len(cells_of(cfg.grid.paper, []))
         for cell in (cells[0], cells[-1]):
-            small = composed(panel, "scale=paper", *cell)
+            small = configured(panel, "scale=paper", *cell)
             assert small.steps <= 3_000 and small.steps % small.log_every == 0
 
 

@@ -3,16 +3,16 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 import run as runner
-from core.cells import cell_name
+import tests.composing
 from core.errors import UserError
 from core.text.facts import Facts
 from experiments.common import build
@@ -22,13 +22,7 @@ from reports.claims import PAPERS, load_paper, unknown_metrics
 from reports.collect import read_cells
 from reports.figures import draw
 
-CONF = Path(__file__).parents[3] / "conf"
-
-
-def composed(*overrides: str) -> DictConfig:
-    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=["experiment=leask_editing", *overrides])
+composed = partial(tests.composing.composed, "experiment=leask_editing")
 
 
 def grid(scale: str, every: int = 1) -> list[DictConfig]:
@@ -108,7 +102,6 @@ def test_the_summary_has_means_intervals_and_differences_over_pairs():
     assert "reached_meta_low" not in summary(pairs[:1])
 
 
-@pytest.mark.slow
 def test_a_cell_writes_the_tables_and_metrics_that_claims_and_figure_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+import tests.composing
 from core.analysis.meta_sae import decompose, score
-from core.cells import cell_name
 from core.errors import UserError
 from core.methods.base import DictionaryMethod
 from core.methods.batchtopk import BatchTopK
@@ -28,14 +28,10 @@ from reports.collect import Cell
 from reports.figures import draw
 from reports.verdicts import judge
 
-CONF = Path(__file__).parents[3] / "conf"
 SMALL = ["method.k=4", "base=2", "small=0", "n_replacing=2"]
 
 
-def composed(*overrides: str) -> DictConfig:
-    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=["experiment=leask_meta_sae", *overrides])
+composed = partial(tests.composing.composed, "experiment=leask_meta_sae")
 
 
 def grid(scale: str) -> list[dict[str, str]]:
@@ -124,7 +120,6 @@ def dictionary(cell: Cell, name: str) -> DictionaryMethod:
     return load_dictionary(json.loads((cell.folder / name).read_text())["folder"])
 
 
-@pytest.mark.slow
 def test_a_cells_numbers_are_those_of_the_stored_meta_dictionary(cells: list[Cell]):
     for cell in (cell for cell in cells if cell.get("rows") == "base"):
         meta = dictionary(cell, "meta_dictionary.json")
@@ -137,7 +132,6 @@ def test_a_cells_numbers_are_those_of_the_stored_meta_dictionary(cells: list[Cel
         assert cell.metrics["ve_excess"] == pytest.approx(cell.metrics["ve"] - cell.metrics["ve_null"])
 
 
-@pytest.mark.slow
 def test_a_detailed_cell_writes_its_tables_and_the_page(cells: list[Cell]):
     detailed = [cell for cell in cells if cell.get("detail")]
     assert {cell.get("meta.preset") for cell in detailed} == {"iclr", "lw"}
@@ -160,7 +154,6 @@ def test_a_detailed_cell_writes_its_tables_and_the_page(cells: list[Cell]):
         assert len(table["rows"]) == 6 and "browse.html" in table["notes"][0]
 
 
-@pytest.mark.slow
 def test_rows_of_a_whole_family_tell_sizes_apart(cells: list[Cell]):
     (cell,) = [cell for cell in cells if cell.get("rows") == "family"]
     m = cell.metrics
@@ -170,14 +163,12 @@ def test_rows_of_a_whole_family_tell_sizes_apart(cells: list[Cell]):
     assert m["meta_latents_smallest"] == m["meta_latents_of_32"]
 
 
-@pytest.mark.slow
 def test_the_figures_are_drawn_from_the_cells_and_twice_the_same(cells: list[Cell], tmp_path: Path):
     first, second = (draw("leask_meta_sae", cells, tmp_path / name) for name in "ab")
     assert [path.stem.rpartition("_")[2] for path in first[::2]] == ["variance", "cosines", "decoders"]
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(first, second, strict=True) if a.suffix == ".svg")
 
 
-@pytest.mark.slow
 def test_claims_are_judged_on_cells_that_bear_them_out_and_on_cells_that_do_not(cells: list[Cell]):
     paper = load_paper(PAPERS / "leask")
     assert unknown_metrics(paper, "leask_meta_sae", cells) == {}

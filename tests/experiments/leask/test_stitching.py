@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
+import tests.composing
 from core.analysis.evaluate import evaluate_dictionary
 from core.analysis.stitch_path import interpolation, losses_along, walk
 from core.analysis.stitching import components, error_and_bias, nearest
-from core.cells import cell_name
 from core.errors import UserError
 from core.methods.base import DictionaryMethod
 from core.methods.pretrained import Pretrained
@@ -31,13 +31,7 @@ from reports.claims import PAPERS, load_paper, unknown_metrics
 from reports.collect import Cell
 from reports.figures import draw
 
-CONF = Path(__file__).parents[3] / "conf"
-
-
-def composed(*overrides: str) -> DictConfig:
-    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=["experiment=leask_stitching", *overrides])
+composed = partial(tests.composing.composed, "experiment=leask_stitching")
 
 
 def cells(scale: str) -> list[DictConfig]:
@@ -45,15 +39,9 @@ def cells(scale: str) -> list[DictConfig]:
     return [composed(f"scale={scale}", *cell) for cell in grid]  # a second each
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_few_threads: None) -> None:
-    torch.set_num_threads(1)  # these matrices are so small that threads would only wait for each other
-
-
 # ---- what cells ask for
 
 
-@pytest.mark.slow
 def test_the_demo_trains_two_families_on_one_stream_and_every_neighbouring_pair_is_a_cell():
     chosen = cells("demo")
     wanted = {request.key: request for cfg in chosen for request in dictionaries(cfg)}
@@ -66,7 +54,6 @@ def test_the_demo_trains_two_families_on_one_stream_and_every_neighbouring_pair_
     assert sorted(pairs) == sorted([(192, 384), (384, 768)] * 2 + [(768, 1536)])
 
 
-@pytest.mark.slow
 def test_the_paper_grid_has_the_published_pairs_and_trains_nothing():
     chosen = cells("paper")
     assert all(dictionaries(cfg) == [] for cfg in chosen)
@@ -123,7 +110,6 @@ def pair_of(cfg: DictConfig) -> tuple[DictionaryMethod, DictionaryMethod]:
     return small, large
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["relu_l1", "batchtopk"])
 def test_a_pair_writes_metrics_latents_and_curves(tiny, tmp_path: Path, method: str):
     own = ["method.warmup_steps=4", "method.l1_coefficient=0.5"] if method == "relu_l1" else ["method.k=4"]
@@ -206,7 +192,6 @@ def test_a_family_is_compared_with_and_without_the_best_bias(tiny, tmp_path: Pat
     assert row["ce_refit"] == pytest.approx(clean, abs=1e-5) and abs(row["ce"] - clean) > 1e-5
 
 
-@pytest.mark.slow
 def test_a_family_is_grown_and_compared(tiny, tmp_path: Path):
     cfg = tiny(tmp_path, "method=batchtopk", "method.k=4", "part=frankenstein")
     metrics = run(cfg)

@@ -3,26 +3,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from core.cells import cell_name
 from core.errors import UserError
 from experiments.oneill import classical
 from reports.collect import Cell
 from reports.papers.oneill.figures.oneill_classical import panels
+from tests.composing import composed
 
 SMALL = ("source.N=8", "source.M=6", "source.K=1", "source.n_train=100", "source.n_test=50")
 
 
 def configured(folder: Path, *overrides: str) -> DictConfig:
-    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
-    with initialize_config_dir(str(Path(__file__).parents[3] / "conf"), version_base="1.3"):
-        arguments = ["experiment=oneill_classical", f"cell_folder='{folder}'", *overrides]
-        return compose("config", overrides=arguments)
+    return composed("experiment=oneill_classical", f"cell_folder='{folder}'", *overrides)
 
 
-@pytest.mark.slow
 def test_the_authors_published_value_comes_out_of_the_authors_settings(tmp_path: Path):
     found = classical.run(configured(tmp_path, "scale=paper", "source.N=32", "source.M=16", "source.K=3"))
     assert found["latent_mcc"] == pytest.approx(0.986, abs=1e-3)

@@ -8,11 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from core.bench import threads
-from core.cells import cell_name
 from core.errors import UserError
 from core.metrics.recovery import unmatched_correlation
 from core.results import RESULTS, run_cell
@@ -20,6 +18,7 @@ from core.stacked.coders import LinearCoder
 from experiments.oneill import large_scale as large
 from reports.collect import read_cells
 from reports.papers.oneill.figures import oneill_large_scale as figures
+from tests.composing import composed
 
 
 @pytest.fixture(autouse=True)
@@ -29,16 +28,13 @@ def one_thread() -> Iterator[None]:
 
 
 def configured(folder: Path, *overrides: str) -> DictConfig:
-    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
-    with initialize_config_dir(str(Path(__file__).parents[3] / "conf"), version_base="1.3"):
-        arguments = ["experiment=oneill_large_scale", "scale=smoke", "logging=none", f"cell_folder='{folder}'"]
-        return compose("config", overrides=[*arguments, f"output_dir='{folder}'", *overrides])
+    arguments = ["experiment=oneill_large_scale", "scale=smoke", "logging=none", f"cell_folder='{folder}'"]
+    return composed(*arguments, f"output_dir='{folder}'", *overrides)
 
 
 LONGER = ["steps=600", "log_every=200", "read_at=[200]", "lr=0.01"]
 
 
-@pytest.mark.slow
 def test_an_encoder_learns_codes_that_the_oracle_finds_and_a_narrow_one_does_not(tmp_path: Path):
     sae = large.run(configured(tmp_path / "sae", *LONGER))
     narrow = large.run(configured(tmp_path / "mlp", "coder=mlp", "coder.width=3", *LONGER))
@@ -72,7 +68,6 @@ def test_a_stack_of_two_seeds_is_each_of_them_alone(tmp_path: Path):
     assert both.curves["SAE"][60]["latent_mcc"][1] == pytest.approx(float(alone.curves["SAE"][60]["latent_mcc"][0]))
 
 
-@pytest.mark.slow
 def test_the_figure_has_the_curves_of_finished_cells_and_the_oracle(tmp_path: Path):
     for name, overrides in {"sae": [], "fista": ["coder=fista"], "mlp": ["coder=mlp", "coder.width=8"]}.items():
         folder = tmp_path / "oneill_large_scale/smoke" / name

@@ -2,16 +2,16 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from core.cells import cell_name
+import tests.composing
 from core.errors import UserError
 from core.methods.decoder import unit_rows_
 from core.methods.saved import load_dictionary
@@ -21,13 +21,7 @@ from reports.claims import PAPERS, load_paper, unknown_metrics
 from reports.collect import Cell
 from reports.figures import draw
 
-CONF = Path(__file__).parents[3] / "conf"
-
-
-def composed(*overrides: str) -> DictConfig:
-    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=["experiment=oneill_llm", *overrides])
+composed = partial(tests.composing.composed, "experiment=oneill_llm")
 
 
 def small(method: str, **changes: Any) -> DictConfig:
@@ -120,7 +114,6 @@ def cells(smoke_cells: Any) -> list[Cell]:
     return smoke_cells("oneill_llm")
 
 
-@pytest.mark.slow
 def test_every_method_reports_the_metrics_that_claims_need(cells: list[Cell]):
     assert sorted({cell.method or "" for cell in cells}) == ["LCA", "MLPEncoder", "ReluL1"]
     assert unknown_metrics(load_paper(PAPERS / "oneill"), "oneill_llm", cells) == {}
@@ -134,7 +127,6 @@ def test_every_method_reports_the_metrics_that_claims_need(cells: list[Cell]):
             assert norms == pytest.approx((1.0, 1.0, 1.0), abs=1e-5)
 
 
-@pytest.mark.slow
 def test_the_figure_is_drawn_from_the_cells_and_twice_the_same(cells: list[Cell], tmp_path: Path):
     more = [replace(cell, seed=seed) for cell in cells for seed in (0, 1)]
     for chosen in (cells, more):
@@ -143,7 +135,6 @@ def test_the_figure_is_drawn_from_the_cells_and_twice_the_same(cells: list[Cell]
         assert first[1].read_bytes() == second[1].read_bytes()
 
 
-@pytest.mark.slow
 def test_a_cells_dictionary_is_the_stored_one(cells: list[Cell]):
     for cell in cells:
         method = load_dictionary(json.loads((cell.folder / "dictionary.json").read_text())["folder"])

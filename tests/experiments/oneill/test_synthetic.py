@@ -7,30 +7,24 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
-from core.cells import cell_name
 from core.errors import UserError
 from core.metrics import flops
 from experiments.oneill.common import Stack, recovered
 from experiments.oneill.outcome import CURVES, RUNS
+from tests.composing import composed
 
-ROOT = Path(__file__).parents[3]
 
-
-def composed(name: str, tmp_path: Path, *overrides: str) -> DictConfig:
-    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
-    given = [f"experiment=oneill_{name}", "scale=smoke", "logging=none", f"output_dir={tmp_path}", *overrides]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides=given)
+def configured(name: str, tmp_path: Path, *overrides: str) -> DictConfig:
+    cfg = composed(f"experiment=oneill_{name}", "scale=smoke", "logging=none", f"output_dir={tmp_path}", *overrides)
     with open_dict(cfg):
         cfg.cell_folder = str(tmp_path / "cell")
     return cfg
 
 
 def run(name: str, tmp_path: Path, *overrides: str) -> tuple[dict[str, float], pd.DataFrame, pd.DataFrame]:
-    cfg = composed(name, tmp_path, *overrides)
+    cfg = configured(name, tmp_path, *overrides)
     metrics = import_module(f"experiments.oneill.{name}").run(cfg)
     folder = Path(cfg.cell_folder)
     return metrics, pd.read_parquet(folder / RUNS), pd.read_parquet(folder / CURVES)
@@ -51,17 +45,17 @@ def test_codes_that_no_unit_represents_differ_from_those_represented_badly():
 
 
 def test_a_stack_has_one_run_for_each_seed_and_penalty_on_the_same_data(tmp_path: Path):
-    stack = Stack.of(composed("unknown", tmp_path, "seeds=[3,4]", "coder.l1=[0.1,0.2,0.3]"))
+    stack = Stack.of(configured("unknown", tmp_path, "seeds=[3,4]", "coder.l1=[0.1,0.2,0.3]"))
     assert [(row["seed"], row["coder.l1"]) for row in stack.rows] == [(s, x) for s in (3, 4) for x in (0.1, 0.2, 0.3)]
     assert stack.problem.X_train.shape == (6, 1024, 8) and stack.problem.D.shape == (6, 16, 8)
     assert (stack.problem.X_train == stack.problem.X_train[0]).all() and stack.k is None
 
 
 def test_data_per_run_differ_between_seeds_and_are_shared_between_penalties(tmp_path: Path):
-    stack = Stack.of(composed("unknown", tmp_path, "seeds=[3,4]", "coder.l1=[0.1,0.2]", "source.per_run=true"))
+    stack = Stack.of(configured("unknown", tmp_path, "seeds=[3,4]", "coder.l1=[0.1,0.2]", "source.per_run=true"))
     X, D = stack.problem.X_train, stack.problem.D
     assert torch.equal(X[0], X[1]) and not torch.equal(X[0], X[2]) and not torch.equal(D[1], D[3])
-    alone = Stack.of(composed("unknown", tmp_path, "seeds=[4]", "coder.l1=[0.2]", "source.per_run=true"))
+    alone = Stack.of(configured("unknown", tmp_path, "seeds=[4]", "coder.l1=[0.2]", "source.per_run=true"))
     assert torch.equal(alone.problem.X_test[0], stack.problem.X_test[3])
 
 
@@ -154,7 +148,6 @@ def test_towards_known_codes_the_wide_mlp_beats_the_sae(tmp_path: Path):
     assert sae["metrics.latent_mcc"].between(0.75, 0.92).all()
 
 
-@pytest.mark.slow
 def test_under_the_true_dictionary_ito_beats_the_sae_whose_recovery_peaks_and_falls(tmp_path: Path):
     few = ["steps=8000", "log_every=500", "seeds=[0,1]"]
     _, sae, _ = run("known_dictionary", tmp_path / "sae", "coder=sae", *few)
@@ -168,7 +161,6 @@ def test_under_the_true_dictionary_ito_beats_the_sae_whose_recovery_peaks_and_fa
     assert (delayed.loc[4500] < 0.78).all()
 
 
-@pytest.mark.slow
 def test_without_the_dictionary_sparse_coding_beats_the_sae(tmp_path: Path):
     few = ["steps=4000", "log_every=4000", "lr=3e-3", "seeds=[0,1]"]
     _, sae, _ = run("unknown", tmp_path / "sae", "coder=sae", "inference.iterations=3000", *few)

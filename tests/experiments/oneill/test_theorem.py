@@ -8,15 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from core.bench import threads
-from core.cells import cell_name
 from core.errors import UserError
 from core.synthetic.sparse_codes import SparseCodeLaw
 from experiments.oneill import theorem
 from reports.papers.oneill.figures import oneill_theorem as figures
+from tests.composing import composed
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +25,7 @@ def one_thread() -> Iterator[None]:
 
 
 def configured(folder: Path, *overrides: str) -> DictConfig:
-    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
-    with initialize_config_dir(str(Path(__file__).parents[3] / "conf"), version_base="1.3"):
-        arguments = ["experiment=oneill_theorem", "scale=smoke", f"cell_folder='{folder}'", *overrides]
-        return compose("config", overrides=arguments)
+    return composed("experiment=oneill_theorem", "scale=smoke", f"cell_folder='{folder}'", *overrides)
 
 
 @pytest.mark.parametrize(("N", "M"), [(9, 8), (10, 8), (16, 8), (5, 2)])

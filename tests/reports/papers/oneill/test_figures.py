@@ -128,7 +128,6 @@ EXPERIMENTS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_an_experiments_figures_are_drawn_as_png_and_svg(tmp_path, experiment):
     make, names = EXPERIMENTS[experiment]
@@ -139,7 +138,6 @@ def test_an_experiments_figures_are_drawn_as_png_and_svg(tmp_path, experiment):
     assert all(path.stat().st_size > 5_000 for path in drawn)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_one_cell_without_curves_at_demo_scale_is_enough(tmp_path, experiment):
     metrics = {"latent_mcc": 0.5, "dict_mcc": 0.7, "mse": 0.1, "l0": 0.3}
