@@ -280,7 +280,7 @@ X0, D0 = torch.ones(4, 3), torch.eye(3)
         (lambda: fista(X0, D0, [0.1, 0.1]), "one for each of 1 runs"),
         (lambda: fista(X0, D0, 0.1, iterations=0), "iterations=0"),
         (lambda: fista(X0[:, :2], D0, 0.1), r"X \[4, 2\], D \[3, 3\]"),
-        (lambda: fista(X0.expand(2, 4, 3), D0.expand(3, 3, 3), 0.1), "as many runs"),
+        (lambda: fista(X0.expand(2, 4, 3), D0.expand(3, 3, 3), 0.1), "equally many runs"),
         (lambda: fista(X0 / 0, D0, 0.1), "not finite"),
         (lambda: fista(X0, D0 * 0, 0.1), "dictionary of zeros"),
         (lambda: fista(X0.double(), D0, 0.1), "same dtype"),
