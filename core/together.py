@@ -19,7 +19,7 @@ from core import distributed
 from core.batch import Batch
 from core.errors import NonFiniteLoss
 from core.methods.base import DictionaryMethod
-from core.methods.optimizer import ClippingAdam
+from core.optimizer import ClippingAdam
 from core.streams.module import ActivationData, Chunk
 
 SMALL_PRODUCT = 1 << 30  # B d m of the encoder, below which one thread does a step

@@ -3,7 +3,7 @@
 import torch
 
 from core.batch import Batch
-from core.methods.input_norm import InputNorm
+from core.input_norm import InputNorm
 
 
 def test_equal_normalisations_share_one_result_and_measured_ones_do_not():

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from core.errors import UserError
+from core.input_norm import Normalisation
 from core.inputs import note_commit, note_file
 from core.interop import crosscoder, dictionary_learning, gemma_scope, meta_saes, native, saelens, sparsify
 from core.interop.hooks import check_site, hook_of
 from core.interop.hub import dictionary_folder
 from core.methods.batchtopk import BatchTopK
 from core.methods.dictionary import Dictionary
-from core.methods.input_norm import Normalisation
 from core.methods.pretrained import Pretrained, at_inference
 
 Format = Literal["auto", "saelens", "gemma_scope", "dictionary_learning", "sparsify", "meta_saes", "native"]

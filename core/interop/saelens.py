@@ -33,10 +33,10 @@ from torch import Tensor
 
 from core.artifacts import write_atomically
 from core.errors import UserError
+from core.input_norm import Normalisation
 from core.interop.files import Weights, read_json, read_safetensors
 from core.interop.hooks import hook_of
 from core.methods.dictionary import Dictionary
-from core.methods.input_norm import Normalisation
 from core.methods.pretrained import Activation, Pretrained, at_inference
 
 CFG, WEIGHTS, SPARSITY, SCALER = (

@@ -19,13 +19,13 @@ from torch import Tensor
 from core import distributed
 from core.batch import Batch
 from core.errors import NonFiniteLoss, UserError
+from core.input_norm import InputNorm
 from core.kernels.codes import Codes
 from core.kernels.device import products_in_bf16
 from core.methods.decoder import project_gradient, unit_columns_, unit_rows_
 from core.methods.dictionary import Dictionary
-from core.methods.input_norm import InputNorm
-from core.methods.optimizer import ClippingAdam
 from core.methods.settings import Settings
+from core.optimizer import ClippingAdam
 
 S = TypeVar("S", bound=Settings)
 

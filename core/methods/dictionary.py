@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.input_norm import InputNorm
 from core.kernels import sparse
 from core.kernels.codes import Codes
-from core.methods.input_norm import InputNorm
 
 Activation = Literal["relu", "topk", "jumprelu"]
 

@@ -18,8 +18,8 @@ from core.kernels.codes import Codes, DenseCodes
 from core.kernels.mean_square import normalised_mse
 from core.methods.base import DictionaryMethod
 from core.methods.decoder import initial_rows, unit_rows_
-from core.methods.optimizer import ClippingAdam
 from core.methods.settings import Settings
+from core.optimizer import ClippingAdam
 
 Rule = Literal["objective", "authors_compat"]
 DictionaryGradient = Literal["converged", "unrolled"]

@@ -15,11 +15,11 @@ from core.kernels.mean_square import normalised_mse
 from core.kernels.sparse import ProductPath
 from core.methods.base import DictionaryMethod
 from core.methods.decoder import initial_rows, uniform, unit_rows_
-from core.methods.optimizer import ClippingAdam
 from core.methods.resampling import resample_if_due
 from core.methods.settings import Settings
 from core.methods.sparsity import l1_penalty
 from core.metrics.flops import mlp_train_step
+from core.optimizer import ClippingAdam
 
 
 @dataclass(frozen=True, kw_only=True)

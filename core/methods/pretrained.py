@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from core.checked import Checked, positive, require
 from core.errors import UserError
+from core.input_norm import InputNorm, Normalisation
 from core.kernels import sparse
 from core.kernels.codes import Codes, DenseCodes
 from core.methods.dictionary import Activation, Dictionary, Inference
-from core.methods.input_norm import InputNorm, Normalisation
 from core.methods.settings import require_k
 
 

@@ -16,11 +16,11 @@ from core.kernels.sparse import ProductPath
 from core.methods.base import DictionaryMethod, ramp
 from core.methods.decoder import initial_weights
 from core.methods.dictionary import Inference
-from core.methods.optimizer import ClippingAdam
 from core.methods.resampling import resample_if_due
 from core.methods.settings import Settings
 from core.methods.sparsity import l1_penalty
 from core.metrics.flops import sae_train_step
+from core.optimizer import ClippingAdam
 
 BDecInit = Literal["zero", "geometric_median"]
 Reconstruction = Literal["squared_error", "normalised_mse"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from core.methods.base import DictionaryMethod
-from core.methods.optimizer import ClippingAdam
+from core.optimizer import ClippingAdam
 from core.seeding import generator
 
 ENCODER_NORM = 0.2

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal
 
 from core.checked import Checked, at_least, between, positive, rule
 from core.errors import UserError
+from core.input_norm import Normalisation
 from core.methods.dictionary import Dictionary
-from core.methods.input_norm import Normalisation
 
 DecoderNorm = Literal["before_step", "after_step", "rows_compat", "none"]
 
@@ -25,7 +25,7 @@ class Settings(Checked):
     d_model            width d of the activations
     dict_size          number m of latents
     lr, betas          of Adam (eps 1e-8, no weight decay)
-    input_norm         how activations are normalised first (`core.methods.input_norm`); losses are in that space.
+    input_norm         how activations are normalised first (`core.input_norm`); losses are in that space.
                        `scalar` is measured on the first batch
     seed               of the initialisation, which depends on the shape as well: sizes share no rows
     decoder_norm       keep decoder rows at unit norm and take the gradient's part along them away: rescaled before the

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.input_norm import InputNorm
 from core.kernels.codes import Codes, DenseCodes, SparseCodes, entries
 from core.methods.dictionary import Dictionary
-from core.methods.input_norm import InputNorm
 from core.methods.settings import rebuilt
 
 

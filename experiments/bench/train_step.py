@@ -34,7 +34,7 @@ from core.bench import (
     threads,
 )
 from core.methods.base import DictionaryMethod
-from core.methods.optimizer import ClippingAdam
+from core.optimizer import ClippingAdam
 from experiments.bench import peers
 from experiments.bench.common import built, fit_fleet
 from experiments.common import plain

@@ -22,9 +22,9 @@ from core.analysis.editing import (
     the_latent,
 )
 from core.errors import UserError
+from core.input_norm import InputNorm
 from core.kernels.codes import DenseCodes
 from core.methods.batchtopk import BatchTopK
-from core.methods.input_norm import InputNorm
 from core.models.language_model import Edit, LanguageModel, load_language_model
 from core.seeding import generator
 from core.text.facts import Facts

@@ -9,9 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from core.analysis.evaluate import evaluate_compat, evaluate_dictionaries, evaluate_dictionary
 from core.analysis.held_out import HeldOut, downstream_reference
 from core.errors import UserError
+from core.input_norm import InputNorm
 from core.kernels.codes import DenseCodes, SparseCodes
 from core.methods.batchtopk import BatchTopK
-from core.methods.input_norm import InputNorm
 from core.models.language_model import Edit, LanguageModel
 
 SITE, D, BOS, R, T = "resid_pre.1", 16, 0, 24, 8

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from core.batch import Batch
+from core.input_norm import InputNorm
 from core.kernels import sparse
 from core.kernels.codes import Codes
 from core.kernels.mean_square import mse
 from core.methods import topk
 from core.methods.base import DictionaryMethod
 from core.methods.decoder import project_gradient, uniform, unit_rows_
-from core.methods.input_norm import InputNorm
 from core.methods.saved import load_dictionary, save_dictionary
 from core.methods.settings import Settings
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from core.methods.input_norm import InputNorm
+from core.input_norm import InputNorm
 
 X = torch.randn(50, 32, generator=torch.Generator().manual_seed(0)) * 3 + torch.linspace(-5, 5, 32)
 

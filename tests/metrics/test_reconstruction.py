@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import r2_score
 
-from core.methods.input_norm import InputNorm
+from core.input_norm import InputNorm
 from core.metrics.reconstruction import ReconstructionSums, VarianceExplained, fve_per_token, token_std_errors
 
 
