@@ -1,4 +1,4 @@
-"""What several test files need: a small tokenizer, a random GPT-2 as a folder, and text that needs no installation."""
+"""Fixtures for several test files: a random GPT-2 with a small tokenizer, random text, one thread."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from reports.collect import Cell, read_cells
 
 
 class WordSource:
-    """Documents of random words, some held out by their content."""
+    """Documents of random words; the content of each decides whether it is held out."""
 
     name = "words"
 
@@ -96,14 +96,14 @@ SMALL_STREAM = {
 
 @pytest.fixture(scope="session")
 def on_tiny_model(tiny_model: dict[str, Any], words_data: dict[str, Any]) -> list[str]:
-    """What the command line says for the tiny model, a site of it, and the random words."""
+    """Command-line settings for the tiny model, a site in it, and the random words."""
     model = [f"model.{key}={'null' if value is None else value}" for key, value in tiny_model.items()]
     return ["data=local", f"data.path={words_data['path']}", "model=local", *model, "stream.site=resid_pre.1"]
 
 
 @pytest.fixture(scope="session")
 def smoke_cells(tmp_path_factory: pytest.TempPathFactory, on_tiny_model: list[str]) -> Callable[..., list[Cell]]:
-    """Runs the smoke grid of an experiment on the tiny model, with further overrides, and reads its cells."""
+    """Runs the smoke grid of an experiment on the tiny model, with further overrides; returns its cells."""
 
     def cells(experiment: str, *overrides: str) -> list[Cell]:
         folder = tmp_path_factory.mktemp(experiment)
@@ -145,14 +145,14 @@ def runtime() -> Callable[..., Runtime]:
 
 @pytest.fixture(scope="session")
 def bundled_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all processes of a session share: the bundled corpus and its tokens are made there once."""
+    """A folder shared by all processes of a test session, so that the bundled corpus is harvested once."""
     base = tmp_path_factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bundled_text"
 
 
 @pytest.fixture
 def artifacts(tmp_path: Path, bundled_text: Path) -> Path:
-    """An empty store, but for the bundled corpus and its tokens."""
+    """A store with nothing in it except the shared bundled corpus and its tokens."""
     folder = tmp_path / "artifacts"
     folder.mkdir()
     for kind in ("corpus", "tokens"):
@@ -163,7 +163,7 @@ def artifacts(tmp_path: Path, bundled_text: Path) -> Path:
 
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
-    """Sets where the Hugging Face hub is believed to be (see `tests/fake_hub.py`); nothing is in the cache."""
+    """Sets the address of the Hugging Face hub (see `tests/fake_hub.py`); the cache is empty."""
     import transformers
     from huggingface_hub import constants
 
@@ -171,18 +171,18 @@ def endpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str],
     for proxy in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(proxy, raising=False)
 
-    def believe(url: str) -> None:
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # it keeps the address that it was made with
+    def set_address(url: str) -> None:
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # it would keep its first address
         monkeypatch.setattr(constants, "ENDPOINT", url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
 
-    return believe
+    return set_address
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _as_in_a_terminal() -> Iterator[None]:
-    """SIGINT interrupts, also in a suite that a shell has started in the background. One thread: the tensors are small,
-    and several processes share the cores."""
+    """SIGINT interrupts, even if a shell started the suite in the background. One thread: the tensors are small, and
+    several processes share the cores."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     yield
@@ -191,5 +191,5 @@ def _as_in_a_terminal() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Also after a test that has set another number."""
+    """Each test starts with one thread, whatever the test before it set."""
     torch.set_num_threads(1)
