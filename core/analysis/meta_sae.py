@@ -49,7 +49,7 @@ def meta_request(
     if method["d_model"] != rows.shape[1]:
         raise UserError(f"meta.method.d_model is {method['d_model']}, but rows have {rows.shape[1]} dimensions.")
     source = DecoderRowSource(
-        rows=rows,
+        rows=rows.cpu(),  # many requests may wait at a time; the stream puts them on its device
         n_steps=meta["n_steps"] if start is None else meta["finetune_steps"],
         batch_size=meta["batch_size"],
         sampling=meta["sampling"],

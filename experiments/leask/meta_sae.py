@@ -83,10 +83,10 @@ def member(cfg: DictConfig, place: int) -> dict[str, Any]:
 
 def later_dictionaries(cfg: DictConfig) -> Iterator[list[Request]]:
     """What the fleet trains once the family is there: the meta-dictionaries, then encoders for other decoders."""
-    family, rows = family_of(cfg)
-    requests_of_cell = wanted(cfg, rows)
+    requests_of_cell = wanted(cfg, family_of(cfg)[1])  # all pending cells wait at a yield: the family is not kept
     yield requests_of_cell
     if cfg.detail and cfg.rows == "base":
+        family, rows = family_of(cfg)
         meta, _ = trained_metas(requests_of_cell, Runtime.of(cfg), rows.directions.device)
         yield [request for _, request in replacements(cfg, meta, rows, directions_of(cfg, family)).values()]
 
