@@ -23,7 +23,7 @@ PAGES = (README, "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROO
 LOG = tuple(sorted(f"docs/log/{path.name}" for path in (ROOT / "docs/log").glob("*.md")))
 TEXT = {page: (ROOT / page).read_text() for page in (*PAGES, *LOG)}
 LINES, WIDTH = 170, 140  # of the README; of a line of prose in it
-EXAMPLE_LINES = 25  # of the README's method, blank ones not counted
+EXAMPLE_LINES = 25  # of the README's method
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)]+))?\)")
 FILE = re.compile(r"`((?:core|experiments|reports|conf|tests|docs|hydra_plugins)/[\w/.]*)")
 OWN = "relu_log"  # the README's example of a method, which is not in the repository
@@ -135,7 +135,7 @@ def test_the_example_of_a_claim_is_one_of_the_claims():
 
 def test_the_readmes_example_of_a_method_is_short():
     [code] = [block for block in blocks("python") if "class ReluLog" in block]
-    assert len([line for line in code.splitlines() if line]) <= EXAMPLE_LINES
+    assert len(code.splitlines()) <= EXAMPLE_LINES
 
 
 @pytest.fixture
