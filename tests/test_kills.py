@@ -147,7 +147,7 @@ CRASHES: dict[str, Callable[[], None]] = {
     "between two checkpoints kept": lambda: at_call(2, core_training, "digest_file", die),
     "after the last chunk": lambda: at_call(1, core_training.Checkpoints, "on_train_end"),
     "in the calibration": lambda: at_call(1, DictionaryMethod, "finish"),
-    "while storing": lambda: at_call(1, artifacts, "_described"),
+    "while storing": lambda: at_call(1, artifacts, "_synced_files"),
     "between two dictionaries": lambda: at_call(2, fleet, "save_dictionary"),
     "before the checkpoints are removed": lambda: at_call(1, fleet, "discard_finished"),
     "while the checkpoints are removed": lambda: at_call(1, core_training.shutil, "rmtree", half_a_removal),
