@@ -22,7 +22,7 @@ from core.methods.base import DictionaryMethod
 from core.optimizer import ClippingAdam
 from core.streams.module import ActivationData, Chunk
 
-SMALL_PRODUCT = 1 << 30  # B d m of the encoder, below which one thread does a step
+SMALL_PRODUCT = 1 << 30  # rows times `cost_per_row`, below which one thread does a step
 
 Outcome = dict[str, Tensor] | NonFiniteLoss
 
@@ -119,7 +119,7 @@ def is_small(method: DictionaryMethod, batch: Batch) -> bool:
     """Whether one CPU thread should do a step of this dictionary. Not on several ranks: they exchange in one order."""
     if batch.x.device.type != "cpu" or distributed.is_active():
         return False
-    return len(batch.x) * method.d_model * method.dict_size < SMALL_PRODUCT
+    return len(batch.x) * method.settings.cost_per_row < SMALL_PRODUCT
 
 
 def one_thread_each(train: Callable[[int], Outcome], indices: Sequence[int]) -> list[Outcome]:
