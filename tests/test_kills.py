@@ -355,18 +355,12 @@ def test_a_dictionary_whose_training_is_killed_twice_comes_out_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "number", "n_kills"),
-    [
-        ("fleet", signal.SIGKILL, 20),
-        ("fleet", signal.SIGTERM, 20),
-        *((method, signal.SIGKILL, 5) for method in METHODS),
-    ],
-)
-def test_dictionaries_killed_at_random_moments_come_out_the_same(
-    make: Any, uninterrupted: Any, name: str, number: signal.Signals, n_kills: int
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("name", TRAININGS)
+def test_dictionaries_killed_at_twenty_random_moments_come_out_the_same(
+    make: Any, uninterrupted: Any, name: str, number: signal.Signals
 ):
-    check_kills(make, uninterrupted, name, number, n_kills)
+    check_kills(make, uninterrupted, name, number, 20)
 
 
 class CommandLine:
