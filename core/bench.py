@@ -1,6 +1,6 @@
-"""Benchmarks as ratios: what is compared runs alternately in one process, so that a busy machine slows all alike.
+"""Benchmarks as ratios: the compared tasks take turns in one process, so that a busy machine slows all of them alike.
 
-A figure is the median of the ratios of each round, with their quartiles.
+A result is the median of the ratios of all rounds, with their quartiles.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Entry = str | int | float | None
 
 
 class Ratio(NamedTuple):
-    """The median of the ratios round by round, and their quartiles."""
+    """The median of the rounds' ratios, and their quartiles."""
 
     value: float
     low: float
@@ -55,8 +55,8 @@ class Times:
 
 
 class Clock:
-    """Seconds since `restart`: on CUDA once the device has finished its work; on the CPU the process' CPU time, or wall
-    time if `wall`."""
+    """Seconds since `restart`. On CUDA it first waits for the device; on the CPU it counts the process's CPU time, or
+    wall time if `wall`."""
 
     def __init__(self, device: torch.device, wall: bool = False) -> None:
         self.device, self.wall = device, wall
@@ -104,7 +104,7 @@ def alternate(
 
 @contextmanager
 def threads(n: int | None) -> Iterator[None]:
-    """torch computes with `n` threads in this block; None does not change their number."""
+    """torch computes with `n` threads in this block; None keeps their number."""
     before = torch.get_num_threads()
     torch.set_num_threads(n or before)
     try:
@@ -130,8 +130,8 @@ def _cpu_model() -> str:
 class PeakMemory:
     """Peak of the bytes in use since `restart`, beyond those in use when the object was created.
 
-    On CUDA these are the allocator's figures. On the CPU they are Linux's resident set and its high-water mark, to
-    about half a megabyte; freed memory is returned to the system first, if the C library can do that.
+    On CUDA the allocator reports them. On the CPU they are Linux's resident set and its high-water mark, to about half
+    a megabyte; freed memory is returned to the system first, if the C library can do that.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,17 +1,17 @@
 """Dictionaries on demand: ask for one with `load_or_train`, for several with `load_or_train_all`, or `prefetch` them.
 
-A `Request` says everything that decides a dictionary: the method's settings and the source of its batches. Requests
+A `Request` holds everything that decides a dictionary: the method's settings and the source of its batches. Requests
 for the same source are trained together, in one Lightning run on one stream (for activations: on one pass of the
-language model). Each dictionary comes out as it would have alone, since the batches are the same and nothing else is
-shared. Finished ones lie in the artifact store under the key of their request.
+language model). Each dictionary comes out as if trained alone: the batches are the same, and nothing else is shared.
+Finished dictionaries lie in the artifact store under the key of their request.
 
-More devices serve in two ways. `trainer.processes` splits a group over processes, each with a stream of its own and
-some of the dictionaries, which come out the same. `trainer.devices` splits every batch (`core.distributed`), for a
-dictionary that takes too long on one device; its batches, and so its numbers, depend on how many there are.
+There are two ways to use more devices. `trainer.processes` divides the dictionaries of a group among processes, each
+with its own stream; the dictionaries are the same. `trainer.devices` divides every batch (`core.distributed`), for a
+dictionary that takes too long on one device; its batches, and so its numbers, depend on the number of devices.
 
-Locks are taken by the process that trains, in the order of their keys, before it waits for anything else; the parent of
-such workers holds none. So a chain of waiting processes ends at one that waits for no lock, and runs at the same time
-cannot block each other. Of ranks the parent holds the locks, and the ranks ask for none.
+The process that trains takes the locks, in the order of their keys, before it waits for anything else; the parent of
+worker processes holds none. So every chain of waiting processes ends at one that waits for no lock, and simultaneous
+runs cannot block each other. When ranks train, their parent holds the locks and the ranks take none.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from core.methods.settings import Settings, method_class, settings_of
 from core.runtime import Runtime
 from core.shares import gpus, number_of_processes, slots, split
 from core.streams.decoder_rows import digest
-from core.streams.module import ActivationData
+from core.streams.module import StreamData
 from core.streams.source import Source
 from core.together import Fleet
 from core.training import Checkpoints, Work, discard_finished, fit, members_of
 from core.workers import Task, portable, run_tasks
 
 KIND = "dictionary"
-_failed_here: dict[tuple[str, str], Exception] = {}  # by store and key: what this process need not try again
+_known_failures: dict[tuple[str, str], Exception] = {}  # by store and key; not tried again by this process
 
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """A dictionary whose parameters a training begins with. Those named in `fixed` stay as they are."""
+    """A dictionary whose parameters a training starts from. The parameters named in `fixed` are not trained."""
 
     dictionary: DictionaryMethod
     fixed: tuple[str, ...] = ()
@@ -63,9 +63,9 @@ class Start:
         return {"parameters": digest(*self.dictionary.parameters()), "fixed": list(self.fixed)}
 
     def apply(self, method: DictionaryMethod) -> None:
-        """Give the parameters to a new dictionary of the same shape."""
-        begin = {name: parameter.detach().cpu() for name, parameter in self.dictionary.named_parameters()}
-        method.load_state_dict(method.state_dict() | begin)
+        """Copy the parameters into a new dictionary of the same shape."""
+        initial = {name: parameter.detach().cpu() for name, parameter in self.dictionary.named_parameters()}
+        method.load_state_dict(method.state_dict() | initial)
         for name in self.fixed:
             method.get_parameter(name).requires_grad_(False)
 
@@ -75,7 +75,7 @@ class Request:
     """One dictionary: the plain, resolved configuration of its method, and the source of its batches.
 
     precision  of the training: `32-true` or `bf16-mixed`
-    start      parameters to begin with, if not the method's own
+    start      parameters to start from, if not the method's own
     """
 
     method: dict[str, Any]
@@ -85,7 +85,7 @@ class Request:
 
     @cached_property
     def group_spec(self) -> dict[str, Any]:
-        """What decides the batches and how they are computed with: requests with equal ones train together."""
+        """What decides the batches, and the precision: requests with equal group specs are trained together."""
         return {**self.source.spec, "precision": self.precision}
 
     @cached_property
@@ -98,7 +98,7 @@ class Request:
 
     @cached_property
     def settings(self) -> Settings:
-        """Of the method, checked. Raises UserError for values that it refuses."""
+        """The method's settings, checked. Raises UserError for invalid values."""
         return settings_of(self.method)
 
     @cached_property
@@ -107,7 +107,7 @@ class Request:
 
     @property
     def cost(self) -> float:
-        """Of a step, against other requests'."""
+        """Cost of one step, relative to other requests."""
         return float(self.source.batch_size * self.settings.cost_per_row)
 
     def build(self) -> DictionaryMethod:
@@ -125,59 +125,59 @@ class Request:
 
 
 def load_or_train(request: Request, run: Runtime) -> Dictionary:
-    """The dictionary from the store; trained first, alone, if it is not there. Raises what stopped its training."""
+    """The stored dictionary, trained first if it is missing. Raises the error that stopped its training."""
     return load_or_train_all([request], run)[0]
 
 
 def load_or_train_all(requests: Sequence[Request], run: Runtime) -> list[Dictionary]:
-    """The dictionaries from the store, in evaluation mode. Missing ones of one source are trained together, here.
+    """The stored dictionaries, in evaluation mode. Missing ones are trained first, those of one source together.
 
-    Raises what stopped the training of any of them.
+    Raises the first error that stopped a training.
     """
     store = Store(run.artifacts_dir)
     for group in _missing(requests, store).values():
         places = [(run.artifacts_dir, key) for key in group]
-        failed = [_failed_here[place] for place in places if place in _failed_here]
-        for error in failed or train_together(list(group.values()), run).values():
+        failures = [_known_failures[place] for place in places if place in _known_failures]
+        for error in failures or train_together(list(group.values()), run).values():
             raise error
     return [load_dictionary(store.path(KIND, request.spec)) for request in requests]
 
 
 def prefetch(requests: Iterable[Request], run: Runtime) -> None:
-    """Train what is missing of many requests, source by source. Failures are printed; the cell tries again."""
+    """Train the missing dictionaries, source by source. Failures are printed; the cells try those again."""
     store = Store(run.artifacts_dir)
     _discard_checkpoints(store)
     groups = _missing(filter(_is_sound, requests), store)
     for number, group in enumerate(groups.values(), 1):
         print(f"stream {number} of {len(groups)}: {len(group)} dictionaries to train", file=sys.stderr)
-        failed = _train_shares(_shares(group, store, run), run)
-        for message in sorted({str(error) for error in failed.values()}):
+        failures = _train_shares(_shares(group, store, run), run)
+        for message in sorted({str(error) for error in failures.values()}):
             print(f"not trained together: {message}", file=sys.stderr)
 
 
 def prefetch_rounds(rounds: Sequence[Iterator[Iterable[Request]]], run: Runtime) -> None:
-    """`prefetch` for many cells whose later requests depend on earlier dictionaries: the first of every cell together,
-    then the second, and so on. A cell whose next requests cannot be made drops out, with a line; it fails by itself
-    later, with the same error."""
-    going = list(rounds)
-    while going:
-        wanted: list[Request] = []
-        still = []
-        for one in going:
+    """`prefetch` for many cells whose later requests depend on earlier dictionaries: first the first requests of all
+    cells, then the second, and so on. If a cell's next requests cannot be built, the error is printed and the cell
+    drops out; it will raise the same error when it runs."""
+    remaining = list(rounds)
+    while remaining:
+        requests: list[Request] = []
+        continuing = []
+        for cell in remaining:
             try:
-                wanted += next(one)
+                requests += next(cell)
             except StopIteration:
                 continue
             except (UserError, FloatingPointError, RuntimeError) as error:
                 print(f"not trained together: {error}", file=sys.stderr)
                 continue
-            still.append(one)
-        prefetch(wanted, run)
-        going = still
+            continuing.append(cell)
+        prefetch(requests, run)
+        remaining = continuing
 
 
 def _is_sound(request: Request) -> bool:
-    """Whether the method's settings fit together; says what is wrong with them if not."""
+    """Whether the method's settings fit together; prints the reason if they do not."""
     try:
         return bool(request.settings)
     except UserError as error:
@@ -195,29 +195,29 @@ def _missing(requests: Iterable[Request], store: Store) -> dict[str, dict[str, R
 
 
 def _n_processes(request: Request, run: Runtime) -> int:
-    """That train a group at a time; ranks that share a training count as one."""
+    """Number of processes that train a group at the same time; ranks that share a training count as one."""
     return number_of_processes(run.processes, run.accelerator) if request.source.devices == 1 else 1
 
 
 def _shares(group: Mapping[str, Request], store: Store, run: Runtime) -> list[list[Request]]:
-    """The group in shares that train apart from each other: one for every process, along checkpoints that are there."""
+    """The group in shares, one for each process. Dictionaries of different checkpoints are never in one share."""
     any_request = next(iter(group.values()))
     n = _n_processes(any_request, run)
     if n > len(group) and run.processes != "auto":
-        print(f"trainer.processes={n}: {len(group)} serve, one for each dictionary", file=sys.stderr)
+        print(f"trainer.processes={n}: only {len(group)} are used, one for each dictionary", file=sys.stderr)
     training = _checkpoint_folder(any_request, store)
     begun = [members_of(path.parent) for path in sorted(training.glob(f"[!.]*/{Checkpoints.MEMBERS}"))]
     costs = {key: request.cost for key, request in group.items()}
     shares = [[group[key] for key in share] for share in split(costs, n, begun)]
     if len(shares) > n:
-        print(f"{len(shares)} trainings were begun apart and go on apart, {n} at a time", file=sys.stderr)
+        print(f"{len(shares)} trainings started separately and continue separately, {n} at a time", file=sys.stderr)
     return shares
 
 
 def _train_shares(shares: Sequence[Sequence[Request]], run: Runtime) -> dict[str, Exception]:
-    """Train each share, here or in processes as many as `trainer.processes` says. Returns what stopped any, by key.
+    """Train each share, here or in up to `trainer.processes` processes. Returns the errors of failed trainings, by key.
 
-    Raises OSError, after the others have ended: on a full disk every cell would train in vain.
+    Raises OSError when all shares have ended: on a full disk every cell would train in vain.
     """
     n = min(_n_processes(shares[0][0], run), len(shares))
     if n == 1:
@@ -225,16 +225,16 @@ def _train_shares(shares: Sequence[Sequence[Request]], run: Runtime) -> dict[str
     else:
         tasks = [Task(str(i), "core.fleet:train_share", (share, run)) for i, share in enumerate(shares)]
         outcomes = run_tasks(tasks, slots(n, run.accelerator))
-    failed: dict[str, Exception] = {}
+    failures: dict[str, Exception] = {}
     for share, outcome in zip(shares, outcomes, strict=True):
         if isinstance(outcome, OSError):
             raise outcome
         if isinstance(outcome, Exception):
-            failed |= dict.fromkeys((request.key for request in share), outcome)
+            failures |= dict.fromkeys((request.key for request in share), outcome)
         else:
-            failed |= outcome
-            _failed_here.update({(run.artifacts_dir, key): error for key, error in outcome.items()})
-    return failed
+            failures |= outcome
+            _known_failures.update({(run.artifacts_dir, key): error for key, error in outcome.items()})
+    return failures
 
 
 def _attempt(share: Sequence[Request], run: Runtime) -> dict[str, Exception] | Exception:
@@ -245,42 +245,42 @@ def _attempt(share: Sequence[Request], run: Runtime) -> dict[str, Exception] | E
 
 
 def train_share(share: Sequence[Request], run: Runtime) -> dict[str, Exception]:
-    """`train_together` as the task of a worker."""
+    """`train_together`, as a worker's task."""
     return {key: portable(error) for key, error in train_together(share, run).items()}
 
 
 def train_together(requests: Sequence[Request], run: Runtime) -> dict[str, Exception]:
-    """Train requests for equal sources and store each dictionary. Returns what stopped any of them, by key."""
+    """Train requests with equal sources and store the dictionaries. Returns the errors of failed trainings, by key."""
     store = Store(run.artifacts_dir)
     ordered = sorted(requests, key=lambda request: request.key)
     with ExitStack() as locks:
-        for request in ordered:  # in one order everywhere: two fleets cannot wait for each other
+        for request in ordered:  # the same order everywhere: two fleets cannot wait for each other
             locks.enter_context(store.lock(KIND, request.spec))
         missing = [request for request in ordered if not store.has(KIND, request.spec)]
-        methods, failed = _build(missing)
+        methods, failures = _build(missing)
         sound = [request for request in missing if request.key in methods]
         if sound and sound[0].source.devices > 1:
-            failed |= _train_on_devices(sound, run)
+            failures |= _train_on_devices(sound, run)
         elif sound:
-            failed |= _train(sound, methods, store, run)
+            failures |= _train(sound, methods, store, run)
         _discard_checkpoints(store)
-    _failed_here.update({(run.artifacts_dir, key): error for key, error in failed.items()})
-    return failed
+    _known_failures.update({(run.artifacts_dir, key): error for key, error in failures.items()})
+    return failures
 
 
 def _train_on_devices(requests: Sequence[Request], run: Runtime) -> dict[str, Exception]:
-    """Train requests that are missing, and locked, in as many processes as each asks for. Raises what stopped these."""
+    """Train missing, locked requests with one process for each device. Raises the error that stopped a process."""
     n, accelerator = requests[0].source.devices, run.accelerator
     n_gpus = len(gpus(accelerator))
     if n_gpus and n > n_gpus:
         raise UserError(f"trainer.devices={n}: there are {n_gpus} GPUs here.")
     if run.processes not in ("auto", 1):
         raise UserError(
-            f"trainer.processes={run.processes} splits dictionaries over processes, trainer.devices={n} splits "
-            "each of them: one of the two must be 1."
+            f"trainer.processes={run.processes} divides dictionaries among processes, trainer.devices={n} "
+            "divides every batch among devices: one of the two must be 1."
         )
     if run.cache is not None:
-        raise UserError(f"cache.dir: the cache holds streams for one device, not for trainer.devices={n}; cache=none.")
+        raise UserError(f"cache.dir: the cache serves one device, not trainer.devices={n}. Add cache=none.")
     requests[0].source.check_devices()
     with tempfile.TemporaryDirectory() as folder:
         tasks = [
@@ -296,44 +296,44 @@ def _train_on_devices(requests: Sequence[Request], run: Runtime) -> dict[str, Ex
 def train_rank(
     rank: int, meeting_point: str, on_gpu: bool, requests: Sequence[Request], run: Runtime
 ) -> dict[str, Exception]:
-    """The part of one rank in `_train_on_devices`, as the task of a worker."""
+    """One rank's part of `_train_on_devices`, as a worker's task."""
     with distributed.group(rank, requests[0].source.devices, Path(meeting_point), on_gpu):
-        methods, failed = _build(requests)
-        failed |= _train(requests, methods, Store(run.artifacts_dir), run)
-    return {key: portable(error) for key, error in failed.items()}
+        methods, failures = _build(requests)
+        failures |= _train(requests, methods, Store(run.artifacts_dir), run)
+    return {key: portable(error) for key, error in failures.items()}
 
 
 def _checkpoint_folder(request: Request, store: Store) -> Path:
-    """Where the checkpoints of all trainings on the request's source lie."""
+    """The folder with the checkpoints of all trainings on the request's source."""
     return store.root / "training" / content_key(request.group_spec)
 
 
 def _discard_checkpoints(store: Store) -> None:
-    """Remove those of trainings all of whose dictionaries are stored, also what a killed process left of them."""
+    """Remove the checkpoints of trainings whose dictionaries are all stored, and finish interrupted removals."""
     discard_finished(store.root / "training", lambda key: (store.root / KIND / key).is_dir())
 
 
 def _build(requests: Sequence[Request]) -> tuple[dict[str, DictionaryMethod], dict[str, Exception]]:
-    """The methods that can be built, and what was wrong with the others, by key."""
+    """The methods that can be built, and the errors of the others, by key."""
     methods: dict[str, DictionaryMethod] = {}
-    failed: dict[str, Exception] = {}
+    failures: dict[str, Exception] = {}
     for request in requests:
         try:
             methods[request.key] = request.build()
         except Exception as error:
             raise_if_interrupted(error)
-            failed[request.key] = error
-    return methods, failed
+            failures[request.key] = error
+    return methods, failures
 
 
 def _train(
     requests: Sequence[Request], methods: dict[str, DictionaryMethod], store: Store, run: Runtime
 ) -> dict[str, Exception]:
-    """The Lightning run over one stream, then calibration and storing. The requests are missing, and locked."""
+    """The Lightning run over one stream, then calibration and storing. The requests are missing and locked."""
     started, source = time.time(), requests[0].source
     run = replace(run, precision=requests[0].precision)
     stream = source.open(run)
-    data = ActivationData(stream, source.n_batches, source.batches_per_chunk)
+    data = StreamData(stream, source.n_batches, source.batches_per_chunk)
     keys = [request.key for request in requests]
     fleet = Fleet([methods[request.key] for request in requests], data, run.log_every_steps, keys)
     run_key = content_key({"requests": keys})

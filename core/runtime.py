@@ -1,6 +1,6 @@
-"""Where a run keeps its files and on what it computes: what training needs beside what it trains.
+"""A run's folders, device, logging and cache: what training needs besides methods and data.
 
-None of it decides a number but `precision`, which is a part of every request (`core.fleet.Request`).
+Only `precision` decides numbers; it is part of every request (`core.fleet.Request`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Cache:
 class Runtime:
     """The settings of `trainer`, `logging` and `cache`, and the folders.
 
-    name        of the experiment; curves and logs are called after it
-    processes   among which the dictionaries of a sweep are split: a number, or `auto`
+    name        of the experiment and of its curves and logs
+    processes   number of processes that share the dictionaries of a sweep, or `auto`
     log_every_steps, quiet_seconds  optimiser steps between logged values; seconds between progress lines
     """
 
@@ -45,7 +45,7 @@ class Runtime:
 
     @classmethod
     def of(cls, cfg: Any) -> Runtime:
-        """From a whole configuration."""
+        """Read from a whole configuration."""
         trainer: Mapping[str, Any] = cfg.trainer
         cache = None if cfg.cache.dir is None else Cache(**{str(key): value for key, value in cfg.cache.items()})
         return cls(
@@ -72,7 +72,7 @@ class Runtime:
 
 
 def resolve_device(accelerator: str) -> torch.device:
-    """The device behind Lightning's name of an accelerator (`auto`, `cpu`, `gpu`, `cuda`)."""
+    """The device that Lightning's accelerator name means (`auto`, `cpu`, `gpu`, `cuda`)."""
     if accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available()):
         return torch.device("cuda")
     return torch.device("cpu")

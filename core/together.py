@@ -1,8 +1,8 @@
-"""Several dictionaries in one Lightning run on the same batches. Nothing else is shared, so each comes out as if alone.
+"""Several dictionaries in one Lightning run on the same batches. Nothing else is shared: each comes out as if alone.
 
-On the CPU a step of a small dictionary is a series of small operations that gain little from a second thread and lose
-much to waiting for it. So small ones are trained one thread each, as many at once as there are threads; that depends on
-the dictionary's own size only, and its numbers therefore not on the company it is in.
+On the CPU a step of a small dictionary consists of small operations. A second thread speeds them up little, and waiting
+for it costs much. So small dictionaries are trained on one thread each, as many at once as there are threads. Whether a
+dictionary is small depends on its own size only, so its numbers do not depend on the other dictionaries.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from core.batch import Batch
 from core.errors import NonFiniteLoss
 from core.methods.base import DictionaryMethod
 from core.optimizer import ClippingAdam
-from core.streams.module import ActivationData, Chunk
+from core.streams.module import Chunk, StreamData
 
-SMALL_PRODUCT = 1 << 30  # rows times `cost_per_row`, below which one thread does a step
+SMALL_PRODUCT = 1 << 30  # rows times `cost_per_row`; below it, one thread does a step
 
 Outcome = dict[str, Tensor] | NonFiniteLoss
 
@@ -30,13 +30,13 @@ Outcome = dict[str, Tensor] | NonFiniteLoss
 class Fleet(pl.LightningModule):
     """Dictionaries on the same batches, each with its own optimiser. One that diverges stops alone.
 
-    names  of the dictionaries, by which one is found in a checkpoint of a larger fleet; their numbers, if None
+    names  of the dictionaries, to find them in the checkpoint of a larger fleet; their indices if None
     """
 
     def __init__(
         self,
         methods: Sequence[DictionaryMethod],
-        data: ActivationData,
+        data: StreamData,
         log_every_steps: int,
         names: Sequence[str] | None = None,
     ) -> None:
@@ -64,7 +64,7 @@ class Fleet(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes these dictionaries' parts; the checkpoint may hold others as well."""
+        """Load these dictionaries; the checkpoint may contain others as well."""
         saved: dict[str, dict[str, Any]] = checkpoint["fleet"]
         optimizers = dict(zip(saved, checkpoint["optimizer_states"], strict=True))
         checkpoint["optimizer_states"] = [optimizers[name] for name in self.names]
@@ -101,7 +101,7 @@ class Fleet(pl.LightningModule):
             self._log(batch_idx)
 
     def last(self, index: int) -> dict[str, float]:
-        """The means over the last chunk of what a method logs."""
+        """The values that a method logs, averaged over the last chunk."""
         return {name: float(value) for name, value in self._last[index].items()}
 
     def _log(self, batch_idx: int) -> None:
@@ -116,20 +116,20 @@ class Fleet(pl.LightningModule):
 
 
 def is_small(method: DictionaryMethod, batch: Batch) -> bool:
-    """Whether one CPU thread should do a step of this dictionary. Not on several ranks: they exchange in one order."""
+    """Whether one CPU thread should do a step of this dictionary. Not on several ranks, which exchange in one order."""
     if batch.x.device.type != "cpu" or distributed.is_active():
         return False
     return len(batch.x) * method.settings.cost_per_row < SMALL_PRODUCT
 
 
 def one_thread_each(train: Callable[[int], Outcome], indices: Sequence[int]) -> list[Outcome]:
-    """`train` of every index, on one thread each; torch's own number of threads is as before afterwards."""
+    """Call `train` with every index, on one thread each; torch's number of threads is restored afterwards."""
     if not indices:
         return []
     n_threads = torch.get_num_threads()
 
     def alone(index: int) -> Outcome:
-        torch.set_num_threads(1)  # of this worker, and of the matrix library as a whole
+        torch.set_num_threads(1)  # for this worker, and for the whole matrix library
         return train(index)
 
     with ThreadPoolExecutor(min(n_threads, len(indices))) as workers:

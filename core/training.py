@@ -1,4 +1,4 @@
-"""Lightning trainers as every experiment uses them: quiet, logged, checkpointed by time, with progress over tokens."""
+"""The Lightning trainer of every experiment: quiet, with logged curves, timed checkpoints and a progress bar."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from core.runtime import Runtime
 
 
 class WorkProgress(Callback):
-    """A bar over one training: how much is done, rate, time left, and what was logged with `prog_bar=True`.
+    """A progress bar for one training: work done, rate, time left, and the values logged with `prog_bar=True`.
 
-    Where standard error is not a terminal, one line every `quiet_seconds` instead. The arguments are those of `Work`.
+    Where standard error is not a terminal, it prints one line every `quiet_seconds` instead. Arguments: see `Work`.
     """
 
     def __init__(self, title: str, total: int, per_chunk: int, unit: str, quiet_seconds: float) -> None:
@@ -78,14 +78,14 @@ class WorkProgress(Callback):
 
 
 class Checkpoints(Callback):
-    """Checkpoints `<folder>/<chunks>.ckpt` every `every_seconds` and on SIGINT or SIGTERM, between two chunks; the two
-    newest are kept, each with its sha256 beside it.
+    """Checkpoints `<folder>/<chunks>.ckpt` every `every_seconds` and on SIGINT or SIGTERM, between two chunks. The two
+    newest are kept, each with its sha256 in a file beside it.
 
-    A signal (0 seconds: only a signal) is answered when the current chunk is done: a checkpoint, then `Interrupted`.
-    A checkpoint that the disk refuses is reported on standard error, and training goes on.
+    With `every_seconds` 0 only signals cause one. After a signal the current chunk is finished, the checkpoint written,
+    and `Interrupted` raised. A failed write is reported on standard error, and training continues.
 
-    members  what is trained together, by name. With it, a checkpoint in a folder beside `folder` serves as well, if all
-             of these were trained there with others; the module must then pick them out when it loads it.
+    members  names of what is trained together. A checkpoint in a sibling of `folder` is also used if its members
+             include all of these; the module must then select them when it loads it.
     """
 
     KEPT = 2
@@ -93,8 +93,8 @@ class Checkpoints(Callback):
 
     def __init__(self, folder: Path, every_seconds: float, members: Sequence[str] = ()) -> None:
         self.folder, self.every_seconds, self.members = folder, every_seconds, list(members)
-        self.earlier_seconds = 0.0  # of training in earlier lives, up to the checkpoint that this one goes on from
-        self.saved = self._began = time.monotonic()
+        self.earlier_seconds = 0.0  # of training before the checkpoint that was loaded
+        self.saved_at = self._began_at = time.monotonic()
         self.signals = Deferred()
         self._handlers = ExitStack()
         self._loaded: dict[str, Any] | None = None
@@ -110,7 +110,7 @@ class Checkpoints(Callback):
         for abandoned in (*self.folder.glob("*.part"), *self.folder.glob(".*")):
             abandoned.unlink(missing_ok=True)
         with suppress(OSError):
-            self.folder.rmdir()  # if a killed process had come no further than to make it
+            self.folder.rmdir()  # if it is empty: a process was killed after creating it
         try:
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         except (UserError, OSError, FloatingPointError):
@@ -120,33 +120,33 @@ class Checkpoints(Callback):
                 raise
             raise UserError(
                 f"The checkpoint {path} cannot be loaded by this version ({type(error).__name__}: {error}). "
-                f"Go on with the version that wrote it, or remove {path.parent} to train from the beginning."
+                f"Continue with the version that wrote it, or remove {path.parent} to train from the beginning."
             ) from error
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint, to resume from. Damaged ones are renamed, which is reported."""
-        found = sorted((path for folder in self._folders() for path in folder.glob("[0-9]*.ckpt")), key=_n_chunks)
-        while found:
-            path = found.pop()
+        """The newest whole checkpoint. Damaged ones are renamed and reported."""
+        paths = sorted((path for folder in self._folders() for path in folder.glob("[0-9]*.ckpt")), key=_n_chunks)
+        while paths:
+            path = paths.pop()
             if is_whole(path):
                 return path
             path.replace(path.with_suffix(".damaged"))
-            instead = f"falling back to {found[-1]}" if found else "training starts from the beginning"
-            print(f"the checkpoint {path} is damaged (its sha256 differs): {instead}", file=sys.stderr)
+            fallback = f"falling back to {paths[-1]}" if paths else "training starts from the beginning"
+            print(f"the checkpoint {path} is damaged (its sha256 differs): {fallback}", file=sys.stderr)
         return None
 
     def _folders(self) -> list[Path]:
-        """Where the members' checkpoints may lie."""
-        beside = self.folder.parent.glob("[!.]*") if self.members else []
-        return [self.folder, *(f for f in beside if f != self.folder and {*self.members} <= {*members_of(f)})]
+        """The folders that can hold checkpoints of the members."""
+        siblings = self.folder.parent.glob("[!.]*") if self.members else []
+        return [self.folder, *(f for f in siblings if f != self.folder and {*self.members} <= {*members_of(f)})]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         trainer.strategy.checkpoint_io = CheckpointFiles(self.members)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = True
-        self.saved = self._began = time.monotonic()
-        self._handlers.enter_context(handled_by(self.signals))  # after Lightning's own, which they replace meanwhile
+        self.saved_at = self._began_at = time.monotonic()
+        self._handlers.enter_context(handled_by(self.signals))  # they replace Lightning's during training
         if trainer.received_sigterm:
             self.signals.signum = signal.SIGTERM
         if self._loaded is not None:
@@ -155,16 +155,16 @@ class Checkpoints(Callback):
                 torch.cuda.set_rng_state_all(self._loaded["cuda_rng"])
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        due = self.every_seconds > 0 and time.monotonic() - self.saved >= self.every_seconds
+        due = self.every_seconds > 0 and time.monotonic() - self.saved_at >= self.every_seconds
         if trainer.strategy.reduce_boolean_decision(due, all=False):  # all processes save, or none
             self.save(trainer)
-        self._stop_if_told(trainer)
+        self._stop_if_signalled(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._handlers.close()
-        self._stop_if_told(trainer)
+        self._stop_if_signalled(trainer)
 
-    def _stop_if_told(self, trainer: pl.Trainer) -> None:
+    def _stop_if_signalled(self, trainer: pl.Trainer) -> None:
         if trainer.strategy.reduce_boolean_decision(self.signals.signum is not None, all=False):
             self.save(trainer)
             raise Interrupted(self.signals.signum or signal.SIGTERM)
@@ -174,7 +174,7 @@ class Checkpoints(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        seconds = self.earlier_seconds + time.monotonic() - self._began
+        seconds = self.earlier_seconds + time.monotonic() - self._began_at
         return {
             "torch": str(torch.__version__),
             "rng": torch.get_rng_state(),
@@ -188,12 +188,12 @@ class Checkpoints(Callback):
         if state_dict["torch"] != torch.__version__:
             print(
                 f"the checkpoint was written with torch {state_dict['torch']}, this is {torch.__version__}: "
-                "what follows may differ by rounding from a run without interruption",
+                "results may differ by rounding from those of an uninterrupted run",
                 file=sys.stderr,
             )
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Write the checkpoint after the current chunk. Nothing where the module ended the training itself."""
+        """Write the checkpoint after the current chunk, unless the module ended the training itself."""
         # Lightning counts the chunk that just ended as completed only after the callbacks; `ready` counts it already.
         n_chunks = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if trainer.should_stop or n_chunks == self._last_saved:
@@ -205,12 +205,12 @@ class Checkpoints(Callback):
             for old in sorted(self.folder.glob("[0-9]*.ckpt"), key=_n_chunks)[: -self.KEPT]:
                 old.unlink()
                 digest_file(old).unlink(missing_ok=True)
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Writes a checkpoint straight to where it shall lie, under a temporary name until all of it is on the disk, with
-    its sha256 beside it. What the disk refuses is reported and leaves no trace: whoever trains goes on."""
+    """Writes a checkpoint into its folder, under a temporary name until all of it is on the disk, and its sha256 beside
+    it. A failed write is reported and leaves no file; training continues."""
 
     def __init__(self, members: Sequence[str] = ()) -> None:
         self.members = list(members)
@@ -223,15 +223,15 @@ class CheckpointFiles(TorchCheckpointIO):
             if self.members:
                 write_atomically(path.parent / Checkpoints.MEMBERS, json.dumps(self.members))
             self._write(checkpoint, unfinished)
-            write_atomically(digest_file(path), f"{sha256(unfinished)}  {path.name}\n")  # as `sha256sum -c` reads it
+            write_atomically(digest_file(path), f"{sha256(unfinished)}  {path.name}\n")  # readable by `sha256sum -c`
             unfinished.replace(path)
             sync(path.parent)
         except OSError as error:
-            for trace in (unfinished, path, digest_file(path)):
-                trace.unlink(missing_ok=True)
+            for leftover in (unfinished, path, digest_file(path)):
+                leftover.unlink(missing_ok=True)
             print(
-                f"the checkpoint {path} could not be written ({error}): training goes on, earlier ones are kept, "
-                "the next one is tried in its time",
+                f"the checkpoint {path} could not be written ({error}): training continues, earlier checkpoints "
+                "are kept, the next one is written at its usual time",
                 file=sys.stderr,
             )
 
@@ -242,18 +242,18 @@ class CheckpointFiles(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            except RuntimeError as error:  # torch's word for a write that failed
+            except RuntimeError as error:  # raised by torch when a write fails
                 free = shutil.disk_usage(path.parent).free
                 raise OSError(errno.EIO, f"{error}; {free / 1e6:,.1f} MB are free") from error
 
 
 def digest_file(path: Path) -> Path:
-    """Where a checkpoint's sha256 lies."""
+    """The file with a checkpoint's sha256."""
     return path.with_name(f"{path.name}.sha256")
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a checkpoint is what was written. Reads all of it."""
+    """Whether a checkpoint has the recorded sha256. Reads all of it."""
     try:
         return digest_file(path).read_text().split()[:1] == [sha256(path)]
     except (FileNotFoundError, UnicodeDecodeError):
@@ -261,12 +261,12 @@ def is_whole(path: Path) -> bool:
 
 
 def discard_finished(root: Path, is_stored: Callable[[str], bool]) -> None:
-    """Remove the checkpoints in `<root>/*/*/` all of whose members are stored: nobody will go on from them. A folder is
-    renamed first, so that one half removed by a killed process is known for what it is."""
+    """Remove the checkpoints in `<root>/*/*/` whose members are all stored: they are no longer needed. A folder is
+    renamed first, so that a removal that was killed can be recognised and finished."""
     for record in root.glob(f"*/[!.]*/{Checkpoints.MEMBERS}"):
         members = members_of(record.parent)
         if members and all(map(is_stored, members)):
-            with suppress(OSError):  # another process may be at it too
+            with suppress(OSError):  # another process may be removing it too
                 record.parent.replace(record.parent.with_name(f".{record.parent.name}.finished"))
     for finished in root.glob("*/.*.finished"):
         remove_folder(finished)
@@ -279,7 +279,7 @@ def _n_chunks(path: Path) -> int:
 
 
 def members_of(folder: Path) -> list[str]:
-    """What the checkpoints in a folder are of, by name; nothing where that is not recorded."""
+    """The names of what a folder's checkpoints hold; empty if they are not recorded."""
     try:
         return json.loads((folder / Checkpoints.MEMBERS).read_text())
     except (OSError, ValueError):
@@ -287,7 +287,7 @@ def members_of(folder: Path) -> list[str]:
 
 
 class Work(NamedTuple):
-    """What a training goes through, for its progress: `total` of `unit`, `per_chunk` in each Lightning step."""
+    """The work in a training, for its progress bar: `total` units, `per_chunk` of them in each Lightning step."""
 
     title: str
     total: int
@@ -309,16 +309,15 @@ def fit(
     """Train for `n_chunks` calls of `training_step`, from the newest whole checkpoint if there is one.
 
     name         curves go to `<output_dir>/logs/<name>`
-    checkpoints  their folder; None: none are written
-    members      what is trained together, see `Checkpoints`
+    checkpoints  folder for checkpoints; None writes none
+    members      names of what is trained together, see `Checkpoints`
 
-    Returns the seconds of earlier lives of this training. Raises UserError for a checkpoint that cannot be loaded here,
-    and Interrupted, with a checkpoint, after SIGINT or SIGTERM.
+    Returns the seconds spent on training before the checkpoint that was loaded. Raises UserError for a checkpoint that
+    cannot be loaded here, and Interrupted, after a checkpoint, on SIGINT or SIGTERM.
     """
     saving = None if checkpoints is None else Checkpoints(checkpoints, run.checkpoint_every_seconds, members)
-    own: list[Callback] = [WorkProgress(*work, quiet_seconds=run.quiet_seconds)] if distributed.rank() == 0 else []
-    own += [*callbacks, *([] if saving is None else [saving])]
-    trainer = make_trainer(run, name, n_chunks, own)
+    progress = [WorkProgress(*work, quiet_seconds=run.quiet_seconds)] if distributed.rank() == 0 else []
+    trainer = make_trainer(run, name, n_chunks, [*progress, *callbacks, *([] if saving is None else [saving])])
     if saving is None:
         trainer.fit(module, datamodule=data)
         return 0.0
@@ -329,11 +328,11 @@ def fit(
 def make_trainer(run: Runtime, name: str, n_chunks: int, callbacks: list[Callback]) -> pl.Trainer:
     """A trainer for `n_chunks` calls of `training_step`, whose curves go to `<output_dir>/logs/<name>`."""
     for noisy in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)  # which devices it sees, and its tips
+        logging.getLogger(noisy).setLevel(logging.WARNING)  # its list of devices, and its tips
     warnings.filterwarnings("ignore", message=".*treespec|.*transfer_batch_to_device|.*dataloader is not resumable")
     return pl.Trainer(
         accelerator=run.accelerator,
-        devices=1,  # that this process sees; each of several ranks is a node of its own to Lightning
+        devices=1,  # of this process; to Lightning, each rank is a node of its own
         num_nodes=distributed.n_ranks(),
         strategy=RanksStrategy() if distributed.is_active() else "auto",
         precision=_precision(run.precision),
@@ -350,14 +349,14 @@ def make_trainer(run: Runtime, name: str, n_chunks: int, callbacks: list[Callbac
 
 
 class RanksStrategy(DDPStrategy):
-    """The ranks of `core.distributed` to Lightning, without its wrapper: the methods exchange gradients themselves."""
+    """The ranks of `core.distributed` for Lightning, without its wrapper: the methods exchange gradients themselves."""
 
     def configure_ddp(self) -> None:
         """Nothing is wrapped."""
 
 
 def _environment() -> ClusterEnvironment | None:
-    """Where Lightning is told that it runs, if it is not to find out for itself."""
+    """The environment that Lightning should assume; None lets it detect one."""
     if distributed.is_active():
         return LightningEnvironment()  # on a cluster too: the ranks are our own processes on one node
     if SLURMEnvironment.detect():
@@ -366,7 +365,7 @@ def _environment() -> ClusterEnvironment | None:
 
 
 def _precision(name: str) -> Any:
-    """What Lightning is told: it only says how products are made, parameters and moments are fp32 in both cases."""
+    """Lightning's precision: how products are computed. Parameters and moments are fp32 in both cases."""
     if name not in ("32-true", "bf16-mixed"):
         raise UserError(f"trainer.precision={name!r} is neither 32-true nor bf16-mixed (products in bf16, on a GPU).")
     return name

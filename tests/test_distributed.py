@@ -58,7 +58,7 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory, runtime: Any, small_request: Any):
-    """(maker of a runtime with its own store, request maker)."""
+    """(maker of a runtime with the named store, maker of a request)."""
     folder = tmp_path_factory.mktemp("ranks")
     return lambda name, **changes: runtime(folder, name, **{"processes": "auto", **changes}), small_request
 
@@ -93,7 +93,7 @@ def train_joined(requests: list[Request], run: Runtime) -> None:
 
 
 def assert_trained_alike(request: Request, one: Runtime, other: Runtime) -> None:
-    """Equal to rounding after a whole training, and counters exactly."""
+    """After a whole training, parameters are equal up to rounding, and counters exactly."""
     a, b = weights(request, one), weights(request, other)
     assert a.keys() == b.keys()
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -141,7 +141,7 @@ def test_ranks_see_different_rows_that_together_are_all_rows(setting):
 
 
 class ThreadsAsRanks:
-    """Makes every thread of `call` a rank, with an `all_rows` that works."""
+    """Makes every thread of `call` a rank, with a working `all_rows`."""
 
     def __init__(self, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.n, self.here = n, threading.local()
@@ -192,7 +192,7 @@ def test_ranks_select_the_same_entries_as_one_process_on_the_joined_matrix(value
     m = joined.shape[1]
     n_rows = len(matrices[0])
     bias, no_weights = None, torch.eye(m)
-    z = joined @ no_weights  # a NaN fills its row
+    z = joined @ no_weights  # a NaN spreads over its row
     wanted = mask_of_largest(z.flatten(), k * len(z)).view_as(z)
 
     def select(rank: int) -> tuple[Tensor, Tensor]:
@@ -203,7 +203,7 @@ def test_ranks_select_the_same_entries_as_one_process_on_the_joined_matrix(value
         torch.testing.assert_close(kept, own[mask], equal_nan=True)
         return mask, mask_of_batchtopk(own, k)
 
-    is_unique = z.isnan().sum() <= k * len(z)  # with more NaNs than are wanted, any of them may be selected
+    is_unique = z.isnan().sum() <= k * len(z)  # with more NaNs than selected entries, the choice is free
 
     with pytest.MonkeyPatch.context() as patch:
         outcomes = ThreadsAsRanks(len(matrices), patch).call(select)
@@ -227,7 +227,7 @@ def rank_stopped_after(chunk: int, how: str, rank: int, *arguments: Any) -> dict
         if batch_idx == chunk and how == "FloatingPointError" and rank == 1:
             raise FloatingPointError("Activations are not finite.")
         if batch_idx == chunk and how == "SIGTERM" and rank == 1:
-            signal.raise_signal(signal.SIGTERM)  # the other ranks are informed
+            signal.raise_signal(signal.SIGTERM)  # the other ranks must learn of it
         original(self, batches, batch_idx)
 
     fleet.Fleet.training_step = breaking  # type: ignore[method-assign]
@@ -245,7 +245,7 @@ def run_ranks(requests: list[Request], run: Runtime, folder: Path, chunk: int, h
 
 
 @pytest.mark.slow
-def test_ranks_that_were_stopped_continue_to_the_same_bits(setting, ranks, tmp_path):
+def test_resumed_ranks_end_with_the_same_bits(setting, ranks, tmp_path):
     run, request = setting
     requests = sorted((request(METHODS[name], 2) for name in ("batchtopk", "jumprelu")), key=lambda r: r.key)
     with pytest.raises(Exception, match=r"SIGTERM|143"):

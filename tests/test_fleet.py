@@ -1,4 +1,4 @@
-"""Dictionaries on demand: alone or together, resumed or not, they come out the same."""
+"""Dictionaries on demand: trained alone or together, resumed or not, they are the same."""
 
 import json
 import pickle
@@ -40,7 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def setting(tmp_path: Path, runtime: Any, small_request: Any):
-    """(runtime with a store of its own, by name; request maker)."""
+    """(maker of a runtime with the named store, maker of a request)."""
 
     def request(method: str, stream: dict[str, Any] | None = None, **changes: Any) -> Request:
         return small_request({**METHODS[method], **changes}, **(stream or {}))
@@ -62,7 +62,7 @@ def test_a_dictionary_trained_in_a_fleet_equals_bitwise_the_one_trained_alone(se
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_dictionary_comes_out_the_same_whatever_the_number_of_threads_in_its_fleet(setting):
+def test_a_dictionary_does_not_depend_on_the_number_of_threads_of_its_fleet(setting):
     run, request = setting
     requests = [request(name) for name in METHODS]
     for n_threads in (1, 2):
@@ -95,7 +95,7 @@ def test_requests_on_different_streams_train_in_different_groups(setting, monkey
     assert sorted(groups) == [1, 2]
 
 
-def test_settings_that_do_not_fit_are_reported_and_leave_the_others_alone(setting, capfd):
+def test_settings_that_do_not_fit_are_reported_and_the_other_dictionaries_are_trained(setting, capfd):
     run, request = setting
     bad, good = request("topk", k=65), request("topk")
     unknown = request("topk", _target_="core.methods.no_such_file.TopK")
@@ -107,7 +107,7 @@ def test_settings_that_do_not_fit_are_reported_and_leave_the_others_alone(settin
         load_or_train(bad, run("store"))
 
 
-def test_settings_that_are_written_differently_and_mean_the_same_have_one_key(setting):
+def test_equal_settings_that_are_written_differently_have_one_key(setting):
     _, request = setting
     assert request("topk", lr=1, k=4).key == request("topk", lr=1.0, k=4.0).key != request("topk", lr=1, k=5).key
 
@@ -129,7 +129,7 @@ class InterruptedTrainingError(RuntimeError):
 
 
 @pytest.mark.parametrize("after_chunk", [1, 4])
-def test_a_stopped_fleet_goes_on_to_the_same_parameters_bit_for_bit(setting, monkeypatch, after_chunk):
+def test_a_resumed_fleet_ends_with_the_same_parameters_bit_for_bit(setting, monkeypatch, after_chunk):
     run, request = setting
     requests = [request(name) for name in METHODS]
     assert train_together(requests, run("whole")) == {}
@@ -155,7 +155,7 @@ def test_a_stopped_fleet_goes_on_to_the_same_parameters_bit_for_bit(setting, mon
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_stored_dictionary_computes_what_the_trained_one_did(setting):
+def test_a_stored_dictionary_computes_the_same_as_the_trained_one(setting):
     run, request = setting
     method = load_or_train(request("batchtopk"), run("store"))
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
@@ -183,7 +183,7 @@ def in_processes(run: Runtime, n: int) -> Runtime:
 
 @pytest.fixture
 def counted(monkeypatch) -> list[list[int]]:
-    """Workers whose tasks run here, one after another; gathers how many requests each share has."""
+    """Runs the workers' tasks here, one after another; collects the number of requests in each share."""
     shares: list[list[int]] = []
 
     def run_here(tasks: Any, slots: Any) -> list[Any]:
@@ -200,7 +200,7 @@ def counted(monkeypatch) -> list[list[int]]:
     return shares
 
 
-def test_a_group_split_over_processes_comes_out_bitwise_as_in_one(setting):
+def test_a_group_split_over_processes_gives_bitwise_the_dictionaries_of_one_process(setting):
     run, request = setting
     requests = [request(name) for name in METHODS] + [request("batchtopk", k=8)]
     prefetch(requests, run("one"))
@@ -216,17 +216,19 @@ def test_a_group_is_split_by_cost_and_only_what_is_missing_is_trained(setting, c
     prefetch([request("topk"), *(request("batchtopk", k=k) for k in (2, 4, 8))], in_processes(run("store"), 2))
     assert counted == [[2, 1]]
     prefetch([request("topk"), request("batchtopk", k=16)], in_processes(run("store"), 2))
-    assert counted == [[2, 1]]  # one is missing, and is trained here
+    assert counted == [[2, 1]]  # only one is missing, so it is trained here
 
 
-def test_more_processes_than_dictionaries_is_said_once_and_uses_one_each(setting, counted, capfd):
+def test_surplus_processes_are_reported_once_and_each_dictionary_gets_one(setting, counted, capfd):
     run, request = setting
     prefetch([request(name) for name in METHODS], in_processes(run("store"), 7))
     assert counted == [[1, 1, 1]]
-    assert capfd.readouterr().err.count("trainer.processes=7: 3 serve") == 1
+    assert capfd.readouterr().err.count("trainer.processes=7: only 3 are used") == 1
 
 
-def test_what_fails_in_one_process_is_told_and_leaves_the_others_dictionaries(setting, counted, monkeypatch, capfd):
+def test_a_failure_in_one_process_is_reported_and_the_other_dictionaries_are_stored(
+    setting, counted, monkeypatch, capfd
+):
     run, request = setting
     original = fleet.train_together
 
@@ -249,7 +251,9 @@ def test_what_fails_in_one_process_is_told_and_leaves_the_others_dictionaries(se
     load_or_train(lost, run("store"))  # its cell trains it alone
 
 
-def test_a_full_disk_in_one_process_ends_the_sweep_after_the_others_have_stored_theirs(setting, counted, monkeypatch):
+def test_a_full_disk_in_one_process_ends_the_sweep_after_the_other_processes_have_stored_theirs(
+    setting, counted, monkeypatch
+):
     run, request = setting
     full, good = request("topk"), request("jumprelu")
     put = Store.put
@@ -266,7 +270,7 @@ def test_a_full_disk_in_one_process_ends_the_sweep_after_the_others_have_stored_
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
-def test_a_stopped_sweep_goes_on_from_its_checkpoints_with_another_number_of_processes(
+def test_a_stopped_sweep_resumes_from_its_checkpoints_with_another_number_of_processes(
     setting, counted, monkeypatch, before, after
 ):
     run, request = setting

@@ -32,7 +32,7 @@ from core.fleet import KIND, Request, train_together
 from core.interrupts import Interrupted, handled_by, stop_at_once
 from core.methods.base import DictionaryMethod
 from core.runtime import Runtime
-from core.streams.module import ActivationData
+from core.streams.module import StreamData
 from experiments.common import request as request_of
 from tests.composing import CONF, composed
 
@@ -280,7 +280,7 @@ def test_a_method_resumes_exactly_with_lightnings_trainer_and_without_a_fleet(
 
     def fit(*callbacks: pl.Callback) -> DictionaryMethod:
         method, source = request.build(), request.source
-        data = ActivationData(source.open(training.run), source.n_batches, source.batches_per_chunk)
+        data = StreamData(source.open(training.run), source.n_batches, source.batches_per_chunk)
         work = core_training.Work("plain", data.n_chunks, 1, "chunks")
         core_training.fit(training.run, method, data, data.n_chunks, "plain", work, tmp_path, callbacks=callbacks)
         method.finish([next(data.stream) for _ in range(source.calibration_batches)])

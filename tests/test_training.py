@@ -1,4 +1,4 @@
-"""Checkpoints: on time and on signals, whole or absent, and a training that goes on as if it had not stopped."""
+"""Checkpoints: on time and on signals, whole or absent; a resumed training equals an uninterrupted one."""
 
 import errno
 import os
@@ -31,7 +31,7 @@ class Walk(pl.LightningModule):
         self.automatic_optimization = False
         self.w = torch.nn.Parameter(torch.zeros(size))
         self.steps: list[int] = []
-        self.at: dict[int, Callable[[], object]] = {}  # what else happens in a step
+        self.at: dict[int, Callable[[], object]] = {}  # what else to do in a step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters())
@@ -99,7 +99,7 @@ def whole(tmp_path: Path) -> torch.Tensor:
     return fit(tmp_path / "whole", Walk()).w.detach()
 
 
-def test_after_a_crash_global_randomness_goes_on_as_without_it(tmp_path: Path, whole: torch.Tensor):
+def test_after_a_crash_the_global_generator_continues_as_without_it(tmp_path: Path, whole: torch.Tensor):
     with pytest.raises(RuntimeError, match="power"):
         fit(tmp_path / "a", stopped_at(4, fail))
     assert names(tmp_path / "a") == ["000000003.ckpt", "000000004.ckpt"]
@@ -122,7 +122,7 @@ def test_a_signal_ends_with_a_checkpoint_after_the_current_chunk(
     assert resumed.steps == list(range(step + 1, N)) and torch.equal(resumed.w, whole)
 
 
-def test_a_chunk_is_saved_once_also_when_it_is_due_and_the_run_is_told_to_stop(tmp_path: Path, monkeypatch):
+def test_a_chunk_is_saved_once_even_if_a_checkpoint_is_due_and_a_signal_arrives(tmp_path: Path, monkeypatch):
     saved, save = [], training.CheckpointFiles.save_checkpoint
     monkeypatch.setattr(
         training.CheckpointFiles,
@@ -156,11 +156,11 @@ def test_a_sigterm_that_lightning_noted_before_the_first_chunk_is_not_lost(
 ):
     run_stage = pl.Trainer._run_stage
 
-    def told(trainer: pl.Trainer) -> Any:
+    def with_sigterm(trainer: pl.Trainer) -> Any:
         trainer._signal_connector.received_sigterm = True
         return run_stage(trainer)
 
-    monkeypatch.setattr(pl.Trainer, "_run_stage", told)
+    monkeypatch.setattr(pl.Trainer, "_run_stage", with_sigterm)
     module = Walk()
     with pytest.raises(Interrupted):
         fit(tmp_path / "a", module, seconds=0)
@@ -190,7 +190,7 @@ def lose_hash(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, alter, lose_hash])
-def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_serves(
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
     tmp_path: Path, whole: torch.Tensor, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ):
     with pytest.raises(RuntimeError, match="power"):
@@ -202,7 +202,7 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_serves(
     assert "000000004.ckpt is damaged" in err and "falling back" in err and "000000003.ckpt" in err
 
 
-def test_with_all_checkpoints_damaged_training_says_so_and_starts_from_the_beginning(
+def test_with_all_checkpoints_damaged_training_reports_it_and_starts_from_the_beginning(
     tmp_path: Path, whole: torch.Tensor, capsys: pytest.CaptureFixture[str]
 ):
     with pytest.raises(RuntimeError, match="power"):
@@ -214,7 +214,7 @@ def test_with_all_checkpoints_damaged_training_says_so_and_starts_from_the_begin
     assert "training starts from the beginning" in capsys.readouterr().err
 
 
-def test_checkpoints_are_plain_data_and_their_hashes_are_what_sha256sum_reads(tmp_path: Path):
+def test_checkpoints_are_plain_data_and_sha256sum_reads_their_hashes(tmp_path: Path):
     with pytest.raises(RuntimeError, match="power"):
         fit(tmp_path / "a", stopped_at(4, fail))
     for path in (tmp_path / "a").glob("*.ckpt"):
@@ -230,7 +230,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     training.CheckpointFiles().save_checkpoint(content, path)
 
 
-def test_a_checkpoint_of_another_torch_is_used_and_said(
+def test_a_checkpoint_of_another_torch_version_is_used_and_reported(
     tmp_path: Path, whole: torch.Tensor, capsys: pytest.CaptureFixture[str]
 ):
     with pytest.raises(RuntimeError, match="power"):
@@ -249,7 +249,7 @@ def test_a_whole_checkpoint_that_cannot_be_loaded_is_refused_with_a_message(tmp_
         fit(tmp_path / "a", Walk())
 
 
-def test_a_write_that_the_disk_refuses_is_said_and_training_goes_on(
+def test_a_failed_write_is_reported_and_training_continues(
     tmp_path: Path, whole: torch.Tensor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     sync, calls = os.fsync, []
@@ -280,7 +280,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_on_a_disk_that_is_really_full_the_older_checkpoint_is_kept_and_training_goes_on(
+def test_on_a_really_full_disk_the_older_checkpoint_is_kept_and_training_continues(
     small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     size = 40_000  # with Adam's moments 0.5 MB: three checkpoints fit
@@ -300,7 +300,7 @@ def test_on_a_disk_that_is_really_full_the_older_checkpoint_is_kept_and_training
     assert torch.equal(resumed.w, fit(tmp_path / "whole", Walk(size)).w)
 
 
-def test_checkpoints_of_a_larger_group_serve_and_are_removed_when_all_of_it_is_stored(tmp_path: Path):
+def test_checkpoints_of_a_larger_group_are_used_and_removed_when_the_whole_group_is_stored(tmp_path: Path):
     def newest(name: str, members: list[str]) -> Path | None:
         return Checkpoints(tmp_path / "stream" / name, 0, members).newest()
 
@@ -322,7 +322,7 @@ def test_under_slurm_lightning_writes_and_reads_no_checkpoints_of_its_own(monkey
     assert type(environment).__name__ == "SLURMEnvironment" and not environment.auto_requeue
 
 
-def test_curves_lie_in_a_folder_named_after_the_training(tmp_path: Path):
+def test_curves_are_written_to_a_folder_named_after_the_training(tmp_path: Path):
     run = runtime_of(tmp_path, logger="tensorboard")
     training.fit(run, Walk(), Numbers(), N, "grid/cell", Work("walk", N, 1, "steps"), checkpoints=None)
     [events] = tmp_path.rglob("events.out.tfevents.*")

@@ -2,7 +2,7 @@
 
 A meta-dictionary is a `BatchTopK` trained on the N unit decoder rows of a dictionary. Its latents are called
 meta-latents; the codes of a row are the meta-latents that the row's latent is composed of. Any small dictionary
-explains some variance of any directions, so the excess over one trained on random directions is what counts.
+explains some variance of any directions. What counts is how much more it explains than one of random directions.
 
 Shapes: N rows, d = d_model, M meta-latents, k active ones per row on average.
 """
@@ -34,14 +34,14 @@ def meta_request(
     weights: Tensor | None = None,
     start: BatchTopK | None = None,
 ) -> Request:
-    """One meta-dictionary: a BatchTopK of decoder rows.
+    """The request for a meta-dictionary: a BatchTopK trained on decoder rows.
 
     meta     a plain configuration as in conf/meta
     rows     unit directions `[N, d]` (`core.streams.decoder_rows.directions`)
     weights  `[N]`, for `sampling: frequency`
     start    a meta-dictionary to train further for `finetune_steps` steps with its decoder fixed: only W_enc learns
 
-    Raises UserError if the method is no BatchTopK, or of another width than the rows.
+    Raises UserError if the method is not a BatchTopK, or its width differs from that of the rows.
     """
     method = dict(meta["method"])
     if not issubclass(kind := method_class(method["_target_"]), BatchTopK):
@@ -49,7 +49,7 @@ def meta_request(
     if method["d_model"] != rows.shape[1]:
         raise UserError(f"meta.method.d_model is {method['d_model']}, but rows have {rows.shape[1]} dimensions.")
     source = DecoderRowSource(
-        rows=rows.cpu(),  # many requests may wait at a time; the stream puts them on its device
+        rows=rows.cpu(),  # many requests may wait at once; the stream moves them to its device
         n_steps=meta["n_steps"] if start is None else meta["finetune_steps"],
         batch_size=meta["batch_size"],
         sampling=meta["sampling"],
@@ -91,7 +91,7 @@ class MetaScore:
     most_frequent: float  # share of the rows in which the most frequent meta-latent is active
 
     def metrics(self, suffix: str = "") -> dict[str, float]:
-        named = {
+        values = {
             "ve": self.batch.centred,
             "ve_uncentred": self.batch.uncentred,
             "ve_threshold": self.threshold.centred,
@@ -100,7 +100,7 @@ class MetaScore:
             "dead_meta_fraction": self.dead_fraction,
             "most_frequent_meta_rate": self.most_frequent,
         }
-        return {name + suffix: value for name, value in named.items()}
+        return {name + suffix: value for name, value in values.items()}
 
 
 @torch.no_grad()
@@ -118,7 +118,7 @@ def score(meta: BatchTopK, rows: Tensor, weights: Tensor | None = None) -> MetaS
 
 
 def null_rows(rows: Tensor, seed: int) -> Tensor:
-    """As many random directions as `rows`, of the same width."""
+    """Random directions of the same number and width as `rows`."""
     return random_directions(len(rows), rows.shape[1], seed).to(rows.device)
 
 

@@ -27,7 +27,7 @@ class MLPEncoderSettings(Settings):
     """
     hidden_per_latent  the hidden layer has h = this times dict_size units; W_hid `[h, d]`, W_enc `[m, h]`
     l1_coefficient     of the loss
-    resample_every     dead latents start anew every so many steps, see `core.methods.resampling`; 0: never
+    resample_every     steps between resets of dead latents, see `core.methods.resampling`; 0: never
     path               how products with codes are made, see `core.kernels.sparse.ProductPath`
     """
 

@@ -36,7 +36,7 @@ class ReluL1Settings(Settings):
                      predicting the batch's mean (O'Neill et al. 2025, authors' code)
     subtract_b_dec   whether the encoder sees x - b_dec (not in O'Neill et al.)
     b_dec_init       `geometric_median`: b_dec starts at the geometric median of the first batch
-    resample_every   dead latents start anew every so many steps, see `core.methods.resampling`; 0: never
+    resample_every   steps between resets of dead latents, see `core.methods.resampling`; 0: never
     path             how products with codes are made, see `core.kernels.sparse.ProductPath`
     """
 

@@ -1,1 +1,1 @@
-"""What a dictionary is trained on, as streams of batches that can be resumed."""
+"""Training data of dictionaries, as resumable streams of batches."""

@@ -32,11 +32,11 @@ IN_THE_SPEC = (
 class ActivationSource(Source):
     """Activations of `model` on the text of `data`; `batch_size` counts tokens.
 
-    site                 `resid_pre.8` and the like (`core.models.sites`)
-    n_tokens             of the training, rounded up to whole batches
-    n_ctx, packing, max_document_tokens  how text becomes rows (`core.text.rows`)
+    site                 for example `resid_pre.8` (`core.models.sites`)
+    n_tokens             to train on, rounded up to whole batches
+    n_ctx, packing, max_document_tokens  how text is cut into rows (`core.text.rows`)
     buffer_tokens, buffer_dtype          the shuffle buffer (`core.streams.activations`)
-    rows_per_forward     rows that go through the model at a time
+    rows_per_forward     rows in one forward pass
     seed                 which text is drawn, and how it is shuffled
     model, data          plain configurations of the groups of these names
     """
@@ -76,7 +76,7 @@ class ActivationSource(Source):
         }
 
     def open(self, run: Runtime) -> Stream:
-        """Computed by the language model; with a cache, read from disk as far as it is there, and written where not."""
+        """The stream from the language model. With a cache, shards on disk are read, and missing ones are written."""
         if run.cache is None:
             return self.live()
         shards = Shards(run.cache.dir, fill_spec(self.spec), run.cache.max_gb, run.cache.keep_free_gb)
@@ -85,9 +85,9 @@ class ActivationSource(Source):
         return CachedStream(shards, self.live, sizes, n_batches, chosen_device(self.model["device"]))
 
     def live(self, rank: int | None = None) -> ActivationStream:
-        """Computed by the language model; with several devices, the part of one rank, or of this process's own.
+        """The stream from the language model; with several devices, the part of `rank` (None: this process's rank).
 
-        Of every W blocks of `rows_per_forward` rows each rank takes one.
+        Of every `devices` blocks of `rows_per_forward` rows each rank takes one.
         """
         rank, n = distributed.rank() if rank is None else rank, self.devices
         seed = self.seed if n == 1 else derived_seed(self.seed, "rank", rank)

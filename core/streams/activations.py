@@ -3,9 +3,9 @@
 Shapes: R rows of T tokens go through the model at a time, N tokens fit into the buffer, d = width of the site.
 
 A fixed buffer on the device is filled with N tokens, permuted once, served as batches of B rows, and filled again (the
-scheme of the BatchTopK authors' code: no half-mixing). Fill number i depends on the seed and on the text before it
-alone, so the state of a stream is small: where the text stood at the start of the current fill, and how many batches
-of the fill were served. Resuming computes the current fill again and then serves the very same batches.
+scheme of the BatchTopK authors' code: no half-mixing). Fill number i depends only on the seed and on the text before
+it, so the state of a stream is small: the text's position at the start of the current fill, and the number of batches
+served since. A resumed stream computes the current fill again and serves the same batches.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def check_sizes(batch_size: int, buffer_tokens: int, n_ctx: int) -> None:
 
 
 class ActivationStream:
-    """An endless iterator of `Batch`es with `x` `[batch_size, d]` in fp32, as the model has it: normalising is a
-    dictionary's own affair. `dtype` is what the buffer holds; the model's own loses nothing.
+    """An endless iterator of `Batch`es with `x` `[batch_size, d]` in fp32, not normalised: each dictionary
+    does that itself. The buffer stores `dtype`; with the model's own dtype nothing is lost.
 
-    `buffer_tokens` must be a multiple of `batch_size` and of `n_ctx`; its memory is allocated once, and said before.
+    `buffer_tokens` must be a multiple of `batch_size` and of `n_ctx`. The buffer is announced, then allocated once.
     Raises UserError for sizes that do not fit together and FloatingPointError for activations that are not finite.
     """
 
@@ -57,7 +57,7 @@ class ActivationStream:
         self.batch_size, self.buffer_tokens, self.rows_per_forward = batch_size, buffer_tokens, rows_per_forward
         self.seed, self.dtype = seed, dtype
         self.batches_per_fill = buffer_tokens // batch_size
-        self.fill, self.served = 0, 0  # fills begun before the current one; batches served of the current one
+        self.fill, self.served = 0, 0  # number of the current fill; batches served from it
         self._rows_at_fill = rows.state_dict()
         self._buffer: Tensor | None = None  # [N, d], allocated by the first fill
 
@@ -80,12 +80,12 @@ class ActivationStream:
         return Batch(self._buffer[chosen].float(), self._tokens[chosen], self._positions[chosen])
 
     def prepare(self) -> None:
-        """Fill the buffer, unless it holds the batch that comes next."""
+        """Fill the buffer, unless it holds the next batch."""
         if self._buffer is None or self.served == self.batches_per_fill:
             self._refill(advance=self.served == self.batches_per_fill)
 
     def in_order(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The whole current fill as it is served, on the CPU: x `[N, d]` in the buffer's dtype, tokens, positions."""
+        """The current fill in the order served, on the CPU: x `[N, d]` in the buffer's dtype, tokens, positions."""
         self.prepare()
         assert self._buffer is not None
         x = torch.empty(self._buffer.shape, dtype=self.dtype)
@@ -94,7 +94,7 @@ class ActivationStream:
         return x, self._tokens[self._order].cpu(), self._positions[self._order].cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        """Enough to go on with exactly the batch that would have come next."""
+        """Enough to continue with exactly the next batch."""
         used_up = self.served == self.batches_per_fill
         return {
             "fill": self.fill + used_up,

@@ -2,14 +2,14 @@
 
 Shapes: N tokens in a shard, d = width of the site.
 
-A shard is one fill of the stream's buffer in the order in which it is served, one safetensors file: x `[N, d]` in the
-buffer's dtype, tokens and positions `[N]` int32. So the batches are those of the stream, bit for bit, and shuffled as
-well as they are; the batch size may differ from the one the shards were written with. Beside the activations stands
-where the text was before and after the fill: a run reads what is there, and where a shard is missing or damaged the
-language model goes on from that place. Bits are those of the machine that computed them.
+A shard is one fill of the stream's buffer in the order in which it is served, as a safetensors file: x `[N, d]` in the
+buffer's dtype, tokens and positions `[N]` int32. So the batches equal those of the stream, bit for bit and in the same
+order; the batch size may differ from the one used when the shards were written. A shard also records the text's
+position before and after the fill: a run reads the shards that exist, and where one is missing or damaged, the language
+model continues from that position. The bits depend on the machine that computed them.
 
-The folder is `<cache.dir>/<key>/`, keyed by everything that decides a fill. Shards get their name when they are whole,
-carry a SHA-256 of their content which is compared whenever one is opened, and are written by one process at a time.
+The folder is `<cache.dir>/<key>/`; the key covers everything that decides a fill. A shard gets its final name when it
+is complete. The SHA-256 of its content is checked whenever it is opened. Only one process writes at a time.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from core.errors import UserError
 from core.streams.activations import ActivationStream, check_sizes
 
 MANIFEST = "cache.json"
-NOT_OF_A_FILL = ("n_tokens", "batch_size", "batches_per_chunk", "calibration_batches")  # of `stream`
-TOKEN_BYTES = 8  # of its id and its position, beside x
-WAY_OUT = "Ask for fewer stream.n_tokens, delete folders of other streams there, or stream without it: cache=none."
+NOT_IN_THE_KEY = ("n_tokens", "batch_size", "batches_per_chunk", "calibration_batches")  # settings of `stream`
+TOKEN_BYTES = 8  # per token, for its id and position, besides x
+ADVICE = "Ask for fewer stream.n_tokens, delete folders of other streams there, or use no cache: cache=none."
 
 
 def fill_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the fills of the buffer: a part of what decides the batches (an `ActivationSource`'s `spec`)."""
-    stream = {key: value for key, value in spec["stream"].items() if key not in NOT_OF_A_FILL}
+    """What decides the fills of the buffer: a part of an `ActivationSource`'s `spec`."""
+    stream = {key: value for key, value in spec["stream"].items() if key not in NOT_IN_THE_KEY}
     return {**spec, "stream": stream}
 
 
@@ -73,28 +73,28 @@ class Shard:
 class Shards:
     """The shards of one stream below `root`. Raises UserError if the folder belongs to another configuration.
 
-    max_gb        bounds all that is below `root`, of all streams
-    keep_free_gb  of the disk
+    max_gb        limit for the shards of all streams below `root`
+    keep_free_gb  space to leave free on the disk
     """
 
     def __init__(self, root: str | Path, spec: Mapping[str, Any], max_gb: float, keep_free_gb: float) -> None:
         self.max_gb, self.keep_free_gb = max_gb, keep_free_gb
         self.root, self.spec, self.key = Path(root), json.loads(json.dumps(spec)), content_key(spec)
         self.folder = self.root / self.key
-        self.writable = True  # until something goes wrong
+        self.writable = True  # until a write fails
         self._damaged: set[int] = set()
-        self._yielded = False  # to another writer, which is said once
+        self._reported_writer = False  # that another process is writing
         self._check()
 
     def path(self, fill: int) -> Path:
         return self.folder / f"{fill:06d}.safetensors"
 
     def width(self) -> int | None:
-        """d of the shards that are there; None where there are none yet."""
+        """d of the shards; None if there are none yet."""
         return self._manifest["d"] if self._manifest else None
 
     def read(self, fill: int) -> Shard | None:
-        """The shard, mapped into memory; None if it is not there, or damaged (which is said on standard error)."""
+        """The shard, mapped into memory; None if it is missing or damaged (reported on standard error)."""
         path = self.path(fill)
         if not path.is_file():
             return None
@@ -117,16 +117,16 @@ class Shards:
         return Shard(**tensors, rows=rows, rows_after=after)
 
     def write(self, fill: int, shard: Shard) -> None:
-        """Store a shard, replacing a damaged one; not if another process is writing, or has written it.
+        """Store a shard, replacing a damaged one, unless another process is writing or has written it.
 
-        Where it cannot be written nothing is left of it, nor tried again: it is said on standard error.
+        A failed write is reported on standard error and leaves no file; no further shard is written.
         """
         temporary = self.folder / f".{fill:06d}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / "write.lock", timeout=0):
-                for left in self.folder.glob(".*"):  # by a process that was killed
-                    left.unlink()
+                for leftover in self.folder.glob(".*"):  # from a killed process
+                    leftover.unlink()
                 if self.path(fill).is_file() and fill not in self._damaged:  # written by another run meanwhile
                     return
                 if self._manifest is None:
@@ -138,26 +138,26 @@ class Shards:
                 finally:
                     temporary.unlink(missing_ok=True)
         except Timeout:
-            if not self._yielded:
-                print(f"activation cache: another run is writing {self.folder}, this one does not", file=sys.stderr)
-            self._yielded = True
+            if not self._reported_writer:
+                print(f"activation cache: another run is writing to {self.folder}, this one will not", file=sys.stderr)
+            self._reported_writer = True
         except (SafetensorError, OSError) as error:
             self.writable = False
             print(
-                f"activation cache: shard {fill} could not be written to {self.folder}, the run goes on without "
+                f"activation cache: shard {fill} could not be written to {self.folder}, the run continues without "
                 f"writing: {error}",
                 file=sys.stderr,
             )
 
     def announce(self, n_fills: int, fill_bytes: int) -> None:
-        """Say what `n_fills` shards need on the disk. Raises UserError if that is not allowed, or not there.
+        """Print the disk space of `n_fills` shards. Raises UserError if the limits or the disk do not allow it.
 
-        The text's positions come on top: 8 bytes for each token tokenised ahead, at most 64 documents' (`RowStream`).
+        The text's positions are not counted: 8 bytes per token read ahead, at most 64 documents (`RowStream`).
         """
         n_missing = sum(not self.path(fill).is_file() for fill in range(n_fills))
         print(
             f"activation cache {self.folder}: {n_fills} shards of {fill_bytes / 1e6:,.1f} MB = "
-            f"{n_fills * fill_bytes / 1e9:,.3f} GB, {n_fills - n_missing} of them there; at most 2 in memory",
+            f"{n_fills * fill_bytes / 1e9:,.3f} GB, {n_fills - n_missing} of them exist; at most 2 in memory",
             file=sys.stderr,
         )
         if not n_missing:
@@ -167,21 +167,21 @@ class Shards:
         if used + missing > self.max_gb:
             raise UserError(
                 f"cache.max_gb={self.max_gb:g}: {missing:,.3f} GB of activations are to be written to {self.root}, "
-                f"which holds {used:,.3f} GB already. Raise cache.max_gb. {WAY_OUT}"
+                f"which holds {used:,.3f} GB already. Raise cache.max_gb. {ADVICE}"
             )
         existing = next(folder for folder in (self.root.absolute(), *self.root.absolute().parents) if folder.exists())
         free = shutil.disk_usage(existing).free / 1e9
         if missing > free - self.keep_free_gb:
             raise UserError(
                 f"cache.dir={self.root}: {missing:,.3f} GB of activations are to be written, the disk has {free:,.3f} "
-                f"GB free, of which cache.keep_free_gb={self.keep_free_gb:g} stay free. Name a larger disk. {WAY_OUT}"
+                f"GB free, and cache.keep_free_gb={self.keep_free_gb:g} must stay free. Choose a larger disk. {ADVICE}"
             )
 
     def _check(self) -> None:
         if self.root.exists() and not self.root.is_dir():
-            raise UserError(f"cache.dir={self.root} is not a folder. Name another one.")
+            raise UserError(f"cache.dir={self.root} is not a folder. Choose another one.")
         if (self.root / MANIFEST).exists():
-            raise UserError(f"cache.dir={self.root} is itself the cache of one stream. Name the folder above it.")
+            raise UserError(f"cache.dir={self.root} is itself the cache of one stream. Choose the folder above it.")
         manifest = self._manifest
         shards = next(self.folder.glob("*.safetensors"), None)
         if manifest is None and shards is not None:
@@ -190,7 +190,7 @@ class Shards:
             wrong = ", ".join(_differences(manifest["spec"], self.spec))
             raise UserError(
                 f"{self.folder} holds activations of another configuration (it differs in {wrong}): folders below "
-                "cache.dir must keep their names. Move it, or give another cache.dir."
+                "cache.dir must keep their names. Move it, or choose another cache.dir."
             )
 
     @property
@@ -213,11 +213,11 @@ class Shards:
 
 
 class CachedStream:
-    """The stream that `live` opens, served from shards where they are there, and written to them where they are not.
+    """The stream that `live` opens: shards that exist are read, missing ones are computed and written.
 
-    `live` is called, and the language model loaded, when the first missing shard is met. States of this stream and of
-    an `ActivationStream` are interchangeable. `stream` are the settings of that name. `n_batches` will be asked for:
-    what comes after them is served, not written. Memory: the shard that is served, and the one that is written or read
+    `live` is called, and the language model loaded, at the first missing shard. States of this stream and of an
+    `ActivationStream` are interchangeable. `stream` holds the settings of that name. Batches after the first
+    `n_batches` are served but not written. In memory are the shard being served and the one being written or read
     ahead. Raises UserError if the sizes do not fit together, or the disk is too small.
     """
 
@@ -238,7 +238,7 @@ class CachedStream:
         shards.announce(self.n_fills, buffer_tokens * (width * dtype.itemsize + TOKEN_BYTES))
         self._worker = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
-        self._source: Iterator[Batch] | None = None  # of the current fill, once it is opened
+        self._source: Iterator[Batch] | None = None  # batches of the current fill, once it is opened
         self.fill, self.served = 0, 0
         self._ahead: tuple[int, Future[Shard | None]] | None = (0, self._worker.submit(self.shards.read, 0))
         first = self._ahead[1].result()
@@ -266,9 +266,9 @@ class CachedStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError if the state is of a stream of other text or other settings."""
+        """Raises ValueError if the state belongs to other text or other settings."""
         if state["rows"]["stream"] != self._rows["stream"]:
-            raise ValueError("This position is of other text, or of text packed otherwise. Start afresh.")
+            raise ValueError("This position belongs to other text, or to text packed differently. Start anew.")
         self.fill, self.served, self._rows = state["fill"], state["served"], state["rows"]
         self._source = None
 
@@ -277,7 +277,7 @@ class CachedStream:
         return self._open_live()
 
     def _open(self) -> Iterator[Batch]:
-        """The rest of the current fill: from its shard, or computed, and then written."""
+        """The rest of the current fill: from its shard, or computed and written."""
         shard = self._read(self.fill)
         if shard is None:
             self._compute()
@@ -288,14 +288,14 @@ class CachedStream:
         return self._live if shard is None else shard.batches(self.batch_size, self.served, self.device)
 
     def _read(self, fill: int) -> Shard | None:
-        """The shard, once: what was read ahead is handed out and forgotten."""
+        """The shard, from what was read ahead or from the disk."""
         ahead, self._ahead = self._ahead, None
         return ahead[1].result() if ahead and ahead[0] == fill else self.shards.read(fill)
 
     def _compute(self) -> None:
         state, live = self.state_dict(), self._live
-        stands = live.state_dict()
-        if (stands["fill"], stands["served"]) != (state["fill"], state["served"]):
+        live_state = live.state_dict()
+        if (live_state["fill"], live_state["served"]) != (state["fill"], state["served"]):
             live.load_state_dict(state)
         live.prepare()
         self._rows_after = live.rows.state_dict()

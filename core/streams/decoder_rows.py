@@ -22,7 +22,7 @@ from core.seeding import generator
 from core.streams.source import Source
 
 Sampling = Literal["shuffled", "replacement", "frequency"]
-NAMED = 5  # zero rows that an error names
+MAX_NAMED = 5  # bad rows listed in an error
 
 
 class DecoderRows:
@@ -30,9 +30,9 @@ class DecoderRows:
 
     shuffled     every epoch is a permutation; the last N mod B rows of it are dropped (the meta-SAE authors' loader)
     replacement  each row is drawn anew from all of them (SAEBench's evaluation)
-    frequency    the same with a probability proportional to `weights` `[N]`: how often a latent fires
+    frequency    the same, with probabilities proportional to `weights` `[N]`: how often each latent fires
 
-    Raises UserError for a batch larger than N (`shuffled`), and for weights that are no distribution.
+    Raises UserError for a batch larger than N (`shuffled`), and for weights that cannot be probabilities.
     """
 
     def __init__(
@@ -41,7 +41,9 @@ class DecoderRows:
         if sampling not in get_args(Sampling):
             raise UserError(f"meta.sampling: {sampling!r} is not one of {', '.join(get_args(Sampling))}.")
         if sampling == "shuffled" and batch_size > len(rows):
-            raise UserError(f"meta.batch_size={batch_size}: an epoch has {len(rows)} rows; take at most so many.")
+            raise UserError(
+                f"meta.batch_size={batch_size}: an epoch has only {len(rows)} rows. Choose a smaller batch."
+            )
         if sampling == "frequency":
             weights = _distribution(weights, len(rows))
         self.rows, self.batch_size, self.sampling, self.seed, self.weights = rows, batch_size, sampling, seed, weights
@@ -88,7 +90,7 @@ class DecoderRowSource(Source):
 
     rows            unit directions (`directions`)
     sampling, seed  which rows a batch has: `DecoderRows`
-    weights         `[N]`, for `sampling: frequency`; else of no effect
+    weights         `[N]`, for `sampling: frequency`; ignored otherwise
     """
 
     rows: Tensor
@@ -132,14 +134,14 @@ def digest(*tensors: Tensor) -> str:
 def directions(W_dec: Tensor, name: str, remedy: str = "Leave these latents out of the dictionary.") -> Tensor:
     """The rows of `W_dec` `[N, d]` at unit norm, detached, in fp32.
 
-    Raises UserError for rows without a direction: zero, or not finite. `name` of the dictionary and `remedy` are for
-    the message.
+    Raises UserError for rows without a direction: zero, or not finite. The message contains `name` (of the
+    dictionary) and `remedy`.
     """
     W = W_dec.detach().float()
     norms = W.norm(dim=1)
     bad = (~(norms > 0) | ~norms.isfinite()).nonzero().flatten().tolist()
     if bad:
-        shown = ", ".join(map(str, bad[:NAMED])) + (", ..." if len(bad) > NAMED else "")
+        shown = ", ".join(map(str, bad[:MAX_NAMED])) + (", ..." if len(bad) > MAX_NAMED else "")
         raise UserError(
             f"{name}: {len(bad)} of {len(W)} decoder rows are zero or not finite (latents {shown}) and have no "
             f"direction. {remedy}"
@@ -148,12 +150,12 @@ def directions(W_dec: Tensor, name: str, remedy: str = "Leave these latents out 
 
 
 def random_directions(n: int, d: int, seed: int) -> Tensor:
-    """`[n, d]` unit rows, uniform on the sphere: what a meta-dictionary finds where there is nothing to find."""
+    """`[n, d]` unit rows, uniform on the sphere: data without any structure, to compare with."""
     return normalize(torch.randn(n, d, generator=generator(seed, "random directions", n, d)), dim=1)
 
 
 def _distribution(weights: Tensor | None, n: int) -> Tensor:
-    """The weights over their sum, float64 on the CPU."""
+    """The weights divided by their sum, float64 on the CPU."""
     if weights is None or weights.shape != (n,):
         raise UserError(f"meta.sampling=frequency needs one firing frequency for each of {n} rows.")
     w = weights.detach().to("cpu", torch.float64)

@@ -1,4 +1,4 @@
-"""The Lightning data module of activation streams: chunks of batches, so that one Lightning step covers many."""
+"""The Lightning data module of a stream: it serves chunks of batches, so that one Lightning step covers many."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Chunk(list[Batch]):
         self.state_after = state_after
 
 
-class ActivationData(pl.LightningDataModule):
+class StreamData(pl.LightningDataModule):
     """`n_batches` batches of a stream as chunks of `batches_per_chunk`; the last chunk may be shorter.
 
-    A checkpoint holds the stream's position after the last chunk that was trained on, whatever was read ahead.
+    A checkpoint holds the stream's position after the last chunk that was trained on, not after one read ahead.
     """
 
     def __init__(self, stream: Stream, n_batches: int, batches_per_chunk: int) -> None:
@@ -40,8 +40,8 @@ class ActivationData(pl.LightningDataModule):
         return Chunks(self)
 
     def transfer_batch_to_device(self, batch: Chunk, device: torch.device, dataloader_idx: int) -> Chunk:
-        """Lightning calls this when a chunk's training begins; checkpoints are written when it has ended. The batches
-        stay where they are: the stream lives on the device."""
+        """Lightning calls this before it trains on a chunk; checkpoints are written afterwards. The batches are not
+        moved: the stream already serves them on the device."""
         self.trained_batches += len(batch)
         self.state_after = batch.state_after
         return batch
@@ -57,7 +57,7 @@ class ActivationData(pl.LightningDataModule):
 class Chunks:
     """The chunks that are still to be trained on."""
 
-    def __init__(self, data: ActivationData) -> None:
+    def __init__(self, data: StreamData) -> None:
         self.data = data
 
     def __iter__(self) -> Iterator[Chunk]:

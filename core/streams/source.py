@@ -1,4 +1,4 @@
-"""What a dictionary is trained on: a source says it as plain settings, and opens a stream of batches."""
+"""Training data of dictionaries: a source consists of plain settings, and opens a stream of batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from core.runtime import Runtime
 
 
 class Stream(Protocol):
-    """An endless iterator of batches on `device`, whose state says how to go on with the batch that comes next."""
+    """An endless iterator of batches on `device`, whose state is enough to continue with the next batch."""
 
     @property
     def device(self) -> torch.device: ...
@@ -27,17 +27,17 @@ class Stream(Protocol):
 
 
 class Source(ABC):
-    """The settings of a stream. Dictionaries that ask for equal sources are trained together, on one stream.
+    """The settings of a stream. Dictionaries with equal sources are trained together, on one stream.
 
-    batch_size           of an optimiser step, over all devices
+    batch_size           rows (see `unit`) in one optimiser step, over all devices
     batches_per_chunk    optimiser steps in one Lightning step
-    calibration_batches  that follow the training: what inference needs is measured on them
-    devices              that share every batch
+    calibration_batches  batches after the training, to measure what inference needs
+    devices              number of devices that share every batch
     """
 
     version: ClassVar[int] = 1  # raise it when a change alters the batches that the same settings give
-    unit: ClassVar[str] = "rows"  # what a batch has `batch_size` of
-    groups: ClassVar[tuple[str, ...]] = ()  # groups of the configuration that it is handed, beside its own settings
+    unit: ClassVar[str] = "rows"  # what `batch_size` counts
+    groups: ClassVar[tuple[str, ...]] = ()  # groups of the configuration that it needs besides its settings
     can_share: ClassVar[bool] = False  # whether several devices can share every batch
 
     batch_size: int
@@ -48,12 +48,12 @@ class Source(ABC):
     @property
     @abstractmethod
     def n_batches(self) -> int:
-        """Of the training: one for each optimiser step."""
+        """Batches of the training, one for each optimiser step."""
 
     @property
     @abstractmethod
     def batches_spec(self) -> dict[str, Any]:
-        """What decides the batches, as JSON can hold it."""
+        """What decides the batches, as JSON values."""
 
     @abstractmethod
     def open(self, run: Runtime) -> Stream:
@@ -71,16 +71,15 @@ class Source(ABC):
 
 
 def source_of(settings: Mapping[str, Any], cfg: Mapping[str, Any], devices: int) -> Source:
-    """The source that `settings` name (`_target_`), with the groups of the plain configuration `cfg` that it asks for.
+    """The source that `settings` describe (class `_target_`), with the groups that it needs of the plain `cfg`.
 
-    Raises UserError for a class that is no source, for settings that it does not have, and for more devices than it can
-    serve.
+    Raises UserError for a class that is not a source, for unknown or missing settings, and for too many devices.
     """
     own = dict(settings)
     name = own.pop("_target_", None)
     kind = get_class(name) if name else None
     if not (isinstance(kind, type) and issubclass(kind, Source)):
-        raise UserError(f"stream._target_: {name} is no source (core.streams); choose one of conf/source.")
+        raise UserError(f"stream._target_: {name} is not a source (core.streams). Choose one of conf/source.")
     if devices > 1 and not kind.can_share:
         raise UserError(f"trainer.devices={devices}: the batches of {kind.__name__} are served to one device only.")
     shared = {"devices": devices} if kind.can_share else {}

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Callback
 from core.batch import Batch
 from core.methods.base import DictionaryMethod
 from core.runtime import Runtime
-from core.streams.module import ActivationData
+from core.streams.module import StreamData
 from core.together import Fleet
 from core.training import Work, fit
 
@@ -59,7 +59,7 @@ def fit_fleet(
 ) -> None:
     """Train methods as one fleet, as `core.fleet` does, with its logging and progress but no checkpoints."""
     n_batches, rows = n_chunks * batches_per_chunk, len(batches[0].x)
-    data = ActivationData(RepeatedBatches(batches), n_batches, batches_per_chunk)
+    data = StreamData(RepeatedBatches(batches), n_batches, batches_per_chunk)
     fleet = Fleet(methods, data, cfg.logging.log_every_steps)
     work = Work(cfg.name, n_batches * rows, batches_per_chunk * rows)
     fit(Runtime.of(cfg), fleet, data, data.n_chunks, cfg.name, work, checkpoints=None, callbacks=[callback])

@@ -1,4 +1,4 @@
-"""Meta-SAEs: planted attributes are found, trainings are resumed and stored, figures are right by hand."""
+"""Meta-SAEs: they find planted attributes, resume and store trainings, and their scores equal hand-worked values."""
 
 from functools import partial
 from itertools import islice
@@ -39,11 +39,11 @@ METHOD: dict[str, Any] = {
 }  # fmt: skip
 
 
-def wanted(rows: torch.Tensor, n_steps: int = 40, start: BatchTopK | None = None, **method: Any) -> Request:
-    return with_meta(rows, {"n_steps": n_steps, "finetune_steps": n_steps}, start=start, **method)
+def request_of(rows: torch.Tensor, n_steps: int = 40, start: BatchTopK | None = None, **method: Any) -> Request:
+    return request_with(rows, {"n_steps": n_steps, "finetune_steps": n_steps}, start=start, **method)
 
 
-def with_meta(
+def request_with(
     rows: torch.Tensor, meta: dict[str, Any], weights: Any = None, start: Any = None, **method: Any
 ) -> Request:
     """A request with other settings of the group `meta`."""
@@ -85,7 +85,7 @@ def test_meta_latents_of_entities_are_the_planted_attributes(run: Any):
     rows = directions(planted.entities, "entities")
     settings = {"lr": 3e-3, "k": 3, "decay_fraction": 0.5}
     real, null = (
-        train_meta(with_meta(r, {"n_steps": 600, "batch_size": 200}, **settings), run("store"))
+        train_meta(request_with(r, {"n_steps": 600, "batch_size": 200}, **settings), run("store"))
         for r in (rows, null_rows(rows, 0))
     )
     assert recovered(real, planted)[0] > 0.8 and recovered(real, planted)[1] > 0.8
@@ -117,11 +117,11 @@ def test_meta_latents_of_a_trained_dictionary_are_nearer_to_the_attributes_than_
     rows = directions(base.W_dec[fires], "base")
     settings = {"lr": 3e-3, "k": 3, "decay_fraction": 0.5, "dict_size": 30}
     real, null = (
-        train_meta(with_meta(r, {"n_steps": 800, "batch_size": 128}, **settings), run("store"))
+        train_meta(request_with(r, {"n_steps": 800, "batch_size": 128}, **settings), run("store"))
         for r in (rows, null_rows(rows, 0))
     )
-    found, by_chance = recovered(real, planted), recovered(null, planted)
-    assert found[0] > by_chance[0] + 0.25 and found[1] > 0.1 and by_chance[1] == 0.0, (found, by_chance)
+    learned, by_chance = recovered(real, planted), recovered(null, planted)
+    assert learned[0] > by_chance[0] + 0.25 and learned[1] > 0.1 and by_chance[1] == 0.0, (learned, by_chance)
 
 
 # ---- training
@@ -139,8 +139,8 @@ class InterruptedTrainingError(RuntimeError):
     pass
 
 
-def test_a_stopped_training_goes_on_to_the_same_parameters_bit_for_bit(run: Any, monkeypatch: pytest.MonkeyPatch):
-    request = wanted(ROWS)
+def test_a_resumed_training_ends_with_the_same_parameters_bit_for_bit(run: Any, monkeypatch: pytest.MonkeyPatch):
+    request = request_of(ROWS)
     whole = train_meta(request, run("whole"))
     original, steps = Fleet.training_step, []
 
@@ -156,29 +156,29 @@ def test_a_stopped_training_goes_on_to_the_same_parameters_bit_for_bit(run: Any,
         train_meta(request, stopped)
     assert_equal(train_meta(request, stopped), whole)
     assert steps == [0, 1, 2, 2, 3, 4]
-    assert not list(Path(stopped.artifacts_dir).glob("training/*/*"))  # nobody needs the checkpoints any more
+    assert not list(Path(stopped.artifacts_dir).glob("training/*/*"))  # checkpoints of finished trainings are removed
 
 
-def test_what_is_stored_is_not_trained_again_and_another_setting_is_another_key(run: Any, monkeypatch):
-    request = wanted(ROWS)
+def test_a_stored_dictionary_is_not_trained_again_and_other_settings_have_another_key(run: Any, monkeypatch):
+    request = request_of(ROWS)
     first = train_meta(request, run("store"))
     monkeypatch.setattr(fleet, "_train", lambda *_: pytest.fail("trained again"))
-    assert_equal(train_meta(wanted(ROWS.clone()), run("store")), first)
-    others = [wanted(ROWS, 41), wanted(ROWS, k=5), wanted(ROWS * 0.5), wanted(ROWS, start=first)]
+    assert_equal(train_meta(request_of(ROWS.clone()), run("store")), first)
+    others = [request_of(ROWS, 41), request_of(ROWS, k=5), request_of(ROWS * 0.5), request_of(ROWS, start=first)]
     assert len({request.key, *(other.key for other in others)}) == 5
     assert not any(Store(run("store").artifacts_dir).has(KIND, other.spec) for other in others)
 
 
-def test_trained_together_each_comes_out_as_alone(run: Any):
-    requests = [wanted(ROWS), wanted(ROWS, dict_size=20), wanted(ROWS, k=8), wanted(null_rows(ROWS, 0))]
+def test_dictionaries_trained_together_equal_those_trained_alone(run: Any):
+    requests = [request_of(ROWS), request_of(ROWS, dict_size=20), request_of(ROWS, k=8), request_of(null_rows(ROWS, 0))]
     for together, request in zip(train_metas(requests, run("together")), requests, strict=True):
         assert_equal(together, train_meta(request, run("alone")))
 
 
-def test_a_decoder_that_is_given_stays_and_the_encoder_learns_to_use_it(run: Any):
+def test_a_given_decoder_stays_fixed_and_the_encoder_learns_to_use_it(run: Any):
     other = random_directions(40, 16, seed=9)
-    start = replaced_decoder(train_meta(wanted(ROWS, 200), run("store")), other)
-    tuned = train_meta(wanted(ROWS, 400, start=start), run("store"))
+    start = replaced_decoder(train_meta(request_of(ROWS, 200), run("store")), other)
+    tuned = train_meta(request_of(ROWS, 400, start=start), run("store"))
     torch.testing.assert_close(tuned.W_dec, other)
     assert torch.equal(tuned.b_dec, start.b_dec) and not torch.equal(tuned.W_enc, start.W_enc)
     assert score(tuned, ROWS).batch.centred > score(start, ROWS).batch.centred + 0.05
@@ -186,8 +186,8 @@ def test_a_decoder_that_is_given_stays_and_the_encoder_learns_to_use_it(run: Any
 
 def test_frequent_rows_are_explained_better_when_they_are_drawn_more_often(run: Any):
     weights = torch.where(torch.arange(200) < 20, 1.0, 0.01)
-    even = train_meta(wanted(ROWS, 400), run("store"))
-    weighted = with_meta(ROWS, {"n_steps": 400, "sampling": "frequency"}, weights)
+    even = train_meta(request_of(ROWS, 400), run("store"))
+    weighted = request_with(ROWS, {"n_steps": 400, "sampling": "frequency"}, weights)
     tilted = train_meta(weighted, run("store"))
     assert score(tilted, ROWS, weights).batch.centred > score(even, ROWS, weights).batch.centred + 0.1
 
@@ -198,49 +198,49 @@ def test_frequent_rows_are_explained_better_when_they_are_drawn_more_often(run: 
 def test_a_method_that_does_not_fit_is_refused():
     topk = {key: value for key, value in METHOD.items() if not key.startswith("threshold")}
     with pytest.raises(UserError, match=r"meta\.method must be a BatchTopK, not TopK"):
-        with_meta(ROWS, {"method": {**topk, "_target_": "core.methods.topk.TopK"}})
+        request_with(ROWS, {"method": {**topk, "_target_": "core.methods.topk.TopK"}})
     with pytest.raises(UserError, match="d_model is 12, but rows have 16"):
-        wanted(ROWS, d_model=12)
+        request_of(ROWS, d_model=12)
 
 
 def test_a_training_that_diverges_raises_and_stores_nothing(run: Any):
-    request = wanted(ROWS, lr=1e30, decoder_norm="none")
+    request = request_of(ROWS, lr=1e30, decoder_norm="none")
     with pytest.raises(NonFiniteLoss):
         train_meta(request, run("store"))
     assert not Store(run("store").artifacts_dir).has(KIND, request.spec)
 
 
-# ---- figures
+# ---- scores
 
 
 def by_hand(meta: BatchTopK, codes: torch.Tensor) -> torch.Tensor:
     return codes @ meta.W_dec + meta.b_dec
 
 
-def test_scores_are_those_of_dense_arithmetic(run: Any):
-    meta = train_meta(wanted(ROWS, 100), run("store"))
+def test_scores_equal_dense_arithmetic(run: Any):
+    meta = train_meta(request_of(ROWS, 100), run("store"))
     z = ((ROWS - meta.b_dec) @ meta.W_enc.T).relu()
     together = z * (z >= z.flatten().topk(4 * len(ROWS)).values[-1])
     alone = z * (z > meta.threshold)
-    found = score(meta, ROWS)
-    assert decompose_together(meta, ROWS).l0() == 4 and found.l0_threshold == pytest.approx(
+    scored = score(meta, ROWS)
+    assert decompose_together(meta, ROWS).l0() == 4 and scored.l0_threshold == pytest.approx(
         float((alone > 0).sum() / 200)
     )
     torch.testing.assert_close(decompose(meta, ROWS).dense(), alone)
-    for value, codes in ((found.batch, together), (found.threshold, alone)):
+    for value, codes in ((scored.batch, together), (scored.threshold, alone)):
         assert value.centred == pytest.approx(VarianceExplained.of(ROWS, by_hand(meta, codes)).centred, abs=1e-6)
     active = (together > 0).sum(0)
-    assert found.dead_fraction == pytest.approx(float((active == 0).double().mean()))
-    assert found.most_frequent == pytest.approx(float(active.max()) / 200)
+    assert scored.dead_fraction == pytest.approx(float((active == 0).double().mean()))
+    assert scored.most_frequent == pytest.approx(float(active.max()) / 200)
 
 
-def test_the_null_has_the_shape_of_the_rows_and_none_of_their_structure():
+def test_the_null_rows_have_the_same_shape_and_other_values():
     null = null_rows(ROWS, 3)
     assert null.shape == ROWS.shape and not torch.equal(null, ROWS) and torch.equal(null, null_rows(ROWS, 3))
 
 
-def test_another_decoder_does_not_change_the_rest(run: Any):
-    meta = train_meta(wanted(ROWS, 20), run("store"))
+def test_replacing_the_decoder_changes_nothing_else(run: Any):
+    meta = train_meta(request_of(ROWS, 20), run("store"))
     other = replaced_decoder(meta, random_directions(40, 16, 0))
     assert torch.equal(other.W_enc, meta.W_enc) and torch.equal(other.threshold, meta.threshold)
     assert torch.equal(other.W_dec, random_directions(40, 16, 0)) and not torch.equal(other.W_dec, meta.W_dec)

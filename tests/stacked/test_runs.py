@@ -71,10 +71,10 @@ def test_training_is_the_plain_loop_and_leaves_no_checkpoint(trained: Any, tmp_p
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_stopped_after_any_chunk_and_resumed_it_comes_out_the_same(trained: Any, monkeypatch: pytest.MonkeyPatch):
+def test_runs_that_are_stopped_after_any_chunk_and_resumed_end_the_same(trained: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runs, "STEPS_PER_CHUNK", 5)  # two chunks between evaluations
     original = runs.StackedRuns.training_step
-    left = [1, 2, 3]  # after how many chunks of a life it is told to stop
+    left = [1, 2, 3]  # chunks of each run before its signal
 
     def stopping(self: runs.StackedRuns, chunk: range, batch_idx: int) -> None:
         original(self, chunk, batch_idx)

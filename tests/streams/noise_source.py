@@ -1,4 +1,4 @@
-"""A source in one file: sparse sums of fixed directions. Its YAML stands in tests/streams/test_source.py."""
+"""A source in one file: sparse sums of fixed directions. Its YAML is in tests/streams/test_source.py."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ from core.batch import Batch
 from core.errors import UserError
 from core.models.language_model import LanguageModel, load_language_model
 from core.streams.activations import ActivationStream
-from core.streams.module import ActivationData, Chunks
+from core.streams.module import Chunks, StreamData
 from core.text.rows import RowStream
 
 N_CTX, BATCH, BUFFER = 16, 32, 128
@@ -48,7 +48,7 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_gives_others(open
 
 @settings(max_examples=12, deadline=None)
 @given(before=st.integers(0, 10), more=st.integers(1, 6))
-def test_a_resumed_stream_gives_the_batches_that_would_have_come(open_stream, before: int, more: int):
+def test_a_resumed_stream_gives_the_batches_of_an_uninterrupted_one(open_stream, before: int, more: int):
     whole = take(open_stream(), before + more)
     first = open_stream()
     take(first, before)
@@ -58,7 +58,7 @@ def test_a_resumed_stream_gives_the_batches_that_would_have_come(open_stream, be
     assert same(take(first, more), whole[before:])
 
 
-def test_a_fill_serves_every_token_once_and_in_another_order(open_stream, lm, words):
+def test_a_fill_serves_every_token_once_in_another_order(open_stream, lm, words):
     served = take(open_stream(), BUFFER // BATCH)
     rows = RowStream(words, lm.tokenizer, "train", 0, N_CTX, "concat", 64).next_rows(BUFFER // N_CTX)
     x = lm.capture(rows, "resid_pre.1").flatten(0, 1)
@@ -67,8 +67,8 @@ def test_a_fill_serves_every_token_once_and_in_another_order(open_stream, lm, wo
     order = (positions * 1000 + tokens).argsort(stable=True)
     expected = (torch.arange(N_CTX).repeat(len(rows)) * 1000 + rows.flatten()).argsort(stable=True)
     assert torch.equal(tokens[order], rows.flatten()[expected])
-    got = torch.cat([b.x for b in served])
-    torch.testing.assert_close(got.sum(0), x.sum(0), rtol=1e-4, atol=1e-3)
+    served_x = torch.cat([b.x for b in served])
+    torch.testing.assert_close(served_x.sum(0), x.sum(0), rtol=1e-4, atol=1e-3)
 
 
 def test_batches_carry_the_token_and_position_of_their_activations(open_stream, lm):
@@ -107,11 +107,11 @@ def test_activations_that_are_not_finite_stop_the_stream(open_stream, lm, monkey
 
 
 def test_a_checkpoint_holds_the_position_after_the_chunk_trained_on_not_after_the_one_read_ahead(open_stream):
-    data = ActivationData(open_stream(), n_batches=10, batches_per_chunk=4)
+    data = StreamData(open_stream(), n_batches=10, batches_per_chunk=4)
     chunks = iter(Chunks(data))
     first, ahead = next(chunks), next(chunks)
     data.transfer_batch_to_device(first, torch.device("cpu"), 0)
-    resumed = ActivationData(open_stream(), n_batches=10, batches_per_chunk=4)
+    resumed = StreamData(open_stream(), n_batches=10, batches_per_chunk=4)
     resumed.load_state_dict(data.state_dict())
     rest = list(Chunks(resumed))
     assert [len(chunk) for chunk in rest] == [4, 2]

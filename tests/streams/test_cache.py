@@ -1,4 +1,4 @@
-"""Activations kept on disk are the stream's, bit for bit, whatever happens to run, folder and disk."""
+"""Cached activations equal the stream's, bit for bit, whatever happens to the run, its folder and the disk."""
 
 import os
 import resource
@@ -99,7 +99,7 @@ def test_writing_and_reading_give_the_batches_of_the_stream_and_reading_needs_no
     assert same(take(cached(dtype=dtype, lm_allowed=False), 12), whole)
 
 
-def test_fewer_tokens_read_a_part_and_more_extend_the_cache(cached, live):
+def test_fewer_tokens_read_a_part_of_the_cache_and_more_tokens_extend_it(cached, live):
     whole = take(live(), 20)
     take(cached(n_batches=8), 8)
     assert same(take(cached(n_batches=3, lm_allowed=False), 3), whole[:3])
@@ -123,7 +123,7 @@ def test_another_batch_size_reads_the_same_shards(cached, live):
     assert same(take(cached(n_batches=6, batch_size=64, lm_allowed=False), 6), take(live(batch_size=64), 6))
 
 
-def test_what_is_served_beyond_the_batches_asked_for_is_not_written(cached, live):
+def test_batches_beyond_the_requested_ones_are_not_written(cached, live):
     stream = cached(n_batches=4)
     assert same(take(stream, 9), take(live(), 9))
     assert [path.name for path in stream.shards.folder.glob("*.safetensors")] == ["000000.safetensors"]
@@ -158,7 +158,7 @@ def streamed(live: Callable[..., ActivationStream]) -> dict[str, tuple[list[Batc
 @settings(max_examples=12, deadline=None)
 @example(before=4, more=1, dtype="float32")
 @given(before=st.integers(0, 11), more=st.integers(1, 6), dtype=st.sampled_from(["float32", "bfloat16"]))
-def test_a_state_goes_on_with_the_same_batches_with_and_without_the_cache(full, live, streamed, before, more, dtype):
+def test_a_state_continues_with_the_same_batches_with_and_without_the_cache(full, live, streamed, before, more, dtype):
     whole, states = streamed[dtype]
     cached = full(dtype=dtype)
     assert same(take(cached, before), whole[:before])
@@ -173,7 +173,7 @@ def test_a_state_goes_on_with_the_same_batches_with_and_without_the_cache(full, 
     steps=st.lists(st.tuples(st.integers(0, 11), st.integers(1, 6)), min_size=1, max_size=4),
     holes=st.sets(st.integers(0, 3)),
 )
-def test_going_to_and_fro_over_a_cache_with_holes_gives_the_batches_of_the_stream(
+def test_jumping_about_in_a_cache_with_holes_gives_the_batches_of_the_stream(
     full, live, streamed, tmp_path_factory, steps, holes
 ):
     whole, states = streamed["float32"]
@@ -224,7 +224,7 @@ def test_a_damaged_shard_is_named_and_computed_again_from_its_place_in_the_text(
     assert same(take(cached(lm_allowed=False), 12), whole)
 
 
-def test_a_folder_of_another_configuration_is_refused_with_what_differs(cached, tmp_path):
+def test_a_folder_of_another_configuration_is_refused_and_the_difference_is_named(cached, tmp_path):
     stream = cached()
     take(stream, 1)
     other = Shards(tmp_path / "other", {**SPEC, "seed": 1}, 1.0, 0.0)
@@ -243,7 +243,9 @@ def test_a_folder_of_another_configuration_is_refused_with_what_differs(cached, 
         Shards(tmp_path / "file", SPEC, 1.0, 0.0)
 
 
-def test_size_is_said_and_what_is_too_large_is_refused_before_anything_is_computed(cached, lm, monkeypatch, capsys):
+def test_the_size_is_printed_and_too_large_a_cache_is_refused_before_anything_is_computed(
+    cached, lm, monkeypatch, capsys
+):
     monkeypatch.setattr(lm, "capture", None)
     cached(n_batches=12)
     assert f"3 shards of {128 * (32 * 4 + 8) / 1e6:,.1f} MB" in capsys.readouterr().err
@@ -282,7 +284,7 @@ def small_files() -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_on_a_full_disk_the_run_goes_on_from_the_stream_and_nothing_half_written_remains(cached, live, capsys):
+def test_on_a_full_disk_the_run_continues_from_the_stream_and_nothing_half_written_remains(cached, live, capsys):
     stream = cached()
     with small_files():
         batches = take(stream, 12)
@@ -313,7 +315,7 @@ def test_a_folder_that_cannot_be_made_does_not_stop_the_run(cached, live, tmp_pa
 HOLD = "import sys, time, filelock\nwith filelock.FileLock(sys.argv[1]): print(flush=True); time.sleep(600)"
 
 
-def test_a_run_beside_a_writing_one_streams_without_writing_until_that_one_has_died(cached, live, capsys):
+def test_a_run_writes_nothing_while_another_is_writing_and_writes_once_that_one_has_died(cached, live, capsys):
     stream, whole = cached(), take(live(), 12)
     stream.shards.folder.mkdir(parents=True)
     command = [sys.executable, "-c", HOLD, stream.shards.folder / "write.lock"]
@@ -327,7 +329,7 @@ def test_a_run_beside_a_writing_one_streams_without_writing_until_that_one_has_d
         writer.kill()
         writer.wait()
         writer.stdout.close()
-    (stream.shards.folder / ".tmpAbCdEf").write_text("what the killed process left")
+    (stream.shards.folder / ".tmpAbCdEf").write_text("left by the killed process")
     assert same(take(cached(), 12), whole)
     assert same(take(cached(lm_allowed=False), 12), whole)
     assert not list(stream.shards.folder.glob(".*"))
@@ -339,7 +341,7 @@ def test_sizes_that_do_not_fit_are_refused_though_the_cache_is_complete(cached):
         cached(batch_size=48, lm_allowed=False)
 
 
-def test_a_batch_is_a_copy_that_leaves_the_file_alone(cached):
+def test_a_batch_is_a_copy_of_its_own_rows_only(cached):
     take(cached(), 12)
     x = next(cached(lm_allowed=False)).x
     assert x.untyped_storage().nbytes() == BATCH * 32 * 4
@@ -367,7 +369,7 @@ METHOD = {
 }  # fmt: skip
 
 
-def test_a_dictionary_trained_from_the_cache_is_the_one_trained_from_the_stream(
+def test_a_dictionary_trained_from_the_cache_equals_the_one_trained_from_the_stream(
     tmp_path, small_request, runtime, monkeypatch
 ):
     request = small_request(METHOD, n_tokens=1024, buffer_tokens=256)

@@ -1,4 +1,4 @@
-"""Decoder rows as training data: which rows, in which order, and what is refused."""
+"""Decoder rows as training data: which rows, in which order, and which settings are refused."""
 
 from itertools import chain, islice
 
@@ -17,7 +17,7 @@ def served(stream: DecoderRows, n: int) -> list[list[float]]:
     return [batch.x.flatten().tolist() for batch in islice(stream, n)]
 
 
-def test_every_epoch_is_a_new_permutation_whose_left_over_rows_are_dropped():
+def test_every_epoch_is_a_new_permutation_without_its_incomplete_last_batch():
     stream = DecoderRows(ROWS, 3, "shuffled", seed=0)
     epochs = [list(chain.from_iterable(served(stream, 3))) for _ in range(20)]
     assert all(len(set(epoch)) == 9 for epoch in epochs)
@@ -31,7 +31,7 @@ def test_every_epoch_is_a_new_permutation_whose_left_over_rows_are_dropped():
     before=st.integers(0, 12),
     seed=st.integers(0, 3),
 )
-def test_a_stream_goes_on_with_the_batch_that_would_have_come_next(sampling, before: int, seed: int):
+def test_a_resumed_stream_gives_the_batches_of_an_uninterrupted_one(sampling, before: int, seed: int):
     weights = torch.arange(10.0)
     whole, stopped, resumed = (DecoderRows(ROWS, 4, sampling, seed, weights) for _ in range(3))
     expected = served(whole, before + 5)[before:]
@@ -52,7 +52,7 @@ def test_rows_are_drawn_in_proportion_to_their_weights():
 @pytest.mark.parametrize(
     "weights", [None, torch.ones(3), torch.zeros(10), -torch.ones(10), torch.full((10,), torch.nan)]
 )
-def test_weights_that_are_no_distribution_are_refused(weights):
+def test_weights_that_cannot_be_probabilities_are_refused(weights):
     with pytest.raises(UserError, match=r"meta\.sampling=frequency"):
         DecoderRows(ROWS, 3, "frequency", 0, weights)
 
@@ -64,7 +64,7 @@ def test_a_batch_larger_than_an_epoch_and_an_unknown_sampling_are_refused():
         DecoderRows(ROWS, 3, "sorted", 0)  # type: ignore[arg-type]
 
 
-def test_directions_have_unit_norm_and_rows_without_one_are_named():
+def test_directions_have_unit_norm_and_rows_without_a_direction_are_named():
     W = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     torch.testing.assert_close(directions(W, "x"), torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
     for bad in (0.0, torch.nan, torch.inf):

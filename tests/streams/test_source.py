@@ -52,7 +52,7 @@ def test_a_new_source_is_a_file_and_a_yaml(tmp_path: Path, runtime: Any):
     assert dictionary_mcc(stream.directions, dictionary.W_dec, "cosine") > 0.8  # .25 before training
 
 
-def test_dictionaries_of_one_source_are_trained_together_and_stopped_ones_go_on_to_the_same_bits(
+def test_dictionaries_of_one_source_are_trained_together_and_resume_to_the_same_bits(
     tmp_path: Path, runtime: Any, monkeypatch: pytest.MonkeyPatch
 ):
     source = NoiseSource(**SETTINGS)
@@ -74,10 +74,10 @@ def test_dictionaries_of_one_source_are_trained_together_and_stopped_ones_go_on_
         assert all(
             torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
         )
-    assert sorted(n for n, _ in steps[4:]) == [1] * 6 + [2] * 3, "the pair went on from its third chunk"
+    assert sorted(n for n, _ in steps[4:]) == [1] * 6 + [2] * 3, "the pair resumed at its third chunk"
 
 
-def test_what_decides_the_batches_decides_the_key_and_so_does_the_version(monkeypatch: pytest.MonkeyPatch):
+def test_the_key_depends_on_what_decides_the_batches_and_on_the_versions(monkeypatch: pytest.MonkeyPatch):
     source = NoiseSource(**SETTINGS)
     same = Request(METHOD, NoiseSource(**SETTINGS)).key
     assert Request(METHOD, source).key == same
@@ -94,7 +94,7 @@ def test_a_source_that_does_not_fit_is_refused_by_name():
     assert source_of(node, {}, 1).batches_spec == SETTINGS
     with pytest.raises(UserError, match=r"stream: .*NoiseSource.*n_dirs"):
         source_of({**node, "n_dirs": 3}, {}, 1)
-    with pytest.raises(UserError, match=r"stream\._target_: core\.methods\.topk\.TopK is no source"):
+    with pytest.raises(UserError, match=r"stream\._target_: core\.methods\.topk\.TopK is not a source"):
         source_of({**node, "_target_": "core.methods.topk.TopK"}, {}, 1)
     with pytest.raises(UserError, match=r"trainer\.devices=2: the batches of NoiseSource"):
         source_of(node, {}, 2)

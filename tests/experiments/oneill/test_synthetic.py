@@ -60,7 +60,7 @@ def test_data_per_run_differ_between_seeds_and_are_shared_between_penalties(tmp_
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["source.K=17"], r"source\.K"),
         (["coder.k=[3,17]"], r"coder\.k=17"),
@@ -68,8 +68,8 @@ def test_data_per_run_differ_between_seeds_and_are_shared_between_penalties(tmp_
         (["coder=ito", "coder.solver.kind=sgd"], "sgd"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_by_name(overrides: list[str], said: str, tmp_path: Path):
-    with pytest.raises(UserError, match=said):
+def test_impossible_settings_are_refused_by_name(overrides: list[str], message: str, tmp_path: Path):
+    with pytest.raises(UserError, match=message):
         run("known_dictionary", tmp_path, *overrides)
 
 

@@ -14,7 +14,7 @@ SETTINGS = ["scale=smoke", "logging=none", "stream.n_tokens=1024"]
 
 @pytest.fixture
 def cell(tmp_path_factory, monkeypatch, capsys):
-    """Runs one cell in a folder for its output: exit code, and what was said."""
+    """Runs one cell in a folder for its output: exit code and standard error."""
     artifacts = tmp_path_factory.mktemp("artifacts")
 
     def one(out: Path, *arguments: str) -> tuple[int, str]:
@@ -30,8 +30,8 @@ def run(cell):
     """Runs one cell and gives its folder."""
 
     def one(out: Path, *arguments: str) -> Path:
-        code, said = cell(out, *arguments)
-        assert code == 0, said
+        code, err = cell(out, *arguments)
+        assert code == 0, err
         return next(out.rglob("results.json")).parent
 
     return one
@@ -39,12 +39,12 @@ def run(cell):
 
 @pytest.fixture
 def refused(cell):
-    """Runs one cell that fails, and gives what was said."""
+    """Runs one cell that fails, and returns its standard error."""
 
     def one(out: Path, *arguments: str) -> str:
-        code, said = cell(out, *arguments)
+        code, err = cell(out, *arguments)
         assert code != 0
-        return said
+        return err
 
     return one
 
@@ -80,8 +80,8 @@ def test_a_trained_dictionary_is_exported_and_scored_again_with_the_same_result(
     assert metrics(again)["l0_mean"] == scores["l0_mean"]
     assert metrics(again)["nmse_raw_energy"] == pytest.approx(scores["nmse_raw_energy"], rel=1e-4)
     assert metrics(again)["l0_mean_compat"] > 0
-    told = json.loads((again / "dictionary.json").read_text())
-    assert told["hyperparameters"]["source"]["repo"] == str(first / "saelens")
+    stored = json.loads((again / "dictionary.json").read_text())
+    assert stored["hyperparameters"]["source"]["repo"] == str(first / "saelens")
 
     native = run(tmp_path / "c", *loaded, f'method.repo="{first}"')  # the cell that trained it
     assert metrics(native)["nmse_raw_energy"] == scores["nmse_raw_energy"]
