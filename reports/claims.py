@@ -19,11 +19,10 @@ from typing import Any, Literal
 import yaml
 
 from core.errors import UserError
-from reports import papers
 from reports.checks import Check, Within, make_check
 from reports.collect import Cell, grid_size, one_per_folder
 
-PAPERS = Path(papers.__path__[0])
+PAPERS = Path(__file__).parent / "papers"
 Scale = Literal["paper", "demo"]
 Conditions = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 SCALES: tuple[Scale, ...] = ("paper", "demo")  # smoke results are never reported
