@@ -17,12 +17,14 @@ Shapes: B rows in the batch, d = d_model, m = dict_size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from core.checked import at_least
 from core.kernels import sparse
+from core.kernels.codes import Codes
 from core.kernels.mean_square import mse, normalised_mse
 from core.kernels.sparse import ProductPath
 from core.methods.settings import Settings, require_k
@@ -52,27 +54,41 @@ class KSparseSettings(Settings):
         require_k(self.k, self.dict_size)
 
 
-def aux_loss(
-    kind: Aux,
-    x: Tensor,
-    x_hat: Tensor,
-    dead: Tensor,
-    k_aux: int,
-    W_enc: Tensor,
-    b_enc: Tensor | None,
-    b_dec: Tensor,
-    W_dec: Tensor,
-) -> Tensor:
-    """L_aux, a scalar, for x and x_hat `[B, d]` and the dead latents as bool `[m]`; 0 where none is dead."""
-    which = dead.nonzero().squeeze(1)  # [n_dead]; waits for the device
-    if kind == "none" or which.numel() == 0:
+class KSparse(Protocol):
+    """A method with these settings: TopK or BatchTopK."""
+
+    W_enc: Parameter  # [m, d]
+    W_dec: Parameter  # [m, d]
+    b_enc: Parameter  # [m]
+    b_dec: Parameter  # [d]
+
+    @property
+    def settings(self) -> KSparseSettings: ...
+    @property
+    def dead(self) -> Tensor: ...  # bool [m]
+    def decode(self, codes: Codes) -> Tensor: ...
+
+
+def used_bias(method: KSparse) -> Tensor | None:
+    """b_enc, where it takes part."""
+    return method.b_enc if method.settings.use_enc_bias else None
+
+
+def k_sparse_losses(method: KSparse, x: Tensor, codes: Codes) -> dict[str, Tensor]:
+    """The mean of (x - x_hat)^2 over entries, and the weighted L_aux, for x `[B, d]` and its codes `[B, m]`."""
+    x_hat = method.decode(codes)
+    return {"reconstruction": mse(x, x_hat), "aux": method.settings.aux_coefficient * aux_loss(method, x, x_hat)}
+
+
+def aux_loss(method: KSparse, x: Tensor, x_hat: Tensor) -> Tensor:
+    """L_aux, a scalar, for x and x_hat `[B, d]`; 0 where no latent is dead."""
+    s, b_enc = method.settings, used_bias(method)
+    dead = method.dead.nonzero().squeeze(1)  # [n_dead]; waits for the device
+    if s.aux == "none" or dead.numel() == 0:
         return x.new_zeros(())
-    e = x - x_hat
-    if kind == "r2_compat":
+    if s.aux == "r2_compat":
         return mse(x, x_hat)
-    b_dead, k = None if b_enc is None else b_enc[which], min(k_aux, which.numel())
-    codes = sparse.encode_topk(x, W_enc[which], b_dead, k, centre=b_dec, path="auto")
-    e_hat = sparse.decode(codes, W_dec[which])
-    if kind == "r1":
-        return mse(e, e_hat)
-    return normalised_mse(e.detach(), e_hat)
+    b_dead, k = None if b_enc is None else b_enc[dead], min(s.k_aux, dead.numel())
+    codes = sparse.encode_topk(x, method.W_enc[dead], b_dead, k, centre=method.b_dec, path="auto")
+    e, e_hat = x - x_hat, sparse.decode(codes, method.W_dec[dead])
+    return mse(e, e_hat) if s.aux == "r1" else normalised_mse(e.detach(), e_hat)

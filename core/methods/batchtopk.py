@@ -15,8 +15,7 @@ from core.checked import rule
 from core.errors import UserError
 from core.kernels import sparse
 from core.kernels.codes import Codes, SparseCodes
-from core.kernels.mean_square import mse
-from core.methods.auxiliary import KSparseSettings, aux_loss
+from core.methods.auxiliary import KSparseSettings, k_sparse_losses, used_bias
 from core.methods.base import DictionaryMethod
 from core.methods.decoder import initial_weights
 from core.methods.dictionary import Inference
@@ -53,34 +52,27 @@ class BatchTopK(DictionaryMethod[BatchTopKSettings]):
         for name in ("threshold", "threshold_ema"):
             self.register_buffer(name, torch.tensor(torch.nan))
 
-    @property
-    def bias(self) -> Tensor | None:
-        """b_enc, where it takes part."""
-        return self.b_enc if self.settings.use_enc_bias else None
-
     def encode(self, x: Tensor) -> Codes:
         return self.encode_batch(x) if self.training else self.encode_rows(x)
 
     def encode_batch(self, x: Tensor) -> Codes:
         """The training rule: codes of a row depend on its batch."""
         s = self.settings
-        return sparse.encode_batchtopk(x, self.W_enc, self.bias, s.k, centre=self.b_dec, path=s.path)
+        return sparse.encode_batchtopk(x, self.W_enc, used_bias(self), s.k, centre=self.b_dec, path=s.path)
 
     def encode_rows(self, x: Tensor) -> SparseCodes:
         """The rule of inference."""
         if self.threshold.isnan():
             raise RuntimeError("BatchTopK: the inference threshold is not measured yet; call finish(batches) first.")
-        return sparse.encode_threshold(x, self.W_enc, self.bias, self.threshold, centre=self.b_dec)
+        return sparse.encode_threshold(x, self.W_enc, used_bias(self), self.threshold, centre=self.b_dec)
 
     def losses(self, x: Tensor, codes: Codes) -> dict[str, Tensor]:
-        s, x_hat = self.settings, self.decode(codes)
-        aux = aux_loss(s.aux, x, x_hat, self.dead, s.k_aux, self.W_enc, self.bias, self.b_dec, self.W_dec)
-        return {"reconstruction": mse(x, x_hat), "aux": s.aux_coefficient * aux}
+        return k_sparse_losses(self, x, codes)
 
     def inference_rule(self) -> Inference:
         if self.threshold.isnan():
             raise UserError("The threshold of this BatchTopK dictionary is not measured: finish(batches) does that.")
-        return Inference(self.W_enc, self.bias, "jumprelu", threshold=self.threshold)
+        return Inference(self.W_enc, used_bias(self), "jumprelu", threshold=self.threshold)
 
     @torch.no_grad()
     def observe(self, codes: Codes) -> None:

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from core.kernels import sparse
 from core.kernels.codes import Codes
-from core.kernels.mean_square import mse
-from core.methods.auxiliary import KSparseSettings, aux_loss
+from core.methods.auxiliary import KSparseSettings, k_sparse_losses, used_bias
 from core.methods.base import DictionaryMethod
 from core.methods.decoder import initial_weights
 from core.methods.dictionary import Inference
@@ -24,19 +23,12 @@ class TopK(DictionaryMethod[KSparseSettings]):
         self.W_enc, self.W_dec, self.b_enc, self.b_dec = initial_weights(self.settings)
         self.b_enc.requires_grad_(self.settings.use_enc_bias)
 
-    @property
-    def bias(self) -> Tensor | None:
-        """b_enc, where it takes part."""
-        return self.b_enc if self.settings.use_enc_bias else None
-
     def encode(self, x: Tensor) -> Codes:
         s = self.settings
-        return sparse.encode_topk(x, self.W_enc, self.bias, s.k, centre=self.b_dec, path=s.path)
+        return sparse.encode_topk(x, self.W_enc, used_bias(self), s.k, centre=self.b_dec, path=s.path)
 
     def losses(self, x: Tensor, codes: Codes) -> dict[str, Tensor]:
-        s, x_hat = self.settings, self.decode(codes)
-        aux = aux_loss(s.aux, x, x_hat, self.dead, s.k_aux, self.W_enc, self.bias, self.b_dec, self.W_dec)
-        return {"reconstruction": mse(x, x_hat), "aux": s.aux_coefficient * aux}
+        return k_sparse_losses(self, x, codes)
 
     def inference_rule(self) -> Inference:
-        return Inference(self.W_enc, self.bias, "topk", k=self.settings.k)
+        return Inference(self.W_enc, used_bias(self), "topk", k=self.settings.k)
