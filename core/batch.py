@@ -1,4 +1,4 @@
-"""What a stream of activations yields.
+"""What a source's stream yields: a batch of activations, and where they came from.
 
 Shapes: B rows in a batch, d = width of the site.
 """
@@ -24,7 +24,7 @@ class Norm(Protocol):
 class Batch:
     """Activations and where they came from.
 
-    x          `[B, d]`; `[B, 2, d]` for a pair of models on the same tokens; `[B, tau + 1, d]` for ordered windows
+    x          `[B, d]`; `[B, n_models, d]` for several models on the same tokens; `[B, tau + 1, d]` for ordered windows
     tokens     `[B]` ids of the tokens at which they were taken, where there are tokens
     positions  `[B]` their positions in their rows
     truth      ground truth of a synthetic source, by name, first axis B

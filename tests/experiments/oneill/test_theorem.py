@@ -1,4 +1,4 @@
-"""The amortisation gap, checked (T1 to T5 of experiments/oneill_theorem.py) at reduced size."""
+"""The amortisation gap, checked (T1 to T5 of experiments/oneill/theorem.py) at reduced size."""
 
 import math
 from collections.abc import Iterator
