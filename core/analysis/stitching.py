@@ -201,14 +201,10 @@ class Error(NamedTuple):
     l0: float
 
 
-def error_of(method: Dictionary, batches: Iterable[Tensor]) -> Error:
-    """Score a dictionary on batches `[B, d]` of raw activations. The refitted bias is the mean of x - f W over them."""
-    return error_and_bias(method, batches)[0]
-
-
 @torch.no_grad()
 def error_and_bias(method: Dictionary, batches: Iterable[Tensor]) -> tuple[Error, Tensor]:
-    """The same, and the refitted bias `[d]`, in normalised space."""
+    """The dictionary's score on batches `[B, d]` of raw activations, and the refitted bias `[d]`: the mean of x - f W over
+    them, in normalised space."""
     total = torch.zeros(method.d_model, dtype=torch.float64, device=method.W_dec.device)
     error, active, n = total.new_zeros(()), total.new_zeros(()), 0
     for x in batches:

@@ -48,11 +48,6 @@ class CrosscoderWeights:
     layout: str
     source: Mapping[str, str | None] = field(default_factory=dict)
 
-    @property
-    def decoder_norms(self) -> Tensor:
-        """`[m, 2]`: |d_j^base| and |d_j^chat|."""
-        return self.W_dec.norm(dim=2)
-
 
 def load(
     repo: str, path: str | None = None, revision: str | None = None, d_model: int | None = None

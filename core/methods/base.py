@@ -85,11 +85,6 @@ class DictionaryMethod(Dictionary, pl.LightningModule, Generic[S]):
     def finish(self, batches: Iterable[Batch]) -> None:
         """Called once, after training, with batches of the training size: what inference needs is measured here."""
 
-    def loss_terms(self, batch: Batch) -> dict[str, Tensor]:
-        """{name: scalar} for a batch; changes no state."""
-        x = batch.normalised(self.norm)
-        return self.losses(x, self.encode(x))
-
     @property
     def dead(self) -> Tensor:
         """bool `[m]`."""

@@ -92,7 +92,10 @@ def sc_train_step(N: int, M: int, n: int, mode: Mode, learn_D: bool = True) -> f
 
 
 def sc_train_step_batch_once(N: int, M: int, n: int, learn_D: bool = True) -> float:
-    """The authors' terms of `sc_train_step` with only defect 1 repaired: every sum over the batch counts once."""
+    """The authors' terms of `sc_train_step` with only defect 1 repaired: every sum over the batch counts once.
+
+    No experiment uses it: docs/log/oneill-flops.md compares it with both countings.
+    """
     return float(_paper_sc(N, M, samples=n, batch=n, learn_D=learn_D))
 
 

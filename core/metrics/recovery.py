@@ -75,11 +75,6 @@ def unmatched_correlations(S: Tensor, S_hat: Tensor) -> Tensor:
     return torch.cat(products, -1).clamp_(-1, 1)
 
 
-def unmatched_correlation(S: Tensor, S_hat: Tensor) -> Tensor:
-    """Mean of `unmatched_correlations`: `[...]`."""
-    return unmatched_correlations(S, S_hat).mean(-1)
-
-
 def chance_dictionary_mcc(N: int, M: int, kind: Kind = "pearson", n_draws: int = 20, seed: int = 0) -> float:
     """Mean dictionary MCC of two independent dictionaries of N unit-norm Gaussian atoms in M dimensions."""
     _at_least_1(N=N, M=M, n_draws=n_draws)

@@ -1,4 +1,4 @@
-"""Statistics of few runs: intervals over seeds, paired comparisons, and values of curves at a common L0."""
+"""Statistics of few runs: intervals over seeds, the sign test, and values of curves at a common L0."""
 
 from __future__ import annotations
 
@@ -63,27 +63,6 @@ def sign_test(differences: Sequence[float]) -> float:
     array = _finite(differences, at_least=1)
     positive, negative = int((array > 0).sum()), int((array < 0).sum())
     return float(stats.binomtest(positive, positive + negative, 0.5).pvalue) if positive + negative else 1.0
-
-
-@dataclass(frozen=True)
-class PairedDifference:
-    """`a - b` over pairs: its t interval, how many pairs are negative (`a` is lower), zero, positive; the sign test."""
-
-    interval: Interval
-    n_lower: int
-    n_equal: int
-    n_higher: int
-    p_sign: float
-
-
-def paired_difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> PairedDifference:
-    """Compare two things measured on the same seeds or settings, in the same order."""
-    if len(a) != len(b):
-        raise ValueError(f"Pairs need as many values on both sides, not {len(a)} and {len(b)}.")
-    difference = _finite(a, at_least=2) - _finite(b, at_least=2)
-    signs = np.sign(difference)
-    lower, equal, higher = (int((signs == sign).sum()) for sign in (-1, 0, 1))
-    return PairedDifference(t_interval(difference, confidence), lower, equal, higher, sign_test(difference))
 
 
 def value_at_l0(l0: Sequence[float], values: Sequence[float], at: float) -> float | None:

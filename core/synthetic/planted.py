@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 from torch.nn.functional import normalize
 
 from core.batch import Batch
@@ -79,8 +78,3 @@ class PlantedEntities:
         g = generator(seed, "planted", "rows", *purpose)
         while True:
             yield self.rows(batch_size, g)
-
-
-def fraction_of_variance_unexplained(x: Tensor, x_hat: Tensor) -> float:
-    """sum |x - x_hat|^2 / sum |x - mean|^2 over all rows."""
-    return float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum())

@@ -30,6 +30,7 @@ from core.runtime import Runtime
 from core.seeding import generator
 from core.streams.decoder_rows import directions, random_directions
 from core.synthetic.planted import PlantedEntities
+from tests.composing import CONF, composed
 
 METHOD: dict[str, Any] = {
     "_target_": "core.methods.batchtopk.BatchTopK", "d_model": 64, "dict_size": 40, "k": 4, "use_enc_bias": False,
@@ -244,3 +245,16 @@ def test_replacing_the_decoder_changes_nothing_else(run: Any):
     other = replaced_decoder(meta, random_directions(40, 16, 0))
     assert torch.equal(other.W_enc, meta.W_enc) and torch.equal(other.threshold, meta.threshold)
     assert torch.equal(other.W_dec, random_directions(40, 16, 0)) and not torch.equal(other.W_dec, meta.W_dec)
+
+
+@pytest.mark.parametrize(
+    "preset", sorted(path.stem for path in (CONF / "meta").glob("*.yaml") if path.stem != "common")
+)
+@pytest.mark.parametrize("scale", ["paper", "demo", "smoke"])
+def test_a_preset_has_one_row_for_each_size_with_every_scale_and_calls_latents_dead_at_its_batches(preset, scale):
+    meta = composed("experiment=leask_meta_sae", f"meta={preset}", f"scale={scale}").meta
+    rows = {key: row for key, row in meta.items() if key in ("batch_sizes", "steps", "finetune", "dead_after")}
+    assert all(list(row) == ["paper", "demo", "smoke"] for row in rows.values())
+    assert (meta.batch_size, meta.n_steps) == (rows["batch_sizes"][scale], rows["steps"][scale])
+    assert meta.method.dead_after_tokens == meta.batch_size * (10 if scale == "smoke" else 100)  # rows in 100 batches
+    assert meta.finetune_steps == (meta.n_steps if preset == "saebench" else rows["finetune"][scale])

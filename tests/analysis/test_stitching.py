@@ -20,7 +20,7 @@ from core.analysis.stitching import (
     UNDECIDED,
     LatentScores,
     components,
-    error_of,
+    error_and_bias,
     nearest,
     parents,
     predict_novel,
@@ -95,14 +95,14 @@ def test_the_closed_form_is_the_change_by_direct_insertion(pair: str):
     small, large = PAIRS[pair]()
     scores = score_latents(small, large, batches())
     everything = torch.ones(small.dict_size, dtype=torch.bool)
-    before = error_of(small, batches()).mse
+    before = error_and_bias(small, batches())[0].mse
     for i in range(0, large.dict_size, 7):
         alone = torch.arange(large.dict_size) == i
         stitched = Stitched.of([(small, everything), (large, alone)], small.b_dec)
-        change = error_of(stitched, batches()).mse - before
+        change = error_and_bias(stitched, batches())[0].mse - before
         assert float(scores.delta_mse[i]) == pytest.approx(change, abs=2e-7)
     assert scores.metrics()["mse_small"] == pytest.approx(before, rel=1e-6)
-    assert scores.metrics()["mse_large"] == pytest.approx(error_of(large, batches()).mse, rel=1e-6)
+    assert scores.metrics()["mse_large"] == pytest.approx(error_and_bias(large, batches())[0].mse, rel=1e-6)
 
 
 def test_one_latent_by_hand():
@@ -246,7 +246,7 @@ def test_an_interpolation_begins_and_ends_with_the_two_dictionaries(pair: str, a
     path = interpolation(near, graph, 5)
     curve = walk(small, large, batches(), {"way": path})["way"]
     for point, method in ((0, small), (-1, large)):
-        alone = error_of(method, batches())
+        alone = error_and_bias(method, batches())[0]
         assert float(curve.mse[point]) == pytest.approx(alone.mse, rel=1e-6)
         assert float(curve.mse_refit[point]) == pytest.approx(alone.mse_refit, rel=1e-5)
         assert float(curve.l0[point]) == pytest.approx(alone.l0, rel=1e-6)
@@ -262,7 +262,7 @@ def test_every_point_of_a_path_is_a_stitched_dictionary(pair: str):
     for point in range(path.n_steps + 1):
         b_dec = large.b_dec if point >= path.bias_at else small.b_dec
         stitched = Stitched.of([(small, path.goes > point), (large, path.comes <= point)], b_dec)
-        alone = error_of(stitched, batches())
+        alone = error_and_bias(stitched, batches())[0]
         assert float(curve.mse[point]) == pytest.approx(alone.mse, rel=1e-5)
         assert float(curve.mse_refit[point]) == pytest.approx(alone.mse_refit, rel=1e-5)
         assert float(curve.l0[point]) == pytest.approx(alone.l0, rel=1e-6)
@@ -275,7 +275,7 @@ def test_inserting_nothing_changes_nothing_and_a_set_is_inserted_at_once():
     curves = walk(small, large, batches(), {"none": insertion(none, 20), "some": insertion(some, 20)})
     assert curves["none"].mse[0] == curves["none"].mse[1] and curves["none"].l0[0] == curves["none"].l0[1]
     direct = Stitched.of([(small, torch.ones(20, dtype=torch.bool)), (large, some)], small.b_dec)
-    assert float(curves["some"].mse[1]) == pytest.approx(error_of(direct, batches()).mse, rel=1e-6)
+    assert float(curves["some"].mse[1]) == pytest.approx(error_and_bias(direct, batches())[0].mse, rel=1e-6)
 
 
 def test_latents_come_in_by_ascending_value_and_dead_ones_do_not():

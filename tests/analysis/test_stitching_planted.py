@@ -15,7 +15,7 @@ from core.analysis.stitching import (
     RECONSTRUCTION,
     UNDECIDED,
     components,
-    error_of,
+    error_and_bias,
     nearest,
     predict_novel,
     score_latents,
@@ -72,7 +72,7 @@ def test_the_planted_new_latents_are_the_novel_ones():
     found = predict_novel(near.cosine, scores.delta_mse)
     assert found is not None and found.auc == 1.0 and found.balanced_accuracy == 1.0
     curves = walk(small, large, planted_rows(), {"new": insertion(new, N_KNOWN), "known": insertion(~new, N_KNOWN)})
-    assert float(curves["new"].mse[1]) == pytest.approx(error_of(large, planted_rows()).mse, rel=1e-5)
+    assert float(curves["new"].mse[1]) == pytest.approx(error_and_bias(large, planted_rows())[0].mse, rel=1e-5)
     assert curves["known"].mse[1] > curves["known"].mse[0]
 
 
@@ -96,9 +96,9 @@ def test_a_grown_dictionary_takes_every_new_latent_once():
     grown = frankenstein(family, planted_rows, seed=0)
     assert [method.dict_size for method in grown] == [10, 20, 30]
     torch.testing.assert_close(grown[-1].W_dec.detach(), A[:30])
-    errors = [error_of(method, planted_rows()).mse for method in grown]
+    errors = [error_and_bias(method, planted_rows())[0].mse for method in grown]
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] == pytest.approx(error_of(family[-1], planted_rows()).mse, rel=1e-5)
+    assert errors[-1] == pytest.approx(error_and_bias(family[-1], planted_rows())[0].mse, rel=1e-5)
 
 
 # ---- trained dictionaries of doubling size: small ones learn attributes, large ones entities
@@ -179,7 +179,7 @@ def test_on_trained_families_the_error_falls_from_the_small_to_the_large_and_l0_
     path = interpolation(near, components(small, large, 0.6), 4)
     curve = walk(small, large, batches, {"way": path})["way"]
     for point, method in ((0, small), (-1, large)):
-        alone = error_of(method, batches)
+        alone = error_and_bias(method, batches)[0]
         assert float(curve.mse[point]) == pytest.approx(alone.mse, rel=1e-6)
         assert float(curve.l0[point]) == pytest.approx(alone.l0, rel=1e-6)
     assert curve.mse[4] < 0.9 * curve.mse[0] and curve.mse[8] < 0.8 * curve.mse[4]
@@ -191,6 +191,6 @@ def test_on_trained_families_growing_by_novel_latents_is_no_match_for_training()
     """The error falls with every addition, and L0 rises; but a trained dictionary of the same size has a lower error.
     (The authors report the contrary of their ReLU family on GPT-2.)"""
     methods, batches, _ = family()
-    grown = [error_of(method, batches) for method in frankenstein(methods, lambda: batches, seed=0)]
+    grown = [error_and_bias(method, batches)[0] for method in frankenstein(methods, lambda: batches, seed=0)]
     assert all(after.mse < before.mse and after.l0 > before.l0 for before, after in pairwise(grown))
-    assert grown[-1].mse > error_of(methods[2], batches).mse
+    assert grown[-1].mse > error_and_bias(methods[2], batches)[0].mse

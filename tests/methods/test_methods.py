@@ -140,7 +140,8 @@ def test_evaluation_changes_no_state(cls: type[DictionaryMethod], training: bool
     before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
     with torch.no_grad():
         method.reconstruct(heldout())
-        method.loss_terms(Batch(heldout()))
+        x = method.norm(heldout())[0]
+        method.losses(x, method.encode(x))
     assert all(torch.equal(tensor, before[name]) for name, tensor in method.state_dict().items())
 
 
@@ -343,7 +344,8 @@ def test_relu_l1_loss_by_hand():
         method.W_enc.copy_(torch.tensor([[1.0, 0.0]]))
         method.W_dec.copy_(torch.tensor([[1.0, 0.0]]))
         method.b_enc.fill_(-1.0)
-    terms = method.loss_terms(Batch(torch.tensor([[3.0, 2.0], [0.0, 1.0]])))  # f = 2, 0; x_hat = (2, 0), (0, 0)
+    x = torch.tensor([[3.0, 2.0], [0.0, 1.0]])
+    terms = method.losses(x, method.encode(x))  # f = 2, 0; x_hat = (2, 0), (0, 0)
     assert terms["reconstruction"] == (1 + 4 + 0 + 1) / 2 and terms["l1"] == 0.5 * (2 + 0) / 2
 
 

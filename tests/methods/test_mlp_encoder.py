@@ -83,9 +83,9 @@ def test_both_losses_by_hand():
         mlp.b_hid.fill_(-1.0)
         mlp.W_enc.fill_(2.0)
         sae.W_enc.copy_(torch.tensor([[1.0, 0.0]]))
-    terms = mlp.loss_terms(Batch(x))  # x_hat = (3, 1), (0, 1): error 1 of 4 entries
+    terms = mlp.losses(x, mlp.encode(x))  # x_hat = (3, 1), (0, 1): error 1 of 4 entries
     assert terms["reconstruction"] == 0.25 / 1.25 and terms["l1"] == 0.5 * (3 + 0) / 2
-    terms = sae.loss_terms(Batch(x))  # codes 2, 0 (b_dec is not subtracted); x_hat = (2, 1), (0, 1): error 1 + 1
+    terms = sae.losses(x, sae.encode(x))  # codes 2, 0 (b_dec is not subtracted); x_hat = (2, 1), (0, 1): error 1 + 1
     assert terms["reconstruction"] == 0.5 / 1.25 and terms["l1"] == 0.5 * (2 + 0) / 2
 
 

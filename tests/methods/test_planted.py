@@ -9,8 +9,9 @@ import torch
 
 from core.methods.batchtopk import BatchTopK
 from core.methods.topk import TopK
+from core.metrics.reconstruction import ReconstructionSums
 from core.seeding import generator
-from core.synthetic.planted import PlantedEntities, fraction_of_variance_unexplained
+from core.synthetic.planted import PlantedEntities
 
 SHARED = {
     "d_model": 64,
@@ -53,7 +54,7 @@ def heldout_fvu(seed: int, settings: list[tuple[int, int]], n_steps: int, source
             method.finish(calibration)
             method.eval()
             l0 = float(method.encode(rows).l0_per_row().float().mean())
-            scores.append((fraction_of_variance_unexplained(rows, method.reconstruct(rows)), l0))
+            scores.append((ReconstructionSums.of(rows, method.reconstruct(rows)).fvu, l0))
     return [(top[0], batch[0], batch[1]) for top, batch in zip(scores[::2], scores[1::2], strict=True)]
 
 

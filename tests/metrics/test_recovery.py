@@ -18,7 +18,6 @@ from core.metrics.recovery import (
     dictionary_mcc,
     matched_correlations,
     mcc,
-    unmatched_correlation,
     unmatched_correlations,
 )
 from core.synthetic.sparse_codes import SparseCodeLaw
@@ -145,7 +144,7 @@ def test_dead_columns_count_0(kind: Kind):
 def test_constant_columns_count_0_for_pearson_in_spite_of_rounding():
     S = codes()
     assert mcc(S, torch.full_like(S, 0.1)).item() == 0
-    assert unmatched_correlation(S, torch.full_like(S, math.exp(-10))).item() == 0
+    assert not unmatched_correlations(S, torch.full_like(S, math.exp(-10))).any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -169,23 +168,23 @@ def test_stacked_runs_get_what_each_gets_alone(kind: Kind):
     assert mcc(S[0, 0], S_hat, kind).shape == (2, 3)  # one truth for all runs
 
 
-def test_unmatched_correlation_is_the_signed_mean_over_equal_indices():
+def test_unmatched_correlations_are_signed_and_of_equal_indices():
     rng = np.random.default_rng(0)
     S, S_hat = rng.normal(size=(3, 50, 4)), rng.normal(size=(3, 50, 4))
     expected = [[np.corrcoef(S[r, :, i], S_hat[r, :, i])[0, 1] for i in range(4)] for r in range(3)]
-    found = unmatched_correlation(torch.tensor(S), torch.tensor(S_hat))
-    assert found.tolist() == pytest.approx(np.mean(expected, 1).tolist(), abs=1e-12)
+    found = unmatched_correlations(torch.tensor(S), torch.tensor(S_hat))
+    assert found.numpy() == pytest.approx(np.array(expected), abs=1e-12)
     one = torch.tensor(S[0])
-    assert unmatched_correlation(one, one).item() == pytest.approx(1)
-    assert unmatched_correlation(one, -one).item() == pytest.approx(-1)
-    assert unmatched_correlation(one, one.flip(1)).item() < 0.5
+    assert unmatched_correlations(one, one).tolist() == pytest.approx([1] * 4)
+    assert unmatched_correlations(one, -one).tolist() == pytest.approx([-1] * 4)
+    assert unmatched_correlations(one, one.flip(1)).mean().item() < 0.5
 
 
 def test_a_run_with_nan_or_infinity_gets_nan_and_the_others_their_values():
     S = codes().expand(3, -1, -1)
     S_hat = S.clone()
     S_hat[0, 5, 2], S_hat[2, 0, 0] = math.nan, math.inf
-    for values in (mcc(S, S_hat), mcc(S, S_hat, "cosine"), unmatched_correlation(S, S_hat)):
+    for values in (mcc(S, S_hat), mcc(S, S_hat, "cosine"), unmatched_correlations(S, S_hat).mean(-1)):
         assert values.isnan().tolist() == [True, False, True]
         assert values[1].item() == pytest.approx(1)
 
@@ -229,8 +228,8 @@ def test_two_coordinates_make_pearson_say_nothing():
         (lambda: mcc(torch.ones(5, 0), torch.ones(5, 3)), "1 column"),
         (lambda: mcc(torch.ones(5, 3), torch.ones(4, 3)), "5 and 4"),
         (lambda: dictionary_mcc(torch.ones(3, 8), torch.ones(3, 7)), "8 and 7"),
-        (lambda: unmatched_correlation(torch.ones(5, 3), torch.ones(5, 4)), "3 true and 4"),
-        (lambda: unmatched_correlation(torch.ones(5, 0), torch.ones(5, 0)), "1 column"),
+        (lambda: unmatched_correlations(torch.ones(5, 3), torch.ones(5, 4)), "3 true and 4"),
+        (lambda: unmatched_correlations(torch.ones(5, 0), torch.ones(5, 0)), "1 column"),
         (lambda: mcc(torch.ones(5, 3), torch.ones(5, 3), "spearman"), "'spearman' must be pearson or cosine"),  # type: ignore[arg-type]
         (lambda: chance_dictionary_mcc(0, 8), "N: 0 must be at least 1"),
         (lambda: chance_dictionary_mcc(8, 8, n_draws=0), "n_draws: 0"),
@@ -241,13 +240,13 @@ def test_what_has_no_correlation_is_refused(call, says: str):
         call()
 
 
-def test_unmatched_correlation_of_many_columns_is_that_of_each(monkeypatch):
+def test_unmatched_correlations_of_many_columns_are_those_of_each(monkeypatch):
     g = torch.Generator().manual_seed(0)
     S, S_hat = torch.rand(2, 30, 7, generator=g), torch.rand(2, 30, 7, generator=g)
-    whole = unmatched_correlation(S, S_hat)
+    whole = unmatched_correlations(S, S_hat)
     monkeypatch.setattr("core.metrics.recovery.CHUNK", 60 * 3)
-    assert unmatched_correlation(S, S_hat).numpy() == pytest.approx(whole.numpy(), abs=1e-12)
-    assert whole.numpy() == pytest.approx(correlations(S, S_hat).diagonal(dim1=-2, dim2=-1).mean(-1).numpy(), abs=1e-12)
+    assert unmatched_correlations(S, S_hat).numpy() == pytest.approx(whole.numpy(), abs=1e-12)
+    assert whole.numpy() == pytest.approx(correlations(S, S_hat).diagonal(dim1=-2, dim2=-1).numpy(), abs=1e-12)
 
 
 @settings(deadline=None, max_examples=30)

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
-from core.metrics.statistics import bootstrap_interval, paired_difference, sign_test, t_interval, value_at_l0
+from core.metrics.statistics import bootstrap_interval, sign_test, t_interval, value_at_l0
 
 
 def test_t_interval_by_hand():
@@ -45,17 +44,6 @@ def test_sign_test_by_hand():
     assert sign_test([1.0] * 7 + [-1.0]) == pytest.approx(2 * (1 + 8) / 2**8)
 
 
-def test_paired_differences_see_what_two_intervals_do_not():
-    a, b = [1.0, 5.0, 9.0, 13.0], [1.1, 5.2, 9.1, 13.2]
-    found = paired_difference(a, b)
-    assert found.interval.mean == pytest.approx(-0.15)
-    assert found.interval.high < 0
-    assert (found.n_lower, found.n_equal, found.n_higher) == (4, 0, 0)
-    assert found.p_sign == pytest.approx(2 / 2**4)
-    reference = stats.ttest_rel(a, b).confidence_interval()
-    assert (found.interval.low, found.interval.high) == pytest.approx((reference.low, reference.high))
-
-
 def test_a_curve_is_read_linearly_in_log_l0_and_never_beyond_its_ends():
     l0, nmse = [64.0, 16.0], [0.1, 0.3]
     assert value_at_l0(l0, nmse, at=32.0) == pytest.approx(0.2)
@@ -84,7 +72,7 @@ def test_curves_that_are_linear_in_log_l0_are_read_exactly(l0: list[float], slop
     [
         lambda: t_interval([1.0]),
         lambda: t_interval([1.0, math.nan]),
-        lambda: paired_difference([1.0, 2.0], [1.0]),
+        lambda: value_at_l0([1.0, 2.0], [1.0], 1.0),
         lambda: value_at_l0([0.0, 1.0], [1.0, 2.0], 0.5),
         lambda: value_at_l0([1.0, 1.0], [1.0, 2.0], 1.0),
     ],

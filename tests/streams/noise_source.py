@@ -19,6 +19,9 @@ class NoiseSource(Source):
     width: int
     n_directions: int
     n_steps: int
+    batch_size: int
+    batches_per_chunk: int
+    calibration_batches: int
     seed: int
 
     @property
@@ -27,7 +30,7 @@ class NoiseSource(Source):
 
     @property
     def batches_spec(self) -> dict[str, Any]:
-        return self.plain()
+        return dict(vars(self))
 
     def open(self, run: Runtime) -> "Noise":
         return Noise(self, run.device)
