@@ -1,30 +1,33 @@
 """Claims of the papers (reports/papers/<paper>/claims/<experiment>.yaml).
 
-A file says on which settings the experiment's cells are matched (`match`), which metrics its table shows (`columns`),
-and lists the claims. A claim's `cells` says at which scales it can be judged and on which cells, for example
+A file says on which settings the experiment's cells are matched (`match`), which metrics its cells emit (`metrics`),
+which metrics its table shows (`columns`), and lists the claims. Columns and checks may name the metrics that are
+declared in `metrics` or in the paper's module `derived`. The suite's smoke runs prove that `metrics` are emitted.
+
+A claim's `cells` says at which scales it can be judged and on which cells, for example
 `{paper: {model.name: gpt2_small}}`. A cell passes a condition if it does not have the setting, or has one of the
 values. Of a list of conditions it must pass one. Without `cells`, all cells of both scales count.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from core.errors import UserError
 from reports.checks import Check, Within, make_check
-from reports.collect import Cell, grid_size, one_per_folder
+from reports.collect import Cell
 
 PAPERS = Path(__file__).parent / "papers"
 Scale = Literal["paper", "demo"]
 Conditions = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+T = TypeVar("T")
 SCALES: tuple[Scale, ...] = ("paper", "demo")  # smoke results are never reported
 
 
@@ -65,9 +68,17 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentRows:
-    """The settings on which an experiment's cells are matched, and the metrics that its table shows."""
+    """What a claims file says of its experiment's cells.
+
+    match    the settings on which they are matched
+    metrics  what they emit, as far as the report may read it
+    derived  what the paper's module `derived` adds to them
+    columns  the metrics that the experiment's table shows
+    """
 
     match: Sequence[str]
+    metrics: Sequence[str] = ()
+    derived: Sequence[str] = ()
     columns: Sequence[str] = ()
 
 
@@ -89,41 +100,61 @@ class Paper:
 
     def metrics(self, experiment: str) -> dict[str, list[str]]:
         """Every metric that the report reads of an experiment -> what reads it: `columns`, or the ids of claims."""
-        readers: dict[str, list[str]] = {name: ["columns"] for name in self.experiments[experiment].columns}
-        for claim in self.claims:
-            if claim.experiment == experiment and not claim.needs:
-                for name in self.check(claim).metrics:
-                    readers.setdefault(name, []).append(claim.id)
-        return readers
+        own = [claim for claim in self.claims if claim.experiment == experiment]
+        return _readers(self.experiments[experiment], own)
 
 
 def load_papers(folder: Path = PAPERS) -> list[Paper]:
-    """Every paper. An unknown key, or a check that cannot be made, raises ValueError with the name of the file."""
-    return [load_paper(path.parent) for path in sorted(folder.glob("*/paper.yaml"))]
+    """Every paper. Raises one UserError with a line for each error in any of their files."""
+    return _all_of(load_paper, [path.parent for path in sorted(folder.glob("*/paper.yaml"))])
 
 
 def load_paper(folder: Path) -> Paper:
-    rows: dict[str, ExperimentRows] = {}
-    claims: list[Claim] = []
-    for path in sorted((folder / "claims").glob("*.yaml")):
-        content = yaml.safe_load(path.read_text())
-        try:
-            own = [Claim(experiment=path.stem, **row) for row in content.pop("claims")]
-            rows[path.stem] = ExperimentRows(**content)
-        except TypeError as error:
-            raise ValueError(f"{path}: {error}") from error
-        for claim in own:
-            try:
-                _validate(claim, make_check(rows[path.stem].match, **claim.check))
-            except (ValueError, KeyError) as error:
-                raise ValueError(f"{path}: {claim.id}: {error}") from error
-        claims += own
+    """One paper. Raises UserError with a line for each error in its files: an unknown key, a check that cannot be made,
+    or a metric that neither the claims file nor the module `derived` declares."""
+    derived: Mapping[str, Sequence[str]] = {}
+    if (folder / "derived.py").is_file():
+        derived = import_module(f"reports.papers.{folder.name}.derived").METRICS
+
+    def load(path: Path) -> tuple[ExperimentRows, list[Claim]]:
+        return _load_claims(path, derived.get(path.stem, ()))
+
+    paths = sorted((folder / "claims").glob("*.yaml"))
+    files = _all_of(load, paths)
     try:
         return Paper(
-            name=folder.name, experiments=rows, claims=claims, **yaml.safe_load((folder / "paper.yaml").read_text())
+            name=folder.name,
+            experiments={path.stem: rows for path, (rows, _) in zip(paths, files, strict=True)},
+            claims=[claim for _, claims in files for claim in claims],
+            **yaml.safe_load((folder / "paper.yaml").read_text()),
         )
     except TypeError as error:
-        raise ValueError(f"{folder / 'paper.yaml'}: {error}") from error
+        raise UserError(f"{folder / 'paper.yaml'}: {error}") from error
+
+
+def _load_claims(path: Path, derived: Sequence[str]) -> tuple[ExperimentRows, list[Claim]]:
+    content = yaml.safe_load(path.read_text())
+    try:
+        claims = [Claim(experiment=path.stem, **row) for row in content.pop("claims")]
+        rows = ExperimentRows(derived=derived, **content)
+    except TypeError as error:
+        raise UserError(f"{path}: {error}") from error
+    errors: list[str] = []
+    valid: list[Claim] = []
+    for claim in claims:
+        try:
+            _validate(claim, make_check(rows.match, **claim.check))
+            valid.append(claim)
+        except (ValueError, KeyError) as error:
+            errors.append(f"{path}: {claim.id}: {error}")
+    for name, readers in _readers(rows, valid).items():
+        if name not in (*rows.metrics, *rows.derived):
+            errors.append(
+                f"{path}: nothing emits the metric {name} (read by {', '.join(readers)}). Correct or declare it."
+            )
+    if errors:
+        raise UserError("\n".join(errors))
+    return rows, claims
 
 
 def _validate(claim: Claim, check: Check) -> None:
@@ -135,11 +166,35 @@ def _validate(claim: Claim, check: Check) -> None:
         raise ValueError("a paper's value is never compared with demo results: set cells: {paper: {...}}")
 
 
+def _readers(rows: ExperimentRows, claims: Iterable[Claim]) -> dict[str, list[str]]:
+    """Every metric that is read -> what reads it: `columns`, or the ids of claims. Claims with `needs` read nothing."""
+    readers = {name: ["columns"] for name in rows.columns}
+    for claim in claims:
+        if not claim.needs:
+            for name in sorted(make_check(rows.match, **claim.check).metrics):
+                readers.setdefault(name, []).append(claim.id)
+    return readers
+
+
+def _all_of(load: Callable[[Path], T], paths: Iterable[Path]) -> list[T]:
+    """What is loaded from each path. If some raise UserError, one UserError has the messages of all of them."""
+    loaded: list[T] = []
+    errors: list[str] = []
+    for path in paths:
+        try:
+            loaded.append(load(path))
+        except UserError as error:
+            errors.append(str(error))
+    if errors:
+        raise UserError("\n".join(errors))
+    return loaded
+
+
 def with_derived(papers: Iterable[Paper], cells: Iterable[Cell]) -> list[Cell]:
     """The cells in their order, with the further metrics that their papers compute from several of them.
 
-    A paper may have a module `derived` with `derive(cells)`. It is given the cells of the paper's experiments, and
-    returns as many in the same order.
+    A paper may have a module `derived` with `METRICS` (experiment -> the names of its derived metrics) and
+    `derive(cells)`. It is given the cells of the paper's experiments, and returns as many in the same order.
     """
     cells = list(cells)
     for paper in papers:
@@ -155,28 +210,6 @@ def unknown_metrics(paper: Paper, experiment: str, cells: Iterable[Cell]) -> dic
     """The metrics that the report reads of an experiment, but that none of its cells has -> what reads them."""
     emitted = {name for cell in cells if cell.experiment == experiment for name in cell.metrics}
     return {name: readers for name, readers in paper.metrics(experiment).items() if name not in emitted}
-
-
-def validate_metrics(papers: Iterable[Paper], cells: Iterable[Cell]) -> None:
-    """Raise UserError if a claims file names a metric that nothing emits.
-
-    That is known where all cells of the paper's grid have finished. A part of a grid may lack some metrics.
-    """
-    of_experiment: dict[str, list[Cell]] = defaultdict(list)
-    for cell in cells:
-        if cell.scale == "paper":
-            of_experiment[cell.experiment].append(cell)
-    for paper in papers:
-        for experiment in paper.experiments:
-            own = of_experiment[experiment]
-            if len(one_per_folder(own)) >= (grid_size(experiment, "paper") or 1):
-                unknown = unknown_metrics(paper, experiment, own)
-                if unknown:
-                    names = "; ".join(f"{name} (read by {', '.join(readers)})" for name, readers in unknown.items())
-                    raise UserError(
-                        f"{PAPERS / paper.name / 'claims' / experiment}.yaml: no finished cell of the paper's grid has "
-                        f"the metric {names}. Correct its name."
-                    )
 
 
 def _passes(cell: Cell, conditions: Conditions) -> bool:

@@ -22,7 +22,7 @@ from rich.table import Table as RichTable
 from core.artifacts import write_atomically
 from core.errors import UserError
 from reports import figures, render, tables
-from reports.claims import SCALES, Claim, Paper, Scale, load_papers, validate_metrics, with_derived
+from reports.claims import SCALES, Claim, Paper, Scale, load_papers, with_derived
 from reports.collect import KEPT, Cell, Failure, deviations, one_per_folder, read_failures, with_kept
 from reports.render import Block, Bullets, Figure, Heading, Paragraph
 from reports.verdicts import DISAGREES, Judgement, judge
@@ -39,10 +39,9 @@ class Report:
 
     @classmethod
     def read(cls, outputs: Path, kept: Path | None) -> Report:
-        """Raises UserError if a claims file names a metric that a finished grid does not have."""
+        """Raises UserError if a file of claims is wrong."""
         papers = load_papers()
         cells = with_derived(papers, with_kept(outputs, kept))
-        validate_metrics(papers, cells)
         return cls(outputs, papers, cells, read_failures(outputs))
 
     @property

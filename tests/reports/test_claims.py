@@ -1,22 +1,25 @@
 """Claims files are checked when they are loaded; papers are folders that the report finds."""
 
 import json
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from core.errors import UserError
 from reports import compare, figures, papers
-from reports.claims import PAPERS, load_paper, load_papers, unknown_metrics, validate_metrics, with_derived
-from reports.collect import CONF, KEPT, Cell, read_cells
+from reports.claims import PAPERS, load_paper, load_papers, with_derived
+from reports.collect import CONF, KEPT, read_cells
 
 ROW = "{id: toy/1, statement: s, where: w, source: s, confidence: high, paper_note: lower, check: {CHECK}}"
 CHECK = "kind: within, metric: nmse, methods: [TopK], at_most: 0.3"
 
 
-def write_paper(folder: Path, row: str = ROW.replace("CHECK", CHECK), rows: str = "match: [method.k]") -> Path:
+def write_paper(
+    folder: Path, row: str = ROW.replace("CHECK", CHECK), rows: str = "match: [method.k]\nmetrics: [nmse]"
+) -> Path:
     (folder / "toy" / "claims").mkdir(parents=True)
     (folder / "toy" / "paper.yaml").write_text("title: Toy\nshort: Toy")
     (folder / "toy" / "claims" / "toy_sizes.yaml").write_text(f"{rows}\nclaims:\n  - {row}\n")
@@ -47,6 +50,12 @@ WRONG = [
     ({"row": VALID.replace("within", "wihtin")}, "toy/1: kind: 'wihtin'"),
     ({"row": VALID.replace("paper_note: lower", "paper: 0.3")}, "toy/1.*never compared with demo"),
     ({"row": VALID.replace("paper_note: lower, ", "")}, "toy/1: paper: null needs a paper_note"),
+    ({"row": VALID.replace("nmse", "nsme")}, r"toy_sizes.yaml: nothing emits the metric nsme \(read by toy/1\)"),
+    (
+        {"row": VALID.replace("methods", "reference: metrics.l0, methods")},
+        r"toy_sizes.yaml: nothing emits the metric l0 \(read by toy/1\)",
+    ),
+    ({"rows": "match: [method.k]"}, r"toy_sizes.yaml: nothing emits the metric nmse \(read by toy/1\)"),
 ]
 
 
@@ -56,32 +65,44 @@ def test_a_wrong_key_or_check_is_an_error_that_names_the_file(change: dict[str, 
         load_paper(write_paper(tmp_path, **change))
 
 
-def test_the_kept_results_have_every_metric_that_the_claims_and_tables_read():
+def test_a_metric_that_nothing_emits_is_an_error_for_every_experiment_and_all_are_named(tmp_path: Path):
+    """A name that nothing emits is planted among the columns of every claims file of the repository."""
+    planted = tmp_path / "papers"
+    shutil.copytree(PAPERS, planted)
+    paths = sorted(planted.glob("*/claims/*.yaml"))
+    for path in paths:
+        path.write_text(path.read_text().replace("columns: [", f"columns: [no_such_{path.stem}, ", 1))
+    with pytest.raises(UserError) as error:
+        load_papers(planted)
+    assert len(paths) == 14
+    assert str(error.value).splitlines() == [
+        f"{path}: nothing emits the metric no_such_{path.stem} (read by columns). Correct or declare it."
+        for path in paths
+    ]
+
+
+def test_all_errors_of_a_file_are_named_together(tmp_path: Path):
+    rows = "match: [method.k]\nmetrics: [mse]\ncolumns: [nsme, mse, l00]"
+    with pytest.raises(UserError) as error:
+        load_paper(write_paper(tmp_path, VALID.replace("within", "wihtin"), rows))
+    found = [line.split("toy_sizes.yaml: ")[1].split(" (read")[0] for line in str(error.value).splitlines()]
+    assert found[0].startswith("toy/1: kind: 'wihtin' is not one of")
+    assert found[1:] == ["nothing emits the metric nsme", "nothing emits the metric l00"]
+
+
+def test_a_claim_that_needs_something_may_name_a_metric_that_nothing_emits_yet(tmp_path: Path):
+    row = VALID.replace("id: toy/1", "id: toy/1, needs: a probe").replace("nmse", "probe_accuracy")
+    assert load_paper(write_paper(tmp_path, row)).claims[0].needs == "a probe"
+
+
+def test_the_kept_results_have_every_metric_that_is_declared():
     everything = load_papers()
     cells = with_derived(everything, read_cells(KEPT))
-    kept = {cell.experiment for cell in cells}
-    unknown = {
-        experiment: unknown_metrics(paper, experiment, cells)
-        for paper in everything
-        for experiment in paper.experiments
-        if experiment in kept
-    }
-    assert len(unknown) == 9 and not any(unknown.values()), unknown
-
-
-def test_the_smoke_cells_of_leask_batchtopk_have_every_metric(smoke_cells: Callable[..., list[Cell]]):
-    """The other experiments without kept results are compared with their claims in their own tests."""
-    cells = smoke_cells("leask_batchtopk", "evaluation.compat_tokens=64")
-    assert unknown_metrics(load_paper(PAPERS / "leask"), "leask_batchtopk", cells) == {}
-
-
-def test_a_column_that_a_finished_grid_lacks_is_an_error_and_a_part_of_a_grid_is_not(tmp_path: Path):
-    paper = load_paper(write_paper(tmp_path, rows="match: [method.k]\ncolumns: [nsme]"))
-    cell = Cell("toy_sizes", "paper", 0, tmp_path, {"nmse": 0.2}, {"method._target_": "core.TopK"}, {})
-    assert unknown_metrics(paper, "toy_sizes", [cell]) == {"nsme": ["columns"]}
-    with pytest.raises(UserError, match=r"toy_sizes.yaml: .* nsme \(read by columns\)"):
-        validate_metrics([paper], [cell])
-    validate_metrics([paper], [])
+    kept = sorted({cell.experiment for cell in cells})
+    assert len(kept) == 9
+    for experiment, rows in [item for paper in everything for item in paper.experiments.items() if item[0] in kept]:
+        emitted = {name for cell in cells if cell.experiment == experiment for name in cell.metrics}
+        assert {*rows.metrics, *rows.derived} - emitted == set(), experiment
 
 
 @pytest.fixture
@@ -90,6 +111,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = write_paper(tmp_path / "papers", ROW.replace("CHECK", CHECK.replace("metric: nmse", "metric: halved")))
     (folder / "derived.py").write_text(
         "from dataclasses import replace\n"
+        "METRICS = {'toy_sizes': ['halved']}\n"
         "def derive(cells):\n"
         "    return [replace(c, metrics={**c.metrics, 'halved': c.metrics['nmse'] / 2}) for c in cells]\n"
     )

@@ -26,6 +26,24 @@ MODES = ("paper", "corrected")
 NAMES = {"latent_mcc": "crossing_flops", "dict_mcc": "dict_crossing_flops"}
 # the best of the SAE's mean curve in the authors' file of 40,000 steps
 PUBLISHED = {"oneill_unknown": {"latent_mcc": 0.566}}
+_PLATEAU = ("plateau_crossing_flops", "plateau_crossing_flops_corrected")
+_CROSSING = tuple(f"crossing_flops_{mode}" for mode in MODES)
+_DICT_CROSSING = tuple(f"dict_{name}" for name in _CROSSING)
+# experiment -> the derived metrics that claims and tables may read
+METRICS = {
+    "oneill_known_codes": (
+        *_PLATEAU,
+        *(f"mean_{name}" for name in _PLATEAU),
+        *(f"whole_{name}" for name in _PLATEAU),
+    ),
+    "oneill_known_dictionary": (*_CROSSING, *(f"mean_{name}" for name in _CROSSING)),
+    "oneill_unknown": (
+        *_CROSSING,
+        *_DICT_CROSSING,
+        *(f"mean_{name}" for name in (*_CROSSING, *_DICT_CROSSING)),
+        *(f"mean_{name}_at_published" for name in _CROSSING),
+    ),
+}
 FEWEST_POINTS = 10  # of a curve that may be interpolated
 
 Group = tuple[Any, ...]
