@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from numbers import Real
 from types import UnionType
-from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from core.errors import UserError
 
@@ -39,8 +39,9 @@ def require(condition: bool, name: str, value: object, words: str) -> None:
 class Checked:
     """Values that are converted to the types of their fields, and checked, when an instance is made.
 
-    int: a whole number, 1e8 as well. float: a finite number. bool: true or false, no number. Literal: one of the
-    choices. tuple: from a list of the same length. `int | None` takes None as well. Then the field's `rule` is applied.
+    int: a whole number, 1e8 as well. float: a finite number. bool: true or false, no number. str: a text. Literal: one
+    of the choices. tuple: from a list of the same length, or of any length for `tuple[int, ...]`. `int | None` takes
+    None as well. Any other type: an instance of it. Then the field's `rule` is applied.
     Raises UserError that names the setting, its value and what it must be.
     """
 
@@ -66,9 +67,9 @@ class Checked:
         for name in values:
             if name not in names:
                 raise UserError(f"{cls.node}.{name}: there is no such setting here. There are: {', '.join(names)}.")
-        for name in names:
-            if name not in values:
-                raise UserError(f"{cls.node}.{name}: this setting is missing.")
+        for entry in fields(cls):
+            if entry.name not in values and entry.default is MISSING:
+                raise UserError(f"{cls.node}.{entry.name}: this setting is missing.")
         return cls(**values)
 
     def plain(self) -> dict[str, Any]:
@@ -79,13 +80,20 @@ class Checked:
 
 def _converted(name: str, value: Any, kind: Any) -> Any:
     """`value` as the type `kind`; UserError that names the setting if it is none."""
-    choices = get_args(kind)
-    if get_origin(kind) is Literal:
-        require(value in choices, name, value, f"be one of {', '.join(map(str, choices))}")
+    origin, choices = get_origin(kind), get_args(kind)
+    if kind is Any:
         return value
-    if get_origin(kind) is UnionType:
+    if origin is Literal:
+        is_choice = any(value == choice and type(value) is type(choice) for choice in choices)
+        require(is_choice, name, value, f"be one of {', '.join(map(str, choices))}")
+        return value
+    if origin in (UnionType, Union):
         return None if value is None else _converted(name, value, choices[0])
-    if get_origin(kind) is tuple:
+    if origin is tuple and choices[-1] is ...:
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        require(is_list, name, value, "be a list")
+        return tuple(_converted(name, item, choices[0]) for item in value)
+    if origin is tuple:
         is_list = isinstance(value, Sequence) and not isinstance(value, str)
         require(is_list and len(value) == len(choices), name, value, f"be a list of {len(choices)} numbers")
         return tuple(_converted(name, item, each) for item, each in zip(value, choices, strict=True))
@@ -98,7 +106,9 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
     if kind is float:
         require(_is_finite(value), name, value, "be a finite number")
         return float(value)
-    raise TypeError(f"{name}: settings of the type {kind} are not known here.")
+    wanted: type = origin or kind
+    require(isinstance(value, wanted), name, value, f"be a {wanted.__name__}")
+    return value
 
 
 def _is_finite(value: Any) -> bool:

@@ -32,7 +32,9 @@ from hydra.utils import instantiate
 
 from core import distributed
 from core.artifacts import Store, content_key
+from core.digest import digest
 from core.errors import UserError
+from core.inputs import note_version
 from core.interrupts import raise_if_interrupted
 from core.methods.base import DictionaryMethod
 from core.methods.dictionary import Dictionary
@@ -40,7 +42,6 @@ from core.methods.saved import load_dictionary, save_dictionary
 from core.methods.settings import Settings, method_class, settings_of
 from core.runtime import Runtime
 from core.shares import gpus, number_of_processes, slots, split
-from core.streams.decoder_rows import digest
 from core.streams.module import StreamData
 from core.streams.source import Source
 from core.together import Fleet
@@ -86,7 +87,7 @@ class Request:
     @cached_property
     def group_spec(self) -> dict[str, Any]:
         """What decides the batches, and the precision: requests with equal group specs are trained together."""
-        return {**self.source.spec, "precision": self.precision}
+        return {"source": self.source.spec, "precision": self.precision}
 
     @cached_property
     def spec(self) -> dict[str, Any]:
@@ -140,6 +141,9 @@ def load_or_train_all(requests: Sequence[Request], run: Runtime) -> list[Diction
         failures = [_known_failures[place] for place in places if place in _known_failures]
         for error in failures or train_together(list(group.values()), run).values():
             raise error
+    for request in requests:
+        note_version(method_class(request.method["_target_"]))
+        note_version(type(request.source))
     return [load_dictionary(store.path(KIND, request.spec)) for request in requests]
 
 

@@ -1,7 +1,7 @@
 """What a cell reads besides its configuration and the store. If that changes, the cell's results are stale.
 
-A file is identified by its SHA-256, a branch on the hub by its commit. Whether a branch has moved is judged by what
-this machine last fetched, so no network is needed to skip a finished cell.
+A file is identified by its SHA-256, a branch on the hub by its commit, a method or a source by its version. Whether a
+branch has moved is judged by what this machine last fetched, so no network is needed to skip a finished cell.
 """
 
 from __future__ import annotations
@@ -10,12 +10,21 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 from core.artifacts import sha256
 
-HUB = "hub:"
-Inputs = dict[str, str]  # by name, a path or `hub:<repo>@<revision>`: its hash or commit
+HUB, VERSION = "hub:", "version:"
+Inputs = dict[str, str]  # by name, a path, `hub:<repo>@<revision>` or `version:<class>`: its hash, commit or version
+
+
+class Versioned(Protocol):
+    """A class whose `version` is raised when the same settings give other results."""
+
+    version: ClassVar[int]
+
 
 _noted: ContextVar[Inputs | None] = ContextVar("inputs", default=None)
 _hashes: dict[tuple[str, int, int], str] = {}  # this process's, by path, size and time of modification
@@ -44,6 +53,12 @@ def note_commit(repo: str, revision: str, commit: str) -> None:
         noted[f"{HUB}{repo}@{revision}"] = commit
 
 
+def note_version(kind: type[Versioned]) -> None:
+    """Record that the running cell's results depend on this class, at its version."""
+    if (noted := _noted.get()) is not None:
+        noted[f"{VERSION}{kind.__module__}.{kind.__qualname__}"] = str(kind.version)
+
+
 def cached_commit(repo: str, revision: str) -> str | None:
     """The commit of a revision when this machine last fetched it; None if it never did. Needs no network."""
     from huggingface_hub import HfApi  # slow to import, rarely needed
@@ -64,6 +79,12 @@ def _current(name: str) -> str | None:
     if name.startswith(HUB):
         repo, _, revision = name.removeprefix(HUB).rpartition("@")
         return cached_commit(repo, revision)
+    if name.startswith(VERSION):
+        module, _, kind = name.removeprefix(VERSION).rpartition(".")
+        try:
+            return str(getattr(import_module(module), kind).version)
+        except (ImportError, AttributeError):
+            return None
     return _hash(Path(name)) if Path(name).is_file() else None
 
 

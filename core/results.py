@@ -28,6 +28,7 @@ from core.interrupts import raise_if_interrupted
 
 RESULTS, FAILED = "results.json", "failed.json"
 IGNORED_KEYS = (*CHANGES_NO_NUMBER, "at", "grid", "cell_folder", "module")
+SCALES = {"smoke", "demo", "paper"}
 REPORTED_PACKAGES = ("torch", "pytorch-lightning", "transformers", "datasets", "hydra-core", "numpy", "scikit-learn")
 
 Metrics = Mapping[str, float]
@@ -44,10 +45,16 @@ def comparable(cfg: DictConfig) -> dict[str, Any]:
     return plain
 
 
+def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored configuration without the tables of what differs between scales, which older results have at its top:
+    they decide nothing by themselves."""
+    return {key: node for key, node in config.items() if not (isinstance(node, dict) and set(node) == SCALES)}
+
+
 def is_finished(folder: Path, cfg: DictConfig) -> bool:
     """Whether the folder holds results of exactly this configuration and unchanged inputs. Reports changed inputs."""
     stored = read(folder / RESULTS)
-    if stored is None or stored.get("config") != comparable(cfg):
+    if stored is None or _decisive(stored.get("config") or {}) != comparable(cfg):
         return False
     changed = inputs.changed(stored.get("inputs", {}))
     if changed:

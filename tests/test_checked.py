@@ -91,11 +91,36 @@ def test_a_missing_setting_is_named_and_a_large_power_of_ten_is_a_whole_number()
     assert Oven.of(GOOD | {"minutes": 1e8}).minutes == 100_000_000
 
 
-def test_an_annotation_that_nothing_checks_is_an_error_of_the_programmer():
-    @dataclass(frozen=True, kw_only=True)
-    class Loose(Checked):
-        node: ClassVar[str] = "loose"
-        anything: dict
+@dataclass(frozen=True, kw_only=True)
+class Shelf(Checked):
+    node: ClassVar[str] = "shelf"
+    name: str
+    heights: tuple[int, ...]
+    wood: Literal["oak", "pine"] | None
+    legs: Literal[3, 4]
+    labels: dict[str, Any]
+    shade: float = 0.5
 
-    with pytest.raises(TypeError, match=r"loose\.anything"):
-        Loose.of({"anything": {}})
+
+SHELF: dict[str, Any] = {"name": "a", "heights": [1, 2, 3], "wood": None, "legs": 4, "labels": {"x": 1}}
+
+
+def test_texts_lists_of_any_length_optional_choices_and_defaults_are_settings():
+    shelf = Shelf.of(SHELF)
+    assert shelf.heights == (1, 2, 3) and shelf.wood is None and shelf.shade == 0.5 and shelf.labels == {"x": 1}
+    assert Shelf.of({**SHELF, "wood": "oak", "heights": []}).heights == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"name": 4}, "shelf.name: 4 must be a str."),
+     ({"heights": [1, 1.5]}, "shelf.heights: 1.5 must be a whole number."),
+     ({"heights": "12"}, "shelf.heights: '12' must be a list."),
+     ({"wood": "ash"}, "shelf.wood: 'ash' must be one of oak, pine."),
+     ({"legs": True}, "shelf.legs: True must be one of 3, 4."),
+     ({"labels": [1]}, "shelf.labels: [1] must be a dict.")],
+)  # fmt: skip
+def test_their_messages_name_the_setting_its_value_and_the_rule_too(changes: dict[str, Any], message: str):
+    with pytest.raises(UserError) as error:
+        Shelf.of(SHELF | changes)
+    assert str(error.value) == message

@@ -95,3 +95,32 @@ def test_a_file_read_outside_a_cell_is_not_recorded(tmp_path):
     assert noted == {}
     results.run_cell(CFG, tmp_path / "cell", lambda cfg: {"a": 1.0})
     assert "inputs" not in json.loads((tmp_path / "cell" / results.RESULTS).read_text())
+
+
+def test_a_cell_is_not_finished_once_the_version_of_a_method_or_source_has_changed(
+    tmp_path, small_request, runtime, monkeypatch, capsys
+):
+    from core.fleet import load_or_train
+    from core.methods.topk import TopK
+    from core.streams.activation_source import ActivationSource
+
+    method = {
+        "_target_": "core.methods.topk.TopK", "d_model": 32, "dict_size": 16, "k": 2, "use_enc_bias": False,
+        "aux": "none", "aux_coefficient": 0.0, "k_aux": 1, "lr": 1e-3, "betas": [0.9, 0.99], "input_norm": "none",
+        "seed": 0, "decoder_norm": "none", "dead_after_tokens": 64, "grad_clip": 1.0, "warmup_steps": 0,
+        "decay_fraction": 0.0, "path": "auto",
+    }  # fmt: skip
+    cfg = OmegaConf.create({"name": "test", "scale": "smoke", "seed": 0})
+    request = small_request(method, n_tokens=64, calibration_batches=0)
+
+    def run(_: object) -> dict[str, float]:
+        return {"size": load_or_train(request, runtime(tmp_path, "store")).dict_size}
+
+    results.run_cell(cfg, tmp_path / "cell", run)
+    assert results.is_finished(tmp_path / "cell", cfg)
+    for kind in (TopK, ActivationSource):
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "version", 2)
+            assert not results.is_finished(tmp_path / "cell", cfg)
+            assert f"version:{kind.__module__}.{kind.__name__}" in capsys.readouterr().err
+    assert results.is_finished(tmp_path / "cell", cfg)

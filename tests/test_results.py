@@ -19,6 +19,14 @@ def test_a_finished_cell_is_recognised_by_its_configuration(tmp_path: Path):
     assert not results.is_finished(tmp_path, config(seed=1))
 
 
+def test_a_table_of_scales_in_older_results_decides_nothing(tmp_path: Path):
+    table = {"paper": 1, "demo": 2, "smoke": 3}
+    results.run_cell(config(all_steps=table), tmp_path, lambda cfg: {"a": 1.0})
+    assert results.is_finished(tmp_path, config())
+    results.run_cell(config(other={**table, "x": 4}), tmp_path, lambda cfg: {"a": 1.0})
+    assert not results.is_finished(tmp_path, config())
+
+
 def test_the_number_of_devices_can_change_a_result_and_the_number_of_processes_cannot(tmp_path: Path):
     results.run_cell(config(trainer={"processes": "auto", "devices": 1}), tmp_path, lambda cfg: {"a": 1.0})
     assert results.is_finished(tmp_path, config(trainer={"processes": 4, "devices": 1}))

@@ -203,8 +203,8 @@ class Error(NamedTuple):
 
 @torch.no_grad()
 def error_and_bias(method: Dictionary, batches: Iterable[Tensor]) -> tuple[Error, Tensor]:
-    """The dictionary's score on batches `[B, d]` of raw activations, and the refitted bias `[d]`: the mean of x - f W
-    over them, in normalised space."""
+    """The dictionary's score on batches `[B, d]` of raw activations; and the refitted bias `[d]`, in normalised space,
+    which is the mean of x - f W over them."""
     total = torch.zeros(method.d_model, dtype=torch.float64, device=method.W_dec.device)
     error, active, n = total.new_zeros(()), total.new_zeros(()), 0
     for x in batches:

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from core.methods.base import DictionaryMethod
+from core.methods.decoder import unit_rows_
 from core.optimizer import ClippingAdam
 from core.seeding import generator
 
@@ -35,8 +35,8 @@ def resample_if_due(
     dead = method.dead.nonzero().squeeze(1)  # [n]
     random = generator(method.settings.seed, "resample", method.n_updates)
     # Vectors for all latents are drawn, so that one latent's do not depend on which others are dead.
-    directions = _unit_rows(method.W_dec, random)[dead]  # [n, d]
-    rows = directions if like_decoder else _unit_rows(W_enc, random)[dead]  # [n, e]
+    directions = _unit_rows(method.W_dec, random, method.axes)[dead]  # [n, d]
+    rows = directions if like_decoder else _unit_rows(W_enc, random, W_enc.ndim - 1)[dead]  # [n, e]
     method.W_dec[dead] = directions
     W_enc[dead] = ENCODER_NORM * rows
     b_enc[dead] = 0.0
@@ -46,5 +46,5 @@ def resample_if_due(
     method.tokens_since_fired[dead] = 0
 
 
-def _unit_rows(like: Tensor, random: torch.Generator) -> Tensor:
-    return normalize(torch.randn(like.shape, generator=random), dim=1).to(like.device)
+def _unit_rows(like: Tensor, random: torch.Generator, axes: int) -> Tensor:
+    return unit_rows_(torch.randn(like.shape, generator=random), axes).to(like.device)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from core import distributed
+from core.checked import at_least, positive
 from core.errors import UserError
 from core.models.identity import model_identity
 from core.models.language_model import load_language_model
@@ -20,8 +21,9 @@ from core.seeding import derived_seed
 from core.streams.activations import ActivationStream
 from core.streams.cache import CachedStream, Shards, fill_spec
 from core.streams.source import Source, Stream
-from core.text.rows import RowStream
+from core.text.rows import Packing, RowStream
 
+BufferDtype = Literal["float32", "bfloat16", "float16"]
 IN_THE_SPEC = (
     "site", "n_tokens", "n_ctx", "packing", "max_document_tokens", "batch_size", "buffer_tokens", "buffer_dtype",
     "rows_per_forward", "batches_per_chunk", "calibration_batches",
@@ -46,20 +48,16 @@ class ActivationSource(Source):
     can_share = True
 
     site: str
-    n_tokens: int
-    n_ctx: int
-    packing: Any
-    max_document_tokens: int | None
-    batch_size: int
-    buffer_tokens: int
-    buffer_dtype: str
-    rows_per_forward: int
-    batches_per_chunk: int
-    calibration_batches: int
+    n_tokens: int = positive()
+    n_ctx: int = at_least(2)
+    packing: Packing
+    max_document_tokens: int | None = at_least(2)
+    buffer_tokens: int = positive()
+    buffer_dtype: BufferDtype
+    rows_per_forward: int = positive()
     seed: int
     model: dict[str, Any]
     data: dict[str, Any]
-    devices: int = 1
 
     @property
     def n_batches(self) -> int:
@@ -79,7 +77,8 @@ class ActivationSource(Source):
         """The stream from the language model. With a cache, shards on disk are read, and missing ones are written."""
         if run.cache is None:
             return self.live()
-        shards = Shards(run.cache.dir, fill_spec(self.spec), run.cache.max_gb, run.cache.keep_free_gb)
+        fill = fill_spec({"version": self.version, **self.batches_spec})
+        shards = Shards(run.cache.dir, fill, run.cache.max_gb, run.cache.keep_free_gb)
         sizes = {name: getattr(self, name) for name in ("batch_size", "buffer_tokens", "n_ctx", "buffer_dtype")}
         n_batches = self.n_batches + self.calibration_batches
         return CachedStream(shards, self.live, sizes, n_batches, chosen_device(self.model["device"]))

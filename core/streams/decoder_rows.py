@@ -5,7 +5,6 @@ Shapes: N rows, d = d_model, B rows in a batch.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from core.batch import Batch
+from core.checked import positive
+from core.digest import digest
 from core.errors import UserError
 from core.runtime import Runtime
 from core.seeding import generator
@@ -93,13 +94,11 @@ class DecoderRowSource(Source):
     weights         `[N]`, for `sampling: frequency`; ignored otherwise
     """
 
+    node = "meta"
     rows: Tensor
-    n_steps: int
-    batch_size: int
+    n_steps: int = positive()
     sampling: Sampling
     seed: int
-    calibration_batches: int
-    batches_per_chunk: int
     weights: Tensor | None = None
 
     @property
@@ -122,21 +121,14 @@ class DecoderRowSource(Source):
         return DecoderRows(rows, self.batch_size, self.sampling, self.seed, self.weights)
 
 
-def digest(*tensors: Tensor) -> str:
-    """SHA-256 of shapes, dtypes and entries."""
-    state = hashlib.sha256()
-    for tensor in tensors:
-        state.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).numpy().tobytes())
-    return state.hexdigest()
-
-
 def directions(W_dec: Tensor, name: str, remedy: str = "Leave these latents out of the dictionary.") -> Tensor:
     """The rows of `W_dec` `[N, d]` at unit norm, detached, in fp32.
 
-    Raises UserError for rows without a direction: zero, or not finite. The message contains `name` (of the
-    dictionary) and `remedy`.
+    Raises UserError for a decoder of several models, and for rows without a direction: zero, or not finite. The message
+    contains `name` (of the dictionary) and `remedy`.
     """
+    if W_dec.ndim != 2:
+        raise UserError(f"{name}: the decoder has the shape {list(W_dec.shape)}; rows of one model are needed, [N, d].")
     W = W_dec.detach().float()
     norms = W.norm(dim=1)
     bad = (~(norms > 0) | ~norms.isfinite()).nonzero().flatten().tolist()

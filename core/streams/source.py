@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, final
 
 import torch
@@ -11,6 +12,7 @@ from hydra.utils import get_class
 
 from core import distributed
 from core.batch import Batch
+from core.checked import Checked, at_least, positive
 from core.errors import UserError
 from core.runtime import Runtime
 
@@ -26,7 +28,8 @@ class Stream(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Source(ABC):
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Source(Checked, ABC):
     """The settings of a stream. Dictionaries with equal sources are trained together, on one stream.
 
     batch_size           rows (see `unit`) in one optimiser step, over all devices
@@ -35,15 +38,19 @@ class Source(ABC):
     devices              number of devices that share every batch
     """
 
+    node: ClassVar[str] = "stream"
     version: ClassVar[int] = 1  # raise it when a change alters the batches that the same settings give
     unit: ClassVar[str] = "rows"  # what `batch_size` counts
     groups: ClassVar[tuple[str, ...]] = ()  # groups of the configuration that it needs besides its settings
     can_share: ClassVar[bool] = False  # whether several devices can share every batch
 
-    batch_size: int
-    batches_per_chunk: int
-    calibration_batches: int
+    batch_size: int = positive()
+    batches_per_chunk: int = positive()
+    calibration_batches: int = at_least(0)
     devices: int = 1
+
+    __eq__ = object.__eq__  # two sources are compared by their specs
+    __hash__ = object.__hash__
 
     @property
     @abstractmethod
@@ -66,8 +73,9 @@ class Source(ABC):
     @final
     @property
     def spec(self) -> dict[str, Any]:
-        """`batches_spec` with the kind of source and its version: a part of every key."""
-        return {"source": type(self).__name__, "version": self.version, **self.batches_spec}
+        """The kind of source, its version, and `batches_spec`: a part of every key."""
+        kind = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {"class": kind, "version": self.version, "batches": self.batches_spec}
 
 
 def source_of(settings: Mapping[str, Any], cfg: Mapping[str, Any], devices: int) -> Source:
@@ -77,13 +85,13 @@ def source_of(settings: Mapping[str, Any], cfg: Mapping[str, Any], devices: int)
     """
     own = dict(settings)
     name = own.pop("_target_", None)
-    kind = get_class(name) if name else None
+    try:
+        kind = get_class(name) if name else None
+    except ImportError as error:
+        raise UserError(f"stream._target_: {name} cannot be imported. Choose one of conf/source.") from error
     if not (isinstance(kind, type) and issubclass(kind, Source)):
         raise UserError(f"stream._target_: {name} is not a source (core.streams). Choose one of conf/source.")
     if devices > 1 and not kind.can_share:
         raise UserError(f"trainer.devices={devices}: the batches of {kind.__name__} are served to one device only.")
     shared = {"devices": devices} if kind.can_share else {}
-    try:
-        return kind(**own, **{group: cfg[group] for group in kind.groups}, **shared)
-    except TypeError as error:
-        raise UserError(f"stream: the settings do not fit {kind.__name__}: {error}") from error
+    return kind.of({**own, **{group: cfg[group] for group in kind.groups}, **shared})

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from core.analysis import top_activations as top
 from core.analysis.held_out import HeldOut
+from core.digest import digest
 from core.errors import UserError
 from core.methods.dictionary import Dictionary
-from core.streams.decoder_rows import digest, directions
+from core.streams.decoder_rows import directions
 from experiments.common import held_out, once_per
 
 

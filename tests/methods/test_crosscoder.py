@@ -16,6 +16,7 @@ from core.kernels.mean_square import mse
 from core.methods import topk
 from core.methods.base import DictionaryMethod
 from core.methods.decoder import project_gradient, uniform, unit_rows_
+from core.methods.resampling import resample_if_due
 from core.methods.saved import load_dictionary, save_dictionary
 from core.methods.settings import Settings
 
@@ -138,3 +139,16 @@ def test_the_scalar_norm_keeps_one_scale_for_each_model():
     torch.testing.assert_close(norm.undo(normalised, shift), x)
     single.fit(x[:, 0])
     assert single.scale.shape == () and float(single.scale) == pytest.approx(by_hand[0])
+
+
+@NORMS
+def test_a_dead_latent_starts_anew_with_the_norm_that_the_method_declares(norm: str):
+    method, _ = trained(2, norm=norm)
+    optimizer = method.configure_optimizers()
+    method.update(Batch(pairs(2)), optimizer)
+    method.tokens_since_fired[:3] = 10_000
+    before = method.W_dec.detach().clone()
+    resample_if_due(method, method.W_enc, method.b_enc, optimizer, every=method.n_updates, like_decoder=True)
+    assert not torch.equal(method.W_dec[:3], before[:3]) and torch.equal(method.W_dec[3:], before[3:])
+    rows = method.W_dec[:3].flatten(0, 1) if norm == "per_model" else method.W_dec[:3].flatten(1)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))

@@ -19,9 +19,6 @@ class NoiseSource(Source):
     width: int
     n_directions: int
     n_steps: int
-    batch_size: int
-    batches_per_chunk: int
-    calibration_batches: int
     seed: int
 
     @property
@@ -30,7 +27,7 @@ class NoiseSource(Source):
 
     @property
     def batches_spec(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return self.plain()
 
     def open(self, run: Runtime) -> "Noise":
         return Noise(self, run.device)

@@ -74,6 +74,11 @@ def test_directions_have_unit_norm_and_rows_without_a_direction_are_named():
         directions(torch.zeros(9, 2), "base")
 
 
+def test_a_decoder_of_several_models_has_no_rows_of_one_width():
+    with pytest.raises(UserError, match=r"pair: the decoder has the shape \[3, 2, 4\]"):
+        directions(torch.ones(3, 2, 4), "pair")
+
+
 def test_random_directions_are_unit_rows_without_a_preferred_direction():
     W = random_directions(4000, 16, seed=1)
     torch.testing.assert_close(W.norm(dim=1), torch.ones(4000))

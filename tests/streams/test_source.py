@@ -91,10 +91,42 @@ def test_the_key_depends_on_what_decides_the_batches_and_on_the_versions(monkeyp
 
 def test_a_source_that_does_not_fit_is_refused_by_name():
     node = {"_target_": "tests.streams.noise_source.NoiseSource", **SETTINGS}
-    assert source_of(node, {}, 1).batches_spec == SETTINGS
-    with pytest.raises(UserError, match=r"stream: .*NoiseSource.*n_dirs"):
+    assert source_of(node, {}, 1).batches_spec == {**SETTINGS, "devices": 1}
+    with pytest.raises(UserError, match=r"stream\.n_dirs: there is no such setting"):
         source_of({**node, "n_dirs": 3}, {}, 1)
     with pytest.raises(UserError, match=r"stream\._target_: core\.methods\.topk\.TopK is not a source"):
         source_of({**node, "_target_": "core.methods.topk.TopK"}, {}, 1)
     with pytest.raises(UserError, match=r"trainer\.devices=2: the batches of NoiseSource"):
         source_of(node, {}, 2)
+    for name in ("tests.streams.nowhere.NoiseSource", "NoiseSource"):
+        with pytest.raises(UserError, match=r"stream\._target_"):
+            source_of({**node, "_target_": name}, {}, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("batch_size", "abc", "a whole number"), ("batch_size", -4, "positive"), ("batches_per_chunk", 0, "positive"),
+        ("calibration_batches", -1, "0 or more"), ("n_tokens", 0, "positive"), ("n_tokens", 1.5, "a whole number"),
+        ("n_ctx", 1, "2 or more"), ("packing", "foo", "concat, per_document"), ("rows_per_forward", 0, "positive"),
+        ("buffer_dtype", "int8", "float32, bfloat16, float16"), ("seed", None, "a whole number"), ("site", 4, "a str"),
+        ("max_document_tokens", 1, "2 or more"), ("buffer_tokens", True, "a whole number"),
+    ],
+)  # fmt: skip
+def test_settings_of_activations_that_cannot_be_are_refused_by_name(
+    small_request: Any, name: str, value: Any, rule: str
+):
+    with pytest.raises(UserError, match=rf"stream\.{name}: .* must .*{rule}"):
+        small_request(METHOD, **{name: value})
+
+
+def test_settings_that_mean_the_same_have_one_key(small_request: Any):
+    assert small_request(METHOD, n_tokens=1e3).key == small_request(METHOD, n_tokens=1000).key
+
+
+def test_a_source_cannot_hide_what_else_decides_a_dictionary(monkeypatch: pytest.MonkeyPatch):
+    spec = {"method": "?", "precision": "?", "version": 9, "class": "?"}
+    monkeypatch.setattr(NoiseSource, "batches_spec", spec)
+    request = Request(METHOD, NoiseSource(**SETTINGS))
+    assert request.spec["method"]["k"] == 2 and request.spec["precision"] == "32-true"
+    assert request.source.spec["version"] == 1 and request.source.spec["batches"] == spec
