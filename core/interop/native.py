@@ -40,7 +40,8 @@ def read(folder: Path) -> Dictionary:
 
 
 def site(folder: Path) -> str | None:
-    """Our name of the site where it was trained; None if the store does not have it."""
+    """Our name of the site where it was trained; None if the store does not have it, or its source has no site."""
     artifact = stored(folder) / "artifact.json"
     spec = read_json(artifact).get("spec", {}) if artifact.is_file() else {}
-    return spec.get("stream", {}).get("site")
+    batches = spec.get("source", {}).get("batches", spec)  # `stream` stood at the top in stores of version 0.1
+    return batches.get("stream", {}).get("site")

@@ -201,9 +201,11 @@ def test_dictionaries_trained_here_load_as_their_own_class(tmp_path, dictionary,
         again = load(24, str(tmp_path / folder), site="resid_pre.0")
         assert isinstance(again, BatchTopK) and torch.equal(again.reconstruct(rows), method.reconstruct(rows))
     artifact = tmp_path / "store/artifact.json"
-    artifact.write_text(json.dumps({"spec": {"stream": {"site": "resid_pre.4"}}}))
-    with pytest.raises(UserError, match=r"Set stream\.site=resid_pre\.4"):
-        load(24, str(tmp_path / "cell"), site="resid_pre.0")
+    stream = {"stream": {"site": "resid_pre.4"}}
+    for spec in ({"source": {"batches": stream}}, stream):  # today's store, and that of version 0.1
+        artifact.write_text(json.dumps({"spec": spec}))
+        with pytest.raises(UserError, match=r"Set stream\.site=resid_pre\.4"):
+            load(24, str(tmp_path / "cell"), site="resid_pre.0")
     artifact.write_text(json.dumps({"spec": {"rows": "of a decoder"}}))
     load(24, str(tmp_path / "cell"), site="resid_pre.0")
     weights = tmp_path / "store/weights.safetensors"
