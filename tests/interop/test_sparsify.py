@@ -45,7 +45,7 @@ def test_dictionaries_saved_by_the_library_give_the_same_codes_and_reconstructio
     outputs = load_file(tmp_path / "out.safetensors")
     for name, options in CASES.items():
         method = sparsify.read(tmp_path / name)
-        assert method.k == options["k"] and method.source["hook"] == name
+        assert method.settings.k == options["k"] and method.source["hook"] == name
         codes = method.encode(rows).dense()
         assert torch.equal(codes > 0, outputs[f"{name}/codes"] > 0)
         torch.testing.assert_close(codes, outputs[f"{name}/codes"], rtol=1e-5, atol=1e-5)
