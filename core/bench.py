@@ -20,8 +20,6 @@ from typing import NamedTuple
 
 import torch
 
-from core.runtime import resolve_device as resolve_device
-
 TABLE = "table.json"  # beside results.json: the table for the report
 
 Task = Callable[[], object]

@@ -90,8 +90,7 @@ def _loaded(method: dict[str, Any]) -> tuple[Dictionary, dict[str, Any]]:
     if method["repo"] in (None, "???"):
         raise UserError("method.repo is not set: a name on the Hugging Face hub, or a folder with a dictionary.")
     dictionary = build({key: value for key, value in method.items() if key not in TRAINING_ONLY})
-    kind = f"{type(dictionary).__module__}.{type(dictionary).__qualname__}"
-    return dictionary, {"class": kind, "hyperparameters": dictionary.hyperparameters(), "loaded": method}
+    return dictionary, {**dictionary.description(), "loaded": method}
 
 
 def build(node: Any) -> Any:

@@ -24,10 +24,7 @@ from core.streams.source import Source, Stream
 from core.text.rows import Packing, RowStream
 
 BufferDtype = Literal["float32", "bfloat16", "float16"]
-IN_THE_SPEC = (
-    "site", "n_tokens", "n_ctx", "packing", "max_document_tokens", "batch_size", "buffer_tokens", "buffer_dtype",
-    "rows_per_forward", "batches_per_chunk", "calibration_batches",
-)  # fmt: skip
+BESIDE_THE_STREAM = ("seed", "model", "data", "devices")  # settings with a place of their own in the spec
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -66,7 +63,7 @@ class ActivationSource(Source):
     @cached_property
     def batches_spec(self) -> dict[str, Any]:
         return {
-            "stream": {name: getattr(self, name) for name in IN_THE_SPEC},
+            "stream": {name: value for name, value in self.plain().items() if name not in BESIDE_THE_STREAM},
             "model": model_identity(self.model),
             "data": instantiate(self.data).spec,
             "seed": self.seed,

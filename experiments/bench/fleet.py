@@ -20,11 +20,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from core.artifacts import Store
-from core.bench import Entry, hardware, resolve_device, save_table, threads
+from core.bench import Entry, hardware, save_table, threads
 from core.fleet import KIND, Request, load_or_train, prefetch
 from core.methods.saved import load_dictionary
 from core.models.language_model import load_language_model
-from core.runtime import Runtime
+from core.runtime import Runtime, resolve_device
 from core.streams.activation_source import ActivationSource
 from hydra_plugins.blocks_sweeper.sweeper import cells_of
 

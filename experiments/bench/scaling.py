@@ -18,7 +18,8 @@ from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 
 from core.batch import Batch
-from core.bench import Clock, Task, alternate, hardware, resolve_device, save_table, threads
+from core.bench import Clock, Task, alternate, hardware, save_table, threads
+from core.runtime import resolve_device
 from experiments.bench.common import built, fit_fleet
 from experiments.bench.peers import product, structured_rows
 

@@ -15,8 +15,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from core.analysis.stitching import nearest, score_latents
-from core.bench import Clock, PeakMemory, alternate, hardware, resolve_device, save_table, threads
+from core.bench import Clock, PeakMemory, alternate, hardware, save_table, threads
 from core.methods.pretrained import Pretrained
+from core.runtime import resolve_device
 from core.seeding import generator
 
 

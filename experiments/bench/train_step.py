@@ -28,13 +28,13 @@ from core.bench import (
     Times,
     alternate,
     hardware,
-    resolve_device,
     save_table,
     seconds_of,
     threads,
 )
 from core.methods.base import DictionaryMethod
 from core.optimizer import ClippingAdam
+from core.runtime import resolve_device
 from experiments.bench import peers
 from experiments.bench.common import built, fit_fleet
 from experiments.common import plain

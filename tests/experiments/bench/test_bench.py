@@ -14,12 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from core.artifacts import Store
 from core.batch import Batch
-from core.bench import PeakMemory, Times, alternate, hardware, resolve_device, save_table, threads
+from core.bench import PeakMemory, Times, alternate, hardware, save_table, threads
 from core.errors import UserError
 from core.fleet import KIND
 from core.kernels import reference
 from core.methods.saved import save_dictionary
 from core.models.language_model import load_language_model
+from core.runtime import resolve_device
 from experiments.bench import fleet as bench_fleet
 from experiments.bench import hours as bench_hours
 from experiments.bench import peers
