@@ -21,7 +21,7 @@ from torch import Tensor
 from core.errors import UserError
 from core.inputs import note_commit, note_file
 from core.interop import hub
-from core.interop.files import Weights, read_pt, read_safetensors
+from core.tensor_files import Weights, read_pt, read_safetensors
 
 FILES = ("model.safetensors", "model.pt", "ae.pt", "cc_weights.pt")  # the first that exists is read
 FORMATS: hub.Formats = {name: ((name,), ()) for name in FILES}

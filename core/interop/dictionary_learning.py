@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
-from core.interop.files import Weights, read_json, read_pt
 from core.methods.pretrained import Pretrained
+from core.reading import read_object
+from core.tensor_files import Weights, read_pt
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 
@@ -33,7 +34,7 @@ def read(folder: Path) -> Pretrained:
     or contain more than tensors.
     """
     path = folder / CONFIG
-    trainer = read_json(path).get("trainer")
+    trainer = read_object(path).get("trainer")
     if not isinstance(trainer, dict) or trainer.get("dict_class") not in READERS:
         kind = trainer.get("dict_class") if isinstance(trainer, dict) else None
         raise UserError(f"{path}: trainer.dict_class {kind!r} is not supported; these are: {', '.join(READERS)}.")

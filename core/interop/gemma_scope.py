@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 
 from core.errors import UserError
-from core.interop.files import read_npz
 from core.methods.pretrained import Pretrained
+from core.tensor_files import read_npz
 
 PARAMS = "params.npz"
 KINDS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}

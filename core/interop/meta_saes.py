@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from core.errors import UserError
-from core.interop.files import read_json, read_pt
 from core.methods.batchtopk import BatchTopK
+from core.reading import read_object
+from core.tensor_files import read_pt
 
 CONFIG, WEIGHTS = "Config.json", "SAE.pt"
 TYPES = ("topk", "batchtopk")
@@ -33,7 +34,7 @@ def read(folder: Path, threshold: float | None = None) -> BatchTopK:
     Raises UserError for unknown settings, and for files that are incomplete or contain more than tensors.
     """
     path = folder / CONFIG
-    cfg = read_json(path)
+    cfg = read_object(path)
     if cfg.get("sae_type") not in TYPES or cfg.get("architecture", "standard") != "standard":
         kind = f"sae_type={cfg.get('sae_type')!r}, architecture={cfg.get('architecture')!r}"
         raise UserError(f"{path}: {kind} is not supported; sae_type {' and '.join(TYPES)} are.")
@@ -57,7 +58,7 @@ def read(folder: Path, threshold: float | None = None) -> BatchTopK:
 
 def hook(folder: Path) -> str | None:
     """TransformerLens' name of the site of the dictionary that the rows come from; None if it is not given."""
-    name = read_json(folder / CONFIG).get("hook_point")
+    name = read_object(folder / CONFIG).get("hook_point")
     return name if isinstance(name, str) else None
 
 

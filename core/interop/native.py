@@ -7,9 +7,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from core.errors import UserError
-from core.interop.files import read_json
 from core.methods.dictionary import Dictionary
 from core.methods.saved import MANIFEST, WEIGHTS, load_dictionary
+from core.reading import read_object
 
 POINTER = "dictionary.json"
 __all__ = ["MANIFEST", "POINTER", "WEIGHTS", "read", "site", "stored"]
@@ -19,7 +19,7 @@ def stored(folder: Path) -> Path:
     """The folder in the store that a cell's folder points to, or the folder itself."""
     if not (folder / POINTER).is_file():
         return folder
-    target = read_json(folder / POINTER).get("folder")
+    target = read_object(folder / POINTER).get("folder")
     if target is None:
         raise UserError(f"{folder / POINTER}: this cell used a dictionary that was loaded as well. Load that one.")
     return Path(target)
@@ -42,6 +42,6 @@ def read(folder: Path) -> Dictionary:
 def site(folder: Path) -> str | None:
     """Our name of the site where it was trained; None if the store does not have it, or its source has no site."""
     artifact = stored(folder) / "artifact.json"
-    spec = read_json(artifact).get("spec", {}) if artifact.is_file() else {}
+    spec = read_object(artifact).get("spec", {}) if artifact.is_file() else {}
     batches = spec.get("source", {}).get("batches", spec)  # `stream` stood at the top in stores of version 0.1
     return batches.get("stream", {}).get("site")

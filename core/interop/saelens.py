@@ -34,10 +34,11 @@ from torch import Tensor
 from core.artifacts import write_atomically
 from core.errors import UserError
 from core.input_norm import Normalisation
-from core.interop.files import Weights, read_json, read_safetensors
 from core.interop.hooks import hook_of
 from core.methods.dictionary import Dictionary
 from core.methods.pretrained import Activation, Pretrained, at_inference
+from core.reading import read_object
+from core.tensor_files import Weights, read_safetensors
 
 CFG, WEIGHTS, SPARSITY, SCALER = (
     "cfg.json",
@@ -78,7 +79,7 @@ def read(folder: Path, norm_scaling_factor: float | None = None) -> Pretrained:
     Raises UserError for unknown architectures, versions and settings, and for incomplete files.
     """
     path = folder / CFG
-    cfg = _cfg(read_json(path), path)
+    cfg = _cfg(read_object(path), path)
     d, m = _size(cfg, "d_in", path), _size(cfg, "d_sae", path)
     weights = read_safetensors(folder / WEIGHTS)
     W_enc, W_dec, b_dec = weights.take("W_enc", d, m).T, weights.take("W_dec", m, d), weights.take("b_dec", d)
@@ -270,7 +271,7 @@ def _norm(cfg: Mapping[str, Any], path: Path) -> Normalisation:
 
 
 def _scaling_factor(folder: Path, given: float | None) -> float:
-    stored = read_json(folder / SCALER).get("scaling_factor") if (folder / SCALER).is_file() else None
+    stored = read_object(folder / SCALER).get("scaling_factor") if (folder / SCALER).is_file() else None
     c = given if stored is None else stored
     if not isinstance(c, int | float) or not c > 0:
         raise UserError(

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from core.interop.files import read_json, read_safetensors
 from core.methods.pretrained import Pretrained
+from core.reading import read_object
+from core.tensor_files import read_safetensors
 
 CFG, WEIGHTS = "cfg.json", "sae.safetensors"
 
@@ -19,7 +20,7 @@ CFG, WEIGHTS = "cfg.json", "sae.safetensors"
 def read(folder: Path) -> Pretrained:
     """The dictionary in a folder. Raises UserError for transcoders, GroupMax and incomplete files."""
     path = folder / CFG
-    cfg = read_json(path)
+    cfg = read_object(path)
     for key, plain in (("transcode", False), ("skip_connection", False), ("signed", False), ("activation", "topk")):
         if cfg.get(key, plain) != plain:
             raise UserError(f"{path}: {key}={cfg[key]} is not supported; only TopK dictionaries are.")

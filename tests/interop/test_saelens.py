@@ -314,7 +314,7 @@ def test_missing_truncated_and_wrong_files_are_named_in_the_error(tmp_path):
     (folder / saelens.WEIGHTS).unlink()
     with pytest.raises(UserError, match=r"sae_weights\.safetensors is missing"):
         saelens.read(folder)
-    for text, message in (("{", "is not readable JSON"), ("[1]", "contains list")):
+    for text, message in (("{", "not JSON"), ("[1]", "is a list, not an object")):
         (folder / "cfg.json").write_text(text)
         with pytest.raises(UserError, match=message):
             saelens.read(folder)
