@@ -15,9 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import socket
+import stat
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -26,50 +27,28 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from core import atomic
+from core.atomic import NOT_A_LIST, sha256, sync, temporary_name, write_atomically
+from core.errors import UserError
 from core.interrupts import remove_folder
+from core.reading import read_object
+
+__all__ = ["MANIFEST", "Store", "content_key", "damage", "problem", "sha256", "sync", "write_atomically"]
 
 MANIFEST = "artifact.json"
+KEY, TOKEN = re.compile("[0-9a-f]{16}"), re.compile("[0-9a-z_]{8}")  # the parts of an unfinished folder's name
 PATIENCE_SECONDS = 1.0  # time to wait for a lock before reporting it
 
 Signature = tuple[tuple[str, int, int], ...]  # names, sizes and times of modification
-_checked_here: dict[Path, tuple[Signature, bool]] = {}  # folders this process has checked, and whether each is intact
+_checked_here: dict[
+    tuple[Path, str | None], tuple[Signature, str | None]
+] = {}  # by `problem`'s arguments: what is wrong
 
 
 def content_key(spec: Mapping[str, Any]) -> str:
     """16 hexadecimal digits that depend only on the specification, not on the order of its keys."""
     text = json.dumps(spec, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that `path` always holds either the old content or all of the new content."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-        sync(path.parent)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Store:
@@ -90,18 +69,14 @@ class Store:
         folder = self.path(kind, spec)
         if not (folder / MANIFEST).is_file():
             return False
-        known, intact = _checked_here.get(folder, (None, False))
+        known = _checked_here.get((folder, folder.name))
         try:
-            signature = _signature(folder)
-            problem = damage(folder) if known != signature else None
+            found = problem(folder, folder.name)
         except FileNotFoundError:  # another process is setting it aside
             return False
-        if known != signature:
-            if problem:
-                print(f"{folder} is not used and will be made again: {problem}", file=sys.stderr)
-            intact = problem is None
-            _checked_here[folder] = signature, intact
-        return intact
+        if found and _checked_here[folder, folder.name] != known:
+            print(f"{folder} is not used and will be made again: {found}", file=sys.stderr)
+        return found is None
 
     @contextmanager
     def lock(self, kind: str, spec: Mapping[str, Any]) -> Iterator[None]:
@@ -113,8 +88,13 @@ class Store:
         try:
             lock.acquire(timeout=PATIENCE_SECONDS)
         except Timeout:
-            print(f"waiting for {file.read_text() or 'another process'}, which makes {path}", file=sys.stderr)
+            print(f"waiting for {_holder(file)}, which makes {path}", file=sys.stderr)
             lock.acquire()
+        except OSError as error:
+            raise UserError(
+                f"artifacts_dir: {file} cannot be locked ({error.strerror or error}). Choose a folder on a disk that "
+                "can be written to and whose file system has locks (flock)."
+            ) from error
         try:
             with suppress(OSError):  # on a full disk the lock still works
                 file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
@@ -124,6 +104,18 @@ class Store:
         finally:
             lock.release()
 
+    def remove_leftovers(self) -> None:
+        """Remove the unfinished folders of killed processes, whatever their keys: those whose lock is free."""
+        for abandoned in list(self.root.glob("*/.*.*")):
+            name, _, token = abandoned.name[1:].rpartition(".")
+            if not (KEY.fullmatch(name) and TOKEN.fullmatch(token)):
+                continue
+            try:
+                with FileLock(abandoned.with_name(f"{name}.lock"), timeout=0, fallback_to_soft=False):
+                    remove_folder(abandoned)
+            except (Timeout, OSError):  # its process is alive, or nothing can be written here
+                continue
+
     def put(self, kind: str, spec: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
         """Make the artifact in a temporary folder, then give it its name. `make` fills the folder that it receives.
 
@@ -131,12 +123,12 @@ class Store:
         """
         path = self.path(kind, spec)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        temporary = temporary_name(path)
         try:
+            temporary.mkdir()
             make(temporary)
             manifest = {"kind": kind, "spec": spec, "files": _synced_files(temporary)}
             write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
-            temporary.chmod(0o755)
             if path.exists():
                 _set_aside(path)
             temporary.replace(path)
@@ -155,32 +147,52 @@ class Store:
         return self.path(kind, spec)
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with an artifact, in a few words; None if it is intact. Reads all of it."""
+def damage(folder: Path, name: str | None = None) -> str | None:
+    """What is wrong with an artifact, in a few words; None if it is intact. Reads all of it.
+
+    name  the key that its spec must have; None for a folder that may have been copied under another name
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        expected = {name: (file["bytes"], file["sha256"]) for name, file in manifest["files"].items()}
-        if content_key(manifest["spec"]) != folder.name:
+        manifest = read_object(folder / MANIFEST)
+        expected = manifest["files"]
+        if name is not None and content_key(manifest["spec"]) != name:
             return f"its {MANIFEST} belongs to another artifact"
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return atomic.damage(folder, expected)
+    except NOT_A_LIST:
+        if not (folder / MANIFEST).is_file():
+            raise FileNotFoundError(folder / MANIFEST) from None
         return f"its {MANIFEST} cannot be read, or has no hashes"
-    for name, (n_bytes, digest) in expected.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if (folder / name).stat().st_size != n_bytes:
-            return f"{name} has {(folder / name).stat().st_size:,} bytes instead of {n_bytes:,}"
-        if sha256(folder / name) != digest:
-            return f"{name} has changed since it was written (its sha256 differs)"
-    return None
 
 
-def _synced_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file below a folder, by relative name. Everything is on the disk when this returns."""
+def problem(folder: Path, name: str | None = None) -> str | None:
+    """As `damage`, but an artifact whose files have kept their sizes and times since is not read again."""
+    signature = _signature(folder)
+    known, found = _checked_here.get((folder, name), (None, None))
+    if known != signature:
+        found = damage(folder, name)
+        _checked_here[folder, name] = signature, found
+    return found
+
+
+def _synced_files(folder: Path) -> atomic.Files:
+    """Size and hash of every file below a folder, by relative name. Everything is on the disk when this returns, and
+    every file has the mode that the umask asks for: libraries make theirs readable for their owner alone."""
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
     paths = sorted(folder.rglob("*"))
+    for path in paths:
+        if path.is_file() and stat.S_IMODE(path.stat().st_mode) & 0o666 != mode:
+            path.chmod(mode)
     for path in [*paths, folder]:
         sync(path)
-    files = [path for path in paths if path.is_file()]
-    return {f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
+    return atomic.listed(folder)
+
+
+def _holder(lock_file: Path) -> str:
+    """Who holds a lock, in words."""
+    try:
+        return lock_file.read_text(errors="replace")[:200] or "another process"
+    except OSError:
+        return "another process"
 
 
 def _signature(folder: Path) -> Signature:

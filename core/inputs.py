@@ -1,23 +1,30 @@
 """What a cell reads besides its configuration and the store. If that changes, the cell's results are stale.
 
-A file is identified by its SHA-256, a branch on the hub by its commit, a method or a source by its version. Whether a
-branch has moved is judged by what this machine last fetched, so no network is needed to skip a finished cell.
+A file is identified by its SHA-256, what a folder or a pattern names by the list of these files, a branch on the hub by
+its commit, a method or a source by its version. Whether a branch has moved is judged by what this machine last fetched,
+so no network is needed to skip a finished cell.
+
+An input that is gone (a deleted file, an emptied cache of the hub) does not make results stale: they cannot be measured
+again without it, and are still those of what was read. It is reported.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from core.artifacts import sha256
 
-HUB, VERSION = "hub:", "version:"
-Inputs = dict[str, str]  # by name, a path, `hub:<repo>@<revision>` or `version:<class>`: its hash, commit or version
+HUB, VERSION, FOUND = "hub:", "version:", "found:"
+FINDER = ("core.text.local", "find_files")  # the function that finds the files of `data.path`
+OURS = re.compile(r"(core|experiments)(\.\w+)+")  # modules that a results.json may have imported
+Inputs = dict[str, str]  # by name, a path, `hub:<repo>@<revision>`, ...: its hash, commit or version
 
 
 class Versioned(Protocol):
@@ -41,6 +48,12 @@ def noting() -> Iterator[Inputs]:
         _noted.reset(token)
 
 
+def note_again(noted: Inputs) -> None:
+    """Record for the running cell what was noted before, when something that it uses was read for another cell."""
+    if (own := _noted.get()) is not None:
+        own.update(noted)
+
+
 def note_file(path: Path) -> None:
     """Record that the running cell's results depend on this file."""
     if (noted := _noted.get()) is not None:
@@ -51,6 +64,16 @@ def note_commit(repo: str, revision: str, commit: str) -> None:
     """Record that the running cell's results depend on a hub repository, read at this commit."""
     if (noted := _noted.get()) is not None and not re.fullmatch("[0-9a-f]{40}", revision):
         noted[f"{HUB}{repo}@{revision}"] = commit
+
+
+def note_found(where: str, files: Iterable[Path]) -> None:
+    """Record that the running cell's results depend on these files and on which files `FINDER` finds for `where`, a
+    file, folder or pattern: a new file in the folder counts as a change."""
+    found = list(files)
+    for file in found:
+        note_file(file)
+    if (noted := _noted.get()) is not None:
+        noted[f"{FOUND}{where}"] = _listing(found)
 
 
 def note_version(kind: type[Versioned]) -> None:
@@ -70,9 +93,13 @@ def cached_commit(repo: str, revision: str) -> str | None:
         return None
 
 
-def changed(inputs: Mapping[str, str]) -> list[str]:
-    """The names of the inputs that have changed. A deleted input does not count as changed."""
-    return [name for name, before in inputs.items() if _current(name) not in (before, None)]
+def changed(inputs: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """The names of the inputs that have changed, and of the files that are gone."""
+    now = {name: _current(name) for name in inputs}
+    return (
+        [name for name, before in inputs.items() if now[name] not in (before, None)],
+        [name for name in inputs if now[name] is None and not name.startswith((HUB, VERSION))],
+    )
 
 
 def _current(name: str) -> str | None:
@@ -81,11 +108,33 @@ def _current(name: str) -> str | None:
         return cached_commit(repo, revision)
     if name.startswith(VERSION):
         module, _, kind = name.removeprefix(VERSION).rpartition(".")
+        version = getattr(_ours(module, kind), "version", None)
+        return None if version is None else str(version)
+    if name.startswith(FOUND):
         try:
-            return str(getattr(import_module(module), kind).version)
-        except (ImportError, AttributeError):
+            return _listing(_ours(*FINDER)(name.removeprefix(FOUND)))
+        except (ValueError, OSError):  # there is nothing any more
             return None
-    return _hash(Path(name)) if Path(name).is_file() else None
+    try:
+        return _hash(Path(name)) if Path(name).is_file() else None
+    except (ValueError, OSError):  # no path at all, or not readable
+        return None
+
+
+def _ours(module: str, name: str) -> Any:
+    """What one of our modules calls by this name; None if there is none. No other module is imported."""
+    if not OURS.fullmatch(module):
+        return None
+    try:
+        return getattr(import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+def _listing(files: Iterable[Path]) -> str:
+    return hashlib.sha256(
+        "\n".join(sorted(str(file.absolute()) for file in files)).encode(errors="surrogateescape")
+    ).hexdigest()
 
 
 def _hash(path: Path) -> str:

@@ -56,9 +56,11 @@ def is_finished(folder: Path, cfg: DictConfig) -> bool:
     stored = read(folder / RESULTS)
     if stored is None or _decisive(stored.get("config") or {}) != comparable(cfg):
         return False
-    changed = inputs.changed(stored.get("inputs", {}))
+    changed, gone = inputs.changed(stored.get("inputs", {}))
     if changed:
         _print_once(f"{folder} will be run again, since this has changed: {', '.join(changed)}")
+    elif gone:
+        _print_once(f"{folder} stays finished, though these files that it read are gone: {', '.join(gone)}")
     return not changed
 
 

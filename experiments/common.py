@@ -18,6 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from core import inputs
 from core.analysis.held_out import DownstreamReference, HeldOut, downstream_reference
 from core.artifacts import Store, content_key, write_atomically
 from core.errors import UserError
@@ -109,18 +110,22 @@ def plain(node: Any) -> Any:
 
 
 def once_per(*keys: str) -> Callable[[Callable[[DictConfig], Result]], Callable[[DictConfig], Result]]:
-    """Remember a function's latest result while these keys of the configuration keep their values."""
+    """Remember a function's latest result while these keys of the configuration keep their values. What it read is
+    noted for every cell that asks."""
 
     def decorate(make: Callable[[DictConfig], Result]) -> Callable[[DictConfig], Result]:
-        latest: dict[str, Result] = {}
+        latest: dict[str, tuple[Result, inputs.Inputs]] = {}
 
         @wraps(make)
         def remembered(cfg: DictConfig) -> Result:
             name = json.dumps([plain(OmegaConf.select(cfg, key)) for key in keys], sort_keys=True)
             if name not in latest:
                 latest.clear()
-                latest[name] = make(cfg)
-            return latest[name]
+                with inputs.noting() as noted:
+                    latest[name] = make(cfg), noted
+            result, noted = latest[name]
+            inputs.note_again(noted)
+            return result
 
         return remembered
 

@@ -152,7 +152,7 @@ def test_a_damaged_artifact_is_reported_set_aside_and_made_again(
 def test_a_process_checks_an_artifact_once_unless_its_files_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     store, calls = Store(tmp_path), []
     folder = store.put("kind", SPEC, make)
-    monkeypatch.setattr(artifacts, "damage", lambda path: calls.append(path))
+    monkeypatch.setattr(artifacts, "damage", lambda path, name: calls.append(path))
     assert all(store.has("kind", SPEC) for _ in range(3)) and calls == [folder]
     os.utime(folder / "y.txt", ns=(0, 0))
     assert store.has("kind", SPEC) and len(calls) == 2

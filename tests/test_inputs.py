@@ -1,9 +1,11 @@
 """Results are stale once a file that the cell read, or a branch on the hub, has changed."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
@@ -47,11 +49,78 @@ def test_a_cell_whose_dictionary_has_changed_is_not_finished_and_this_is_reporte
     assert results.is_finished(cell, CFG)
 
 
-def test_results_of_a_deleted_dictionary_stay_valid(tmp_path):
+def test_results_of_a_deleted_dictionary_stay_valid_and_this_is_said(tmp_path, capsys):
     sae, cell = put_sae(tmp_path / "sae"), tmp_path / "cell"
     run(str(sae), cell)
     sae.rename(tmp_path / "elsewhere")
     assert results.is_finished(cell, CFG)
+    err = capsys.readouterr().err
+    assert "stays finished" in err and str(sae / saelens.WEIGHTS) in err
+
+
+FOLDER_CHANGES: dict[str, Any] = {
+    "a file is added": lambda folder: (folder / "c.txt").write_text("c"),
+    "a file is renamed": lambda folder: (folder / "a.txt").rename(folder / "z.txt"),
+    "one of two files is deleted": lambda folder: (folder / "a.txt").unlink(),
+    "a file is altered, with its size and time kept": lambda folder: alter(folder / "a.txt"),
+    "two files change places": lambda folder: swap(folder / "a.txt", folder / "b.txt"),
+}
+
+
+def alter(file: Path) -> None:
+    before = file.stat()
+    file.write_text("x")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    inputs._hashes.clear()  # as in another process
+
+
+def swap(one: Path, other: Path) -> None:
+    one.rename(one.with_suffix(".tmp"))
+    other.rename(one)
+    one.with_suffix(".tmp").rename(other)
+
+
+@pytest.mark.parametrize("change", FOLDER_CHANGES)
+def test_a_cell_that_read_a_folder_of_texts_runs_again_once_its_files_differ(tmp_path, capsys, change):
+    from core.text.local import find_files
+
+    texts, cell = tmp_path / "texts", tmp_path / "cell"
+    texts.mkdir()
+    for name in "ab":
+        (texts / f"{name}.txt").write_text(name)
+
+    def read(cfg: DictConfig) -> dict[str, float]:
+        inputs.note_found(str(texts), find_files(str(texts)))
+        return {"a": 1.0}
+
+    results.run_cell(CFG, cell, read)
+    (texts / "notes.log").write_text("not a text that is read")
+    assert results.is_finished(cell, CFG)
+    FOLDER_CHANGES[change](texts)
+    assert not results.is_finished(cell, CFG)
+    assert str(texts) in capsys.readouterr().err
+
+
+def test_what_one_cell_has_read_is_noted_for_the_next_one_that_uses_it_from_memory(tmp_path):
+    from experiments.common import once_per
+
+    (tmp_path / "text").write_text("a")
+
+    @once_per("seed")
+    def shared(cfg: DictConfig) -> float:
+        inputs.note_file(tmp_path / "text")
+        return 1.0
+
+    for cell in ("first", "second"):
+        results.run_cell(CFG, tmp_path / cell, lambda cfg: {"a": shared(cfg)})
+        assert results.read(tmp_path / cell / results.RESULTS)["inputs"].keys() == {str(tmp_path / "text")}
+
+
+@pytest.mark.parametrize(
+    "name", ["version:os.path.join", "version:subprocess.Popen", "found:\0", "hub:", "hub:@", "version:", "\0", "", "/"]
+)
+def test_a_foreign_name_among_the_inputs_imports_nothing_and_is_no_change(name):
+    assert inputs.changed({name: "x"})[0] == []
 
 
 def test_a_branch_on_the_hub_is_identified_by_the_commit_that_was_last_fetched(tmp_path, monkeypatch):
@@ -68,9 +137,9 @@ def test_a_branch_on_the_hub_is_identified_by_the_commit_that_was_last_fetched(t
         inputs.note_commit("lab/sae", COMMIT, COMMIT)  # cannot move
         inputs.note_commit("lab/never_fetched", "main", COMMIT)
     assert noted == {"hub:lab/sae@main": COMMIT, "hub:lab/never_fetched@main": COMMIT}
-    assert inputs.cached_commit("lab/sae", "main") == COMMIT and inputs.changed(noted) == []
+    assert inputs.cached_commit("lab/sae", "main") == COMMIT and inputs.changed(noted) == ([], [])
     (refs / "main").write_text(COMMIT[::-1])
-    assert inputs.changed(noted) == ["hub:lab/sae@main"]
+    assert inputs.changed(noted) == (["hub:lab/sae@main"], [])
 
 
 def test_a_cell_that_loads_a_dictionary_trained_here_depends_on_its_weights_and_on_the_file_that_points_to_it(tmp_path):
