@@ -12,8 +12,9 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -52,21 +53,16 @@ def atomically(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells others that this process is alive
-            mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        with _marked_alive(temporary):
             yield temporary
             if stat.S_IMODE(temporary.stat().st_mode) != mode:  # a library has put its own file there
                 temporary.chmod(mode)
             sync(temporary)
-            entry = _entry(temporary) if _written.get() else {}
-            temporary.replace(path)
-            sync(path.parent)
-            _note(path, entry)
-        finally:
-            os.close(descriptor)
+            with _noting(path, temporary):
+                temporary.replace(path)
+                sync(path.parent)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -79,6 +75,34 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that `path` always holds either the old content or all of the new content."""
     with atomically(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def files_atomically(folder: Path) -> Iterator[Path]:
+    """Yields a new folder to fill, for libraries that write several files at once. When the block ends without an
+    error, each file takes its place in `folder`, as in `atomically`; other files there stay."""
+    scratch = temporary_name(folder / "files")
+    try:
+        scratch.mkdir(parents=True)
+        with _marked_alive(scratch):
+            yield scratch
+            for file in [file for file in sorted(scratch.rglob("*")) if file.is_file()]:
+                with atomically(folder / file.relative_to(scratch)) as temporary:
+                    file.replace(temporary)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _marked_alive(path: Path) -> Iterator[None]:
+    """Hold a lock on an unfinished file or folder, so that other processes know that it is in use."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
@@ -103,14 +127,15 @@ def temporary_name(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the unfinished files that killed processes left below a folder, as far as it can be written to."""
+    """Remove the unfinished files and folders that killed processes left below a folder, as far as possible."""
     for path in [path for path in folder.rglob(".*") if LEFTOVER.fullmatch(path.name)]:
         with suppress(OSError):
-            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)  # not a folder, not a link
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
-                if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                kind = os.fstat(descriptor).st_mode
+                if stat.S_ISREG(kind) or stat.S_ISDIR(kind):
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process is alive
-                    path.unlink()
+                    shutil.rmtree(path) if stat.S_ISDIR(kind) else path.unlink()
             finally:
                 os.close(descriptor)
 
@@ -154,10 +179,19 @@ def _entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def _note(path: Path, entry: dict[str, Any]) -> None:
-    """Add a file that has just been written to what `noting_files` collects, if it lies below its folder."""
+@contextmanager
+def _noting(path: Path, temporary: Path) -> Iterator[None]:
+    """Add a file to what `noting_files` collects once the block has given it its name, if it lies below the folder."""
+    folder, files = _written.get() or (None, {})
+    place = path.parent.resolve() / path.name
+    entry = _entry(temporary) if folder and place.is_relative_to(folder) else None
+    yield
+    if folder and entry:
+        files[place.relative_to(folder).as_posix()] = entry
+
+
+def note_outside(paths: Iterable[Path]) -> None:
+    """Add files that a user wanted elsewhere to what `noting_files` collects, by their absolute names."""
     if noted := _written.get():
         folder, files = noted
-        place = path.parent.resolve() / path.name
-        if place.is_relative_to(folder):
-            files[place.relative_to(folder).as_posix()] = entry
+        files.update({str(p.resolve()): _entry(p) for p in paths if not p.resolve().is_relative_to(folder)})

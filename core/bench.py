@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 
+from core.atomic import write_atomically
+
 TABLE = "table.json"  # beside results.json: the table for the report
 
 Task = Callable[[], object]
@@ -168,5 +170,5 @@ def _status(name: str) -> int:
 
 def save_table(folder: Path, rows: Sequence[Mapping[str, Entry]], notes: Sequence[str]) -> None:
     """Write rows with equal columns, and notes (hardware, versions, omissions), to `TABLE`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / TABLE).write_text(json.dumps({"rows": [dict(row) for row in rows], "notes": list(notes)}, indent=1))
+    content = {"rows": [dict(row) for row in rows], "notes": list(notes)}
+    write_atomically(folder / TABLE, json.dumps(content, indent=1))

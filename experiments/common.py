@@ -20,11 +20,13 @@ from torch import Tensor
 
 from core import inputs
 from core.analysis.held_out import DownstreamReference, HeldOut, downstream_reference
-from core.artifacts import Store, content_key, write_atomically
+from core.artifacts import Store, content_key
+from core.atomic import write_atomically
 from core.errors import UserError
 from core.fleet import KIND, Request, load_or_train
 from core.methods.dictionary import Dictionary
 from core.models.language_model import LanguageModel, load_language_model
+from core.reading import read_object
 from core.runtime import Runtime
 from core.streams.source import Source, source_of
 from core.text.rows import RowStream
@@ -76,7 +78,7 @@ def trained(cfg: DictConfig, method: Any = None) -> Dictionary:
 def stored(cfg: DictConfig, spec: Mapping[str, Any]) -> dict[str, Any]:
     """Where the store keeps a trained dictionary, and how it was made."""
     folder = Store(cfg.artifacts_dir).path(KIND, spec)
-    return {"folder": str(folder), **json.loads((folder / "manifest.json").read_text())}
+    return {"folder": str(folder), **read_object(folder / "manifest.json")}
 
 
 def write_record(cfg: DictConfig, name: str, record: Mapping[str, Any]) -> None:

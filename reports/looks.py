@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from core.atomic import atomically
 from reports.checks.base import interval
 
 matplotlib.use("Agg")
@@ -147,7 +148,9 @@ def save(figure: Figure | None, path: Path) -> list[Path]:
         return []
     written = [path.with_name(f"{path.name}.{ending}") for ending in ("png", "svg")]
     for file in written:
-        figure.savefig(file, dpi=160, metadata={"Date": None} if file.suffix == ".svg" else None)
+        ending = file.suffix[1:]
+        with atomically(file) as temporary:
+            figure.savefig(temporary, format=ending, dpi=160, metadata={"Date": None} if ending == "svg" else None)
     return written
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
-from core.artifacts import write_atomically
+from core.atomic import write_atomically
 
 TEMPLATE = Path(__file__).with_name("meta_page.html")
 

@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from core.artifacts import write_atomically
+from core.atomic import atomically, write_atomically
 from core.errors import UserError
 from core.input_norm import Normalisation
 from core.interop.hooks import hook_of
@@ -180,7 +180,6 @@ def write(
     }
     if dictionary.settings.k is not None:
         cfg |= {"k": dictionary.settings.k, "rescale_acts_by_decoder_norm": False}
-    folder.mkdir(parents=True, exist_ok=True)
     _save(_folded(dictionary), folder / WEIGHTS)
     write_atomically(folder / CFG, json.dumps(cfg, indent=1))
 
@@ -200,7 +199,8 @@ def _folded(dictionary: Pretrained) -> dict[str, Tensor]:
 
 
 def _save(state: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
+    with atomically(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
 
 
 def _cfg(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from core.atomic import atomically, write_atomically
 from core.errors import UserError
 from core.methods.dictionary import Dictionary
 from core.methods.settings import rebuilt
@@ -22,12 +22,9 @@ def save_dictionary(method: Dictionary, training: Mapping[str, Any], folder: Pat
 
     Raises OSError where the disk refuses."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in method.state_dict().items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        save_file(state, folder / WEIGHTS)
-    except SafetensorError as error:  # its word for a disk that is full
-        raise OSError(f"{folder / WEIGHTS} could not be written: {error}") from error
-    (folder / MANIFEST).write_text(json.dumps({**method.description(), "training": dict(training)}, indent=1))
+    with atomically(folder / WEIGHTS) as temporary:
+        save_file(state, temporary)
+    write_atomically(folder / MANIFEST, json.dumps({**method.description(), "training": dict(training)}, indent=1))
 
 
 def load_dictionary(folder: str | Path) -> Dictionary:

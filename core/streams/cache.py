@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +31,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from core.artifacts import content_key, write_atomically
+from core.artifacts import content_key
+from core.atomic import atomically, write_atomically
 from core.batch import Batch
 from core.errors import UserError
 from core.streams.activations import ActivationStream, check_sizes
@@ -121,7 +121,6 @@ class Shards:
 
         A failed write is reported on standard error and leaves no file; no further shard is written.
         """
-        temporary = self.folder / f".{fill:06d}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / "write.lock", timeout=0):
@@ -132,11 +131,7 @@ class Shards:
                 if self._manifest is None:
                     manifest = {"spec": self.spec, "d": shard.x.shape[1]}
                     write_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
-                try:
-                    self._save(fill, shard, temporary)
-                    temporary.replace(self.path(fill))
-                finally:
-                    temporary.unlink(missing_ok=True)
+                self._save(fill, shard)
         except Timeout:
             if not self._reported_writer:
                 print(f"activation cache: another run is writing to {self.folder}, this one will not", file=sys.stderr)
@@ -201,15 +196,14 @@ class Shards:
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
 
-    def _save(self, fill: int, shard: Shard, path: Path) -> None:
+    def _save(self, fill: int, shard: Shard) -> None:
         places = {"rows": shard.rows, "rows_after": shard.rows_after}
         tensors = {"x": shard.x, "tokens": shard.tokens.int(), "positions": shard.positions.int()}
         tensors |= {f"{name}.pending": rows["pending"].int() for name, rows in places.items()}
         plain = {name: {k: v for k, v in rows.items() if k != "pending"} for name, rows in places.items()}
         about = json.dumps({"cache": self.key, "fill": fill, **plain})
-        save_file(tensors, path, metadata={"about": about, "sha256": _digest(tensors, about)})
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+        with atomically(self.path(fill)) as temporary:
+            save_file(tensors, temporary, metadata={"about": about, "sha256": _digest(tensors, about)})
 
 
 class CachedStream:

@@ -17,6 +17,7 @@ import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 
+from core.atomic import write_table
 from core.batch import Batch
 from core.bench import Clock, Task, alternate, hardware, save_table, threads
 from core.runtime import resolve_device
@@ -37,8 +38,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         fleet_threads = torch.get_num_threads()
     table = pd.DataFrame([*steps, *fleets])
     folder = Path(cfg.cell_folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    table.to_parquet(folder / CURVES)
+    write_table(table, folder / CURVES)
     notes = [
         f"steps around {named(cfg.base)}: CPU time, {hardware(device, cfg.threads)}",
         f"fleets of {named(cfg.fleet.shape)}, in a Trainer.fit: wall time, {fleet_threads} threads",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from core.analysis.evaluate import Evaluation, evaluate_compat, evaluate_dictionary
 from core.analysis.held_out import n_compat_rows
+from core.atomic import write_table
 from core.fleet import Request
 from experiments.common import compat_held_out, held_out, requests, trained
 
@@ -41,8 +42,7 @@ def save_histogram(evaluation: Evaluation, path: Path) -> None:
     columns = {"count": with_bos, "count_without_bos": _padded(without, len(with_bos))}
     table = pd.DataFrame({name: counts.cpu().numpy() for name, counts in columns.items()})
     table.insert(0, "l0", range(len(table)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.to_parquet(path)
+    write_table(table, path)
 
 
 def _padded(counts: Tensor, length: int) -> Tensor:

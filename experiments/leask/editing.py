@@ -28,6 +28,7 @@ from core.analysis.editing import (
     the_latent,
 )
 from core.analysis.meta_sae import decompose, meta_request, trained_metas
+from core.atomic import write_table
 from core.errors import UserError
 from core.fleet import Request
 from core.methods.batchtopk import BatchTopK
@@ -276,20 +277,19 @@ def save_tables(
 ) -> None:
     """latents.parquet: every entity's latent and its meta-latents; pairs.parquet: the metrics of each pair and kind of
     edit; answers.parquet: the log-probability of every candidate after every edit."""
-    folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {**vars(latent), "meta_latents": compositions[entity].meta_latents.tolist(),
          "values": compositions[entity].values.tolist()}
         for entity, latent in latents.items() if latent
     ]  # fmt: skip
-    pd.DataFrame(rows).to_parquet(folder / "latents.parquet")
+    write_table(pd.DataFrame(rows), folder / "latents.parquet")
     pairs = [
         {"entity": a, "target": b, "third": c, "kind": kind, "n_edits": len(outcome.subsets),
          "reached": sorted(outcome.reached), **outcome.metrics()}
         for (a, b, c), by_kind in outcomes for kind, outcome in by_kind.items()
     ]  # fmt: skip
-    pd.DataFrame(pairs).to_parquet(folder / "pairs.parquet")
-    pd.DataFrame(list(_answers(facts, outcomes))).to_parquet(folder / "answers.parquet")
+    write_table(pd.DataFrame(pairs), folder / "pairs.parquet")
+    write_table(pd.DataFrame(list(_answers(facts, outcomes))), folder / "answers.parquet")
 
 
 def _answers(facts: Facts, outcomes: Sequence[tuple[Trio, Mapping[str, Outcome]]]) -> Iterator[dict[str, Any]]:

@@ -24,6 +24,7 @@ from core.analysis.meta_sae import (
     score,
     trained_metas,
 )
+from core.atomic import write_table
 from core.errors import UserError
 from core.fleet import Request
 from core.methods.batchtopk import BatchTopK
@@ -167,7 +168,7 @@ def similarity(
     series["null to the small one"] = null[cfg.small]
     series |= {f"within {key}": geometry.max_cosines(set_, set_, within=True)[0] for key, set_ in within.items()}
     tables = [pd.DataFrame({"series": key, "cosine": BINS[:-1], "count": histogram(v)}) for key, v in series.items()]
-    pd.concat(tables).to_parquet(Path(cfg.cell_folder) / COSINES)
+    write_table(pd.concat(tables), Path(cfg.cell_folder) / COSINES)
     named = {
         f"to_{key}{suffix}": cosines[place]
         for key, place in (("small", cfg.small), ("base", cfg.base))

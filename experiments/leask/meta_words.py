@@ -16,6 +16,7 @@ from core.analysis import directions as geometry
 from core.analysis import top_activations as top
 from core.analysis.meta_page import Latent, MetaLatent, write_page
 from core.analysis.meta_sae import decompose
+from core.atomic import write_table
 from core.bench import Entry, save_table
 from core.kernels.codes import SparseCodes
 from core.methods.batchtopk import BatchTopK
@@ -97,7 +98,7 @@ def write_browsing(
         {"meta_latent": range(len(metas)), "n_latents": active, "tokens": [", ".join(c) for c in common]}
     )
     table["top_latents"] = [[int(ids[i]) for i in members[j][: e.set_size]] for j in range(len(metas))]
-    table.to_parquet(folder / META_LATENTS)
+    write_table(table, folder / META_LATENTS)
     frequent = np.argsort(-active, kind="stable")[:SHOWN]
     table_rows: list[dict[str, Entry]] = [
         {

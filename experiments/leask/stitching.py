@@ -43,6 +43,7 @@ from core.analysis.stitching import (
     predict_novel,
     score_latents,
 )
+from core.atomic import write_table
 from core.errors import UserError
 from core.fleet import Request
 from core.methods.dictionary import Dictionary
@@ -224,7 +225,7 @@ def save_latents(path: Path, scores: LatentScores, near: Nearest, classes: Tenso
     }
     table = pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
     table["class"] = [CLASSES[i] for i in classes.tolist()]
-    table.rename_axis("latent").reset_index().to_parquet(path)
+    write_table(table.rename_axis("latent").reset_index(), path)
 
 
 def save_curves(
@@ -257,7 +258,7 @@ def save_curves(
             largest = torch.full((stitch_path.n_steps + 2,), -torch.inf, dtype=torch.float64)
             columns["cosine"] = largest.scatter_reduce(0, stitch_path.comes, cosine, "amax").cummax(0).values[:-1]
         tables.append(pd.DataFrame({k: v.numpy() if isinstance(v, Tensor) else v for k, v in columns.items()}))
-    pd.concat(tables, ignore_index=True).to_parquet(path)
+    write_table(pd.concat(tables, ignore_index=True), path)
 
 
 # ---- a family
@@ -270,7 +271,7 @@ def run_frankenstein(cfg: DictConfig, family: list[Dictionary]) -> dict[str, flo
     ordered = sorted(family, key=lambda method: method.dict_size)
     rows = [row_of(cfg, "family", method) for method in ordered] + [row_of(cfg, "grown", m) for m in grown[1:]]
     table = pd.DataFrame(rows)
-    table.to_parquet(Path(cfg.cell_folder) / FRANKENSTEIN)
+    write_table(table, Path(cfg.cell_folder) / FRANKENSTEIN)
     return of_family(table)
 
 

@@ -25,6 +25,7 @@ from sklearn.decomposition import DictionaryLearning, SparseCoder
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from core.atomic import write_table
 from core.bench import threads
 from core.errors import UserError
 from core.metrics import recovery
@@ -52,9 +53,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
         rows = [{"seed": seed, **scores(cfg, seed)} for seed in cfg.seeds]
     table = pd.DataFrame(rows)
     folder = Path(cfg.cell_folder)
-    folder.mkdir(parents=True, exist_ok=True)
     names = [name for name in rows[0] if name != "seed"]
-    table.rename(columns={name: f"metrics.{name}" for name in names}).to_parquet(folder / RUNS)
+    write_table(table.rename(columns={name: f"metrics.{name}" for name in names}), folder / RUNS)
     spread = {f"{name}_std": float(table[name].std()) for name in names if len(rows) > 1}
     return {**{name: float(table[name].mean()) for name in names}, **spread}
 

@@ -18,6 +18,7 @@ import pandas as pd
 from omegaconf import DictConfig
 from torch import Tensor
 
+from core.atomic import write_table
 from core.bench import threads
 from core.metrics import flops, recovery
 from core.stacked.runs import Trained
@@ -70,15 +71,13 @@ def write_outcome(cfg: DictConfig, outcome: Outcome, seconds: float, D_hat: Tens
     seconds  of this process; those of earlier processes, up to a checkpoint, are added
     """
     folder = Path(cfg.cell_folder)
-    folder.mkdir(parents=True, exist_ok=True)
     curves = pd.DataFrame(_curve_rows(outcome))
-    curves.to_parquet(folder / CURVES)
+    write_table(curves, folder / CURVES)
     runs = pd.DataFrame(_final_rows(cfg, outcome))
-    runs.to_parquet(folder / RUNS)
+    write_table(runs, folder / RUNS)
     if D_hat is not None and cfg.keep_atoms:
-        pd.DataFrame(D_hat[0].detach().numpy(), columns=[f"x{i}" for i in range(D_hat.shape[-1])]).to_parquet(
-            folder / "atoms.parquet"
-        )
+        atoms = pd.DataFrame(D_hat[0].detach().numpy(), columns=[f"x{i}" for i in range(D_hat.shape[-1])])
+        write_table(atoms, folder / "atoms.parquet")
     return {**_means(runs), "seconds": outcome.earlier_seconds + seconds, "runs": float(len(outcome.runs))}
 
 

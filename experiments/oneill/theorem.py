@@ -37,6 +37,7 @@ from scipy import sparse
 from scipy.optimize import linprog
 from torch import Tensor
 
+from core.atomic import write_table
 from core.bench import threads
 from core.errors import UserError
 from core.seeding import derived_seed
@@ -59,7 +60,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         for shape in cfg.shapes:
             rows += gap(cfg, shape.N, shape.K)
     table = pd.DataFrame(rows)
-    table.to_parquet(Path(cfg.cell_folder) / RUNS)
+    write_table(table, Path(cfg.cell_folder) / RUNS)
     return flat(table, cfg.M)
 
 
@@ -242,7 +243,7 @@ def save_samples(S: Tensor, codes: dict[str, Tensor], path: Path) -> None:
         )
         for name, S_hat in codes.items()
     ]
-    pd.concat(parts, ignore_index=True).to_parquet(path)
+    write_table(pd.concat(parts, ignore_index=True), path)
 
 
 # ---- results

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.artifacts import Store, content_key
+from core.atomic import files_atomically, note_outside, write_atomically
 from core.metrics.language import Trigram, by_tag, score_texts, total, xz_bits_per_byte
 from core.models.pretrain import Pretraining, RowData, token_stream, train_tokenizer
 from core.runtime import Runtime
@@ -28,9 +29,12 @@ def run(cfg: DictConfig) -> dict[str, float]:
     tokenizer = train_tokenizer(texts, cfg.lm.architecture.vocab_size)
     tokens = token_stream(source, source.spec, tokenizer, "train", store)
     folder = Path(cfg.lm.export_dir or Path(cfg.cell_folder) / "model")
-    train(cfg, source, tokens, len(tokenizer)).export(folder, tokenizer)
+    trained = train(cfg, source, tokens, len(tokenizer))
+    with files_atomically(folder) as scratch:
+        trained.export(scratch, tokenizer)
     metrics = heldout_metrics(cfg, folder, source, tokens)
-    (folder / "README.md").write_text(card(cfg, source.card(), metrics))
+    write_atomically(folder / "README.md", card(cfg, source.card(), metrics))
+    note_outside(file for file in folder.iterdir() if file.is_file())
     return metrics
 
 

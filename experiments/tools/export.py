@@ -8,6 +8,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig
 
 from core.analysis.evaluate import evaluate_dictionaries
+from core.atomic import note_outside
 from core.errors import UserError
 from core.fleet import Request
 from core.interop import saelens
@@ -33,6 +34,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     evaluations = evaluate_dictionaries({"": method, "_exported": saelens.read(folder).to(text.lm.device)}, text)
     log_sparsity = (evaluations[""].sparsity.frequencies() + 1e-10).log10().float()
     saelens.write_log_sparsity(log_sparsity, folder)
+    note_outside(file for file in folder.iterdir() if file.is_file())
     scores = {name: evaluation.metrics() for name, evaluation in evaluations.items()}
     return {score + name: values[score] for name, values in scores.items() for score in SCORES}
 
