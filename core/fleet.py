@@ -334,7 +334,7 @@ def _train(
     requests: Sequence[Request], methods: dict[str, DictionaryMethod], store: Store, run: Runtime
 ) -> dict[str, Exception]:
     """The Lightning run over one stream, then calibration and storing. The requests are missing and locked."""
-    started, source = time.time(), requests[0].source
+    started, source = time.monotonic(), requests[0].source
     run = replace(run, precision=requests[0].precision)
     stream = source.open(run)
     data = StreamData(stream, source.n_batches, source.batches_per_chunk)
@@ -351,7 +351,7 @@ def _train(
         if index not in fleet.stopped:
             method = methods[request.key].to(stream.device)
             method.finish(calibration)
-            seconds = earlier_seconds + time.time() - started
+            seconds = earlier_seconds + time.monotonic() - started
             training = {**fleet.last(index), "seconds_together": seconds, "together": len(requests)}
             distributed.check_equal(method.state_dict().values())
             if distributed.rank() == 0:

@@ -1,7 +1,11 @@
 """results.json and failed.json: one folder per cell, readable by a person, never half-written.
 
-A cell is finished when its folder holds a results.json of the same configuration and of unchanged input files
-(`core.inputs`). Settings that cannot change a number (`IGNORED_KEYS`) are not compared.
+A cell is finished when its folder holds a results.json of the same configuration and of unchanged inputs
+(`core.inputs`), and every file beside it that results.json lists is still as it was written. Settings that cannot change
+a number (`IGNORED_KEYS`) are not compared.
+
+A cell that runs again first takes back its old results.json, then the files that this lists. So a run that is killed at
+any moment leaves a cell that is finished and whole, or one that runs again.
 """
 
 from __future__ import annotations
@@ -17,21 +21,35 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache, reduce
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
 from core import inputs
-from core.artifacts import write_atomically
+from core.atomic import NOT_A_LIST, Files, damage, noting_files, remove_leftovers, sync, write_atomically
 from core.cells import CHANGES_NO_NUMBER
+from core.errors import UserError
 from core.interrupts import raise_if_interrupted
+from core.reading import read_object
 
 RESULTS, FAILED = "results.json", "failed.json"
+TAKEN_BACK = ".taken_back.json"  # a results.json whose files are being removed
 IGNORED_KEYS = (*CHANGES_NO_NUMBER, "at", "grid", "cell_folder", "module")
 SCALES = {"smoke", "demo", "paper"}
 REPORTED_PACKAGES = ("torch", "pytorch-lightning", "transformers", "datasets", "hydra-core", "numpy", "scikit-learn")
 
 Metrics = Mapping[str, float]
+
+
+class Moment(NamedTuple):
+    """A time of day, and a clock that nobody can set back."""
+
+    time: float
+    monotonic: float
+
+    @classmethod
+    def now(cls) -> Moment:
+        return cls(time.time(), time.monotonic())
 
 
 def comparable(cfg: DictConfig) -> dict[str, Any]:
@@ -42,26 +60,55 @@ def comparable(cfg: DictConfig) -> dict[str, Any]:
     for key in IGNORED_KEYS:
         *parents, last = key.split(".")
         reduce(lambda node, parent: node.get(parent, {}), parents, plain).pop(last, None)
-    return plain
+    without_places: dict[str, Any] = _without_places(plain)
+    return without_places
 
 
-def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored configuration without the tables of what differs between scales, which older results have at its top:
-    they decide nothing by themselves."""
-    return {key: node for key, node in config.items() if not (isinstance(node, dict) and set(node) == SCALES)}
+def _without_places(node: Any) -> Any:
+    """A configuration without the folder of the store, at any depth: what lies there is known by its content."""
+    if isinstance(node, list):
+        return [_without_places(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    return {key: _without_places(value) for key, value in node.items() if key != "artifacts_dir"}
+
+
+def _decisive(config: Any) -> dict[str, Any]:
+    """A stored configuration without what older results have in it and decides nothing: the folder of the store, and
+    at its top the tables of what differs between scales."""
+    config = _without_places(config)
+    items = config.items() if isinstance(config, dict) else ()
+    return {key: node for key, node in items if not (isinstance(node, dict) and set(node) == SCALES)}
 
 
 def is_finished(folder: Path, cfg: DictConfig) -> bool:
-    """Whether the folder holds results of exactly this configuration and unchanged inputs. Reports changed inputs."""
+    """Whether the folder holds results of exactly this configuration, with unchanged inputs and whole files. Reports
+    why results of this configuration do not count."""
     stored = read(folder / RESULTS)
-    if stored is None or _decisive(stored.get("config") or {}) != comparable(cfg):
+    if stored is None or _decisive(stored.get("config")) != comparable(cfg):
         return False
-    changed, gone = inputs.changed(stored.get("inputs", {}))
+    if wrong := _damage(folder, stored.get("files", {})):
+        _print_once(f"{folder} will be run again: {wrong}")
+        return False
+    try:
+        changed, gone = inputs.changed(stored.get("inputs", {}))
+    except NOT_A_LIST:
+        changed, gone = [f"the list of inputs in {RESULTS}"], []
     if changed:
         _print_once(f"{folder} will be run again, since this has changed: {', '.join(changed)}")
     elif gone:
         _print_once(f"{folder} stays finished, though these files that it read are gone: {', '.join(gone)}")
     return not changed
+
+
+def _damage(folder: Path, files: Files) -> str | None:
+    """What is wrong with the files beside a results.json, in a few words."""
+    try:
+        return damage(folder, files)
+    except NOT_A_LIST:
+        return f"the list of files in {RESULTS} cannot be read"
+    except OSError as error:
+        return str(error)
 
 
 @cache
@@ -73,10 +120,9 @@ def _print_once(message: str) -> None:
 def read(path: Path) -> dict[str, Any] | None:
     """The content of a result file, or None if it is missing or unreadable."""
     try:
-        content = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return read_object(path)
+    except UserError:
         return None
-    return content if isinstance(content, dict) else None
 
 
 def read_all(root: Path, name: str = RESULTS) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -88,14 +134,19 @@ def read_all(root: Path, name: str = RESULTS) -> Iterator[tuple[Path, dict[str, 
 
 
 def run_cell(cfg: DictConfig, folder: Path, run: Callable[[DictConfig], Metrics]) -> None:
-    """Run one cell and write results.json. If it fails, writes failed.json and raises the error again."""
-    started = time.time()
+    """Take back earlier results, run the cell, and write results.json. If it fails, writes failed.json and raises the
+    error again."""
+    started = Moment.now()
+    take_back(folder)
     try:
-        with inputs.noting() as noted:
+        with inputs.noting() as noted, noting_files(folder) as written:
             metrics = _checked(run(cfg))
         record = {**_provenance(cfg, started), "metrics": metrics, "config": comparable(cfg)}
         if noted:
             record["inputs"] = noted
+        files = {name: entry for name, entry in sorted(written.items()) if (folder / name).is_file()}
+        if files:
+            record["files"] = files
         write_atomically(folder / RESULTS, json.dumps(record, indent=1))
         (folder / FAILED).unlink(missing_ok=True)
     except Exception as error:
@@ -104,8 +155,25 @@ def run_cell(cfg: DictConfig, folder: Path, run: Callable[[DictConfig], Metrics]
         raise
 
 
-def record_failure(cfg: DictConfig, folder: Path, error: Exception, started: float) -> None:
-    """Write failed.json, with the error's traceback if it has one. `started` is a `time.time`."""
+def take_back(folder: Path) -> None:
+    """Remove what an earlier run left: results.json first, then the files that it lists, and unfinished ones."""
+    if not folder.is_dir():
+        return
+    taken_back = folder / TAKEN_BACK
+    if (folder / RESULTS).is_file():
+        (folder / RESULTS).replace(taken_back)
+        sync(folder)
+    files = (read(taken_back) or {}).get("files")
+    for name in files if isinstance(files, dict) else ():
+        file = folder / name
+        if file.is_file() and file.resolve().is_relative_to(folder.resolve()):  # what was exported elsewhere stays
+            file.unlink()
+    taken_back.unlink(missing_ok=True)
+    remove_leftovers(folder)
+
+
+def record_failure(cfg: DictConfig, folder: Path, error: Exception, started: Moment) -> None:
+    """Write failed.json, with the error's traceback if it has one."""
     record = {
         **_provenance(cfg, started),
         "error": type(error).__name__,
@@ -125,7 +193,7 @@ def _checked(metrics: Metrics) -> dict[str, float]:
     return dict(metrics)
 
 
-def _provenance(cfg: DictConfig, started: float) -> dict[str, Any]:
+def _provenance(cfg: DictConfig, started: Moment) -> dict[str, Any]:
     return {
         "experiment": cfg.name,
         "scale": cfg.scale,
@@ -133,8 +201,8 @@ def _provenance(cfg: DictConfig, started: float) -> dict[str, Any]:
         "commit": _commit(),
         "device": _device(),
         "versions": _versions(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "seconds": round(time.time() - started, 3),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started.time)),
+        "seconds": round(time.monotonic() - started.monotonic, 3),
     }
 
 

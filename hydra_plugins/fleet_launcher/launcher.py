@@ -131,7 +131,7 @@ def run_in_processes(cells: Sequence[PendingCell], n_processes: int, advance: Ca
     from core.shares import slots
     from core.workers import Task, WorkerDiedError, run_tasks
 
-    started = time.time()
+    started = results.Moment.now()
 
     def on_end(index: int, outcome: Any) -> None:
         if isinstance(outcome, WorkerDiedError):
