@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from core.cells import cell_name
+from core.cells import register_resolvers
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -16,7 +16,7 @@ CONF = ROOT / "conf"
 @contextmanager
 def composing() -> Iterator[None]:
     """Within, Hydra composes the configurations of this repository."""
-    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
+    register_resolvers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         yield
 

@@ -21,6 +21,7 @@ grid, once for every combination of the given values.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -32,6 +33,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from core.atomic import write_atomically
 from core.errors import UserError
 
 Axis = list[str]  # one axis: ["key=value1", "key=value2"]
@@ -48,9 +50,7 @@ class BlocksSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         assert self.config is not None and self.hydra_context is not None and self.launcher is not None
-        folder = Path(self.config.hydra.sweep.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
+        record(self.config, Path(self.config.hydra.sweep.dir) / "multirun.yaml")
         cells = cells_of(self.blocks, arguments, self.hydra_context.config_loader, self.alone)
         try:
             results = self.launcher.launch(cells, initial_job_idx=0)
@@ -71,6 +71,15 @@ class BlocksSweeper(BasicSweeper):
             f"{key} is set by the experiment's grid, but there is no such setting with {' '.join(chosen)}. "
             "hydra.mode=RUN runs without the grid: the experiment's own settings, with yours."
         )
+
+
+def record(config: DictConfig, path: Path) -> None:
+    """Write the sweep's configuration, for people. A disk that refuses is reported: if all cells are finished, nothing
+    else is written."""
+    try:
+        write_atomically(path, OmegaConf.to_yaml(config))
+    except OSError as error:
+        print(f"the sweep's configuration is not recorded: {error}", file=sys.stderr)
 
 
 def cells_of(

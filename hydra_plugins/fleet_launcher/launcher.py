@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +44,10 @@ class FleetLauncher(BasicLauncher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         setup_globals()
         cells = self._compose(job_overrides, initial_job_idx)
-        pending = {index: cell for index, cell in enumerate(map(self._pending, cells)) if cell is not None}
+        folders = [_folder(cell) for cell in cells]
+        refuse_shared_folders(folders, job_overrides)
+        found = enumerate(map(_pending, cells, folders))
+        pending = {index: cell for index, cell in found if cell is not None}
         n_processes = _n_processes([cell.cfg for cell in pending.values()])
         at_a_time = f", {n_processes} at a time" if n_processes > 1 else ""
         print(f"{len(cells)} cells, {len(pending)} to run{at_a_time}", file=sys.stderr)
@@ -53,13 +57,18 @@ class FleetLauncher(BasicLauncher):
                 outcomes = run_in_processes(list(pending.values()), n_processes, advance)
                 by_cell = dict(zip(pending, outcomes, strict=True))
                 tasks = [replay(by_cell[index]) if index in by_cell else None for index in range(len(cells))]
-                returns = [self._run(cell, task) for cell, task in zip(cells, tasks, strict=True)]
+                returns = [
+                    self._run(cell, task) if task else skipped(cell, folder)
+                    for cell, folder, task in zip(cells, folders, tasks, strict=True)
+                ]
             else:
                 returns = []
                 for index, cell in enumerate(cells):
+                    if index not in pending:
+                        returns.append(skipped(cell, folders[index]))
+                        continue
                     returns.append(self._run(cell))
-                    if index in pending:
-                        advance()
+                    advance()
         failed = [r for r in returns if r.status != JobStatus.COMPLETED]
         if failed:
             raise CellsFailedError(len(returns), failed)
@@ -75,16 +84,6 @@ class FleetLauncher(BasicLauncher):
                 cell.hydra.job.id = cell.hydra.job.num = index
             cells.append(cell)
         return cells
-
-    @staticmethod
-    def _pending(cell: DictConfig) -> PendingCell | None:
-        """The cell to run, or None if it is finished."""
-        HydraConfig.instance().set_config(cell)  # the folder's name is made from the cell's own overrides
-        folder = (Path(cell.hydra.sweep.dir) / cell.hydra.sweep.subdir).absolute()
-        cfg = cell.copy()
-        with open_dict(cfg):
-            del cfg["hydra"]
-        return None if results.is_finished(folder, cfg) and not cfg.force else PendingCell(cfg, folder)
 
     def _run(self, cell: DictConfig, task: TaskFunction | None = None) -> JobReturn:
         """Run a cell as a Hydra job: the usual task, or the given one instead."""
@@ -115,6 +114,50 @@ class FleetLauncher(BasicLauncher):
         prefetch([request for cfg in pending for request in module.dictionaries(cfg)], run)
         if hasattr(module, "later_dictionaries"):
             prefetch_rounds([module.later_dictionaries(cfg) for cfg in pending], run)
+
+
+def _folder(cell: DictConfig) -> Path:
+    HydraConfig.instance().set_config(cell)  # the folder's name is made from the cell's own overrides
+    return (Path(cell.hydra.sweep.dir) / cell.hydra.sweep.subdir).absolute()
+
+
+def _pending(cell: DictConfig, folder: Path) -> PendingCell | None:
+    """The cell to run, or None if it is finished."""
+    cfg = cell.copy()
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return None if not cfg.force and results.is_finished(folder, cfg) else PendingCell(cfg, folder)
+
+
+def refuse_shared_folders(folders: Sequence[Path], cells: Sequence[Sequence[str]]) -> None:
+    """Raises UserError if two cells would write to one folder, also on a disk that takes `A` and `a` for the same."""
+    seen: dict[str, int] = {}
+    for index, folder in enumerate(folders):
+        name = unicodedata.normalize("NFC", str(folder)).casefold() if ignores_case(folder) else str(folder)
+        first = seen.setdefault(name, index)
+        if first != index:
+            one, other = (
+                " ".join(o for o in cells[a] if o not in cells[b]) or "the same settings"
+                for a, b in ((first, index), (index, first))
+            )
+            raise UserError(
+                f"Two cells of this sweep have one folder, {folder}: the one with {one}, and the one with {other}. "
+                "If that changes no number, give one value; else run them one after another, each with an output_dir "
+                "of its own."
+            )
+
+
+def ignores_case(folder: Path) -> bool:
+    """Whether the disk that holds a folder takes upper and lower case for the same."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    other = there.with_name(there.name.swapcase()) if there.name else there
+    return other != there and other.exists() and other.samefile(there)
+
+
+def skipped(cell: DictConfig, folder: Path) -> JobReturn:
+    """What a finished cell returns. Nothing is written, so the disk may be read-only."""
+    print(f"already finished, skipped: {folder}", file=sys.stderr)
+    return JobReturn(overrides=list(cell.hydra.overrides.task), status=JobStatus.COMPLETED)
 
 
 def _n_processes(pending: Sequence[DictConfig]) -> int:

@@ -355,7 +355,7 @@ def test_the_key_of_a_cache_leaves_out_what_does_not_decide_a_fill():
 
 
 def test_the_cache_changes_neither_the_name_nor_the_identity_of_a_cell():
-    assert cell_name("cache=disk,cache.max_gb=3,seed=1") == "seed=1"
+    assert cell_name(["cache=disk", "cache.max_gb=3", "seed=1"]) == "seed=1"
     with_cache, without = ({"seed": 1, "cache": {"dir": name}} for name in ("x", None))
     assert comparable(OmegaConf.create(with_cache)) == comparable(OmegaConf.create(without))
 
