@@ -5,6 +5,13 @@ Without arguments this lists the experiments. A finished cell is skipped unless 
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # until the handlers stand, and after them, a signal ends the process without a traceback
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
 import os
 import sys
 from pathlib import Path
@@ -65,28 +72,46 @@ def main() -> int:
 
 def run_hydra() -> int:
     """Compose and run all cells. An error that the user can fix is printed without a traceback."""
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from core.cells import cell_name
-    from core.errors import NonFiniteLoss, UserError
+    from core.errors import lack_of_memory
     from core.interrupts import raise_if_interrupted
 
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors are raised here instead of ending the process
-    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
-    fixable = (UserError, NonFiniteLoss, FloatingPointError, OSError, HydraException, OmegaConfBaseException)
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
+        run_command_line()
     except Exception as error:
         raise_if_interrupted(error)
-        if not isinstance(error, fixable):
+        message = lack_of_memory(error) or message_of(error)
+        if message is None:
             raise
-        cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
-        print(f"error: {error}{cause}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         return 1
     return 0
+
+
+def run_command_line() -> None:
+    """What Hydra makes of the command line. Errors of the cells are raised."""
+    import hydra
+
+    from core.cells import register_resolvers
+
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors are raised here instead of ending the process
+    register_resolvers()
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
+
+
+def message_of(error: Exception) -> str | None:
+    """What to print for an error that the user can fix; None for any other."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from core.errors import NonFiniteLoss, UserError
+
+    if not isinstance(error, UserError | NonFiniteLoss | FloatingPointError | OSError | HydraException):
+        if not isinstance(error, OmegaConfBaseException):
+            return None
+        if isinstance(error.__cause__, UserError):  # raised while an interpolation was resolved
+            return str(error.__cause__)
+    cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
+    return f"{error}{cause}"
 
 
 if __name__ == "__main__":

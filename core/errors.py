@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+import re
+
+OF_MEMORY = re.compile(
+    "allocate memory|out of memory|start new thread|failed to map segment|bad_alloc|cannot allocate|"
+    "Error 12\\b|Errno 12\\b|unable to mmap|malloc of size",
+    re.IGNORECASE,
+)
+
 
 class UserError(ValueError):
     """A wrong setting or input. The message names the setting and a way out; run.py prints it without a traceback."""
+
+
+def lack_of_memory(error: BaseException) -> UserError | None:
+    """The message for an error that comes from a lack of memory, however a library words it; None for any other."""
+    link: BaseException | None = error
+    while link is not None:
+        words = f"{type(link).__name__}: {str(link).strip().partition(chr(10))[0]}".rstrip(": ")
+        if isinstance(link, MemoryError) or (not isinstance(link, UserError) and OF_MEMORY.search(words)):
+            return UserError(
+                f"There is not enough memory ({words:.200}). Raise the limit (`ulimit -v` shows it), close other "
+                "programs, or lower what takes most: stream.buffer_tokens, method.dict_size, trainer.processes, "
+                "trainer.cell_processes."
+            )
+        link = link.__cause__ or link.__context__
+    return None
 
 
 class NonFiniteLoss(RuntimeError):  # noqa: N818  (it names an event, not a mistake)

@@ -1,8 +1,8 @@
 """results.json and failed.json: one folder per cell, readable by a person, never half-written.
 
 A cell is finished when its folder holds a results.json of the same configuration and of unchanged inputs
-(`core.inputs`), and every file beside it that results.json lists is still as it was written. Settings that cannot change
-a number (`IGNORED_KEYS`) are not compared.
+(`core.inputs`), and every file beside it that results.json lists is still as it was written. Settings that cannot
+change a number (`IGNORED_KEYS`) are not compared.
 
 A cell that runs again first takes back its old results.json, then the files that this lists. So a run that is killed at
 any moment leaves a cell that is finished and whole, or one that runs again.
@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from core import inputs
 from core.atomic import NOT_A_LIST, Files, damage, noting_files, remove_leftovers, sync, write_atomically
 from core.cells import CHANGES_NO_NUMBER
-from core.errors import UserError
+from core.errors import UserError, lack_of_memory
 from core.interrupts import raise_if_interrupted
 from core.reading import read_object
 
@@ -151,7 +151,10 @@ def run_cell(cfg: DictConfig, folder: Path, run: Callable[[DictConfig], Metrics]
         (folder / FAILED).unlink(missing_ok=True)
     except Exception as error:
         raise_if_interrupted(error)
-        record_failure(cfg, folder, error, started)
+        shortage = lack_of_memory(error)
+        record_failure(cfg, folder, shortage or error, started)
+        if shortage:
+            raise shortage from error
         raise
 
 

@@ -30,7 +30,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from core import distributed
 from core.artifacts import sha256, sync, write_atomically
 from core.errors import UserError
-from core.interrupts import Deferred, Interrupted, handled_by, remove_folder
+from core.interrupts import Deferred, Interrupted, handled_by, note_signal, remove_folder
 from core.runtime import Runtime
 
 
@@ -148,6 +148,7 @@ class Checkpoints(Callback):
         self.saved_at = self._began_at = time.monotonic()
         self._handlers.enter_context(handled_by(self.signals))  # they replace Lightning's during training
         if trainer.received_sigterm:
+            note_signal(signal.SIGTERM)
             self.signals.signum = signal.SIGTERM
         if self._loaded is not None:
             torch.set_rng_state(self._loaded["rng"])

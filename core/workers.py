@@ -26,8 +26,8 @@ from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
-from core.errors import NonFiniteLoss, UserError
-from core.interrupts import Interrupted, handled_by, raise_if_interrupted, stop_at_once
+from core.errors import NonFiniteLoss, UserError, lack_of_memory
+from core.interrupts import Interrupted, handled_by, note_signal, raise_if_interrupted, stop_at_once
 
 ROOT = Path(__file__).parents[1]
 NEEDS_NO_TRACEBACK = (UserError, NonFiniteLoss, FloatingPointError, OSError)
@@ -182,6 +182,7 @@ def _workers_end_with(running: dict[int, Worker]) -> Iterator[list[int]]:
     received: list[int] = []
 
     def pass_on(signum: int, _frame: FrameType | None) -> None:
+        note_signal(signum)
         received.append(signum)
         for worker in list(running.values()):
             worker.process.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
@@ -282,6 +283,7 @@ def _outcome(task: Task) -> Any:
         return getattr(import_module(module), name)(*task.arguments)
     except Exception as error:
         raise_if_interrupted(error)
+        error = lack_of_memory(error) or error
         if not isinstance(error, NEEDS_NO_TRACEBACK):
             traceback.print_exc()
         return portable(error)

@@ -57,8 +57,10 @@ ALIKE = [
     ["data.path='a b'"], ["data.path='a_b'"], [r"data.path=a\ b"], ["data.path=a\tb"], ["data.path=a\nb"],
     ["data.path=a\x7fb"], ["data.path=A_b"], ["data.path=.a_b"], ["data.path=-a_b"], ["data.path=..a_b"],
     [f"data.path={unicodedata.normalize('NFC', 'é')}"], [f"data.path={unicodedata.normalize('NFD', 'é')}"],
-    ["data.path=Å"], ["data.path=\u212b"], ["data.path=ﬁ"], ["data.path=fi"], ["data.path=\udc80"], ["data.path=\udc81"],
-    ["data.path="], ["data.path=''"], ["data.path=null"], ["data.path=base"], ["base"], ["~data.path"], ["+data.path=b"],
+    ["data.path=Å"], ["data.path=\u212b"], ["data.path=ﬁ"], ["data.path=fi"], ["data.path=\udc80"],
+    ["data.path=\udc81"],
+    ["data.path="], ["data.path=''"], ["data.path=null"], ["data.path=base"], ["base"], ["~data.path"],
+    ["+data.path=b"],
     ["data.path='x,seed=1'"], ["data.path=x", "seed=1"], ["data.path='x", "seed=1'"], ["data.path=[x,seed=1]"],
     ["data.path=[x", "seed=1]"], ["data.path='x,output_dir=y'"], ["data.path='x,output_dir=z'"],
     ["a=1", "a=2"], ["a=2", "a=1"], ["a=2"], ["a={b:1}", "a.b=2"], ["a.b=2", "a={b:1}"], ["a=null", "a.b=2"],
@@ -139,6 +141,6 @@ def test_a_folder_that_cannot_be_is_refused_with_its_setting(tmp_path: Path, key
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "../a", "a\nb", "/", "-a", "a b"])
 def test_an_experiments_name_that_is_no_folders_name_is_refused(tmp_path: Path, name: str):
-    with pytest.raises(UserError, match="^name="):
+    with pytest.raises(UserError, match=r"^name="):
         results_folder(str(tmp_path), str(tmp_path / "new"), name)
     assert results_folder(str(tmp_path), str(tmp_path), "leask_batchtopk") == f"{tmp_path}/leask_batchtopk"

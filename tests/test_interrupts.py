@@ -30,7 +30,7 @@ def test_a_signal_raises_interrupted_which_is_not_an_exception_and_has_an_exit_c
 
 def test_the_first_signal_is_noted_and_the_second_one_stops_at_once(capfd: pytest.CaptureFixture[str]):
     deferred = Deferred()
-    with handled_by(stop_at_once):
+    with pytest.raises(Interrupted), handled_by(stop_at_once):
         with pytest.raises(Interrupted), handled_by(deferred):
             os.kill(os.getpid(), signal.SIGINT)
             assert deferred.signum == signal.SIGINT
@@ -50,7 +50,8 @@ def clean_up_badly() -> None:
 
 
 def test_an_interruption_is_recovered_from_the_error_of_a_library_that_cleaned_up():
-    with handled_by(stop_at_once), pytest.raises(ValueError, match="could not be built") as wrong:
+    stopped, failed = pytest.raises(Interrupted), pytest.raises(ValueError, match="could not be built")
+    with stopped, handled_by(stop_at_once), failed as wrong:
         clean_up_badly()
     with pytest.raises(Interrupted):
         raise_if_interrupted(wrong.value)

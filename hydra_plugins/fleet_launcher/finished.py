@@ -1,4 +1,4 @@
-"""A callback of Hydra that leaves the folder of a finished cell alone, so that it may lie on a disk that is read-only."""
+"""A callback of Hydra that leaves the folder of a finished cell alone: it may lie on a disk that is read-only."""
 
 from __future__ import annotations
 
