@@ -40,12 +40,13 @@ def noting() -> Iterator[list[Omission]]:
 
 @contextmanager
 def nothing_left_out() -> Iterator[None]:
-    """Raises UserError at the end if something was left out inside: for numbers that would be published without it."""
+    """Raises UserError at the end if something was left out inside: for pages that are written whole or not at all."""
     with noting() as omissions:
         yield
     if omissions:
         names = "; ".join(f"{omission.what} ({omission.why})" for omission in omissions[:3])
-        raise UserError(f"Nothing was written, since it would lack {len(omissions)} parts, such as {names}")
+        more = f", and {len(omissions) - 3} more" if len(omissions) > 3 else ""
+        raise UserError(f"Not written, since it would lack {names}{more}. Mend these, or take them away.")
 
 
 def note(what: object, why: object) -> None:

@@ -51,6 +51,12 @@ class Figure:
 
 Block = Heading | Paragraph | Bullets | Table | Figure
 
+
+def own_words(text: str) -> Paragraph:
+    """A paragraph of our own, which is Markdown already."""
+    return Paragraph(Markup(text))
+
+
 LONGEST_WORD = 60  # on the page; the whole word is its tooltip
 # Nothing is fetched and no script is run, whatever should ever stand in the page.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -104,8 +110,8 @@ def _markdown(block: Block, folder: Path) -> str:
 
 # What Markdown would read as more than text. Signs that are text where they stand, as in `a_b` or `[1, 2]`, stay.
 _MARKS = re.compile(
-    r"""(?P<sign> [\\`$|~]                     # escapes, code, formulas, cells, strikethrough
-        | \*(?!\s) | (?<!\s)\*                 # emphasis
+    r"""(?P<sign> [`$|~] | \\(?=[!-/:-@\[-`{-~]|$)  # code, formulas, cells, strikethrough, escapes
+        | \*(?!\s) | (?<!\s)\*                # emphasis
         | (?<!\w)_ | _(?!\w)
         | \](?=[(\[:]) | \[(?=[\^!]) | !(?=\[) # links, notes, images
         )
