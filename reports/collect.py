@@ -24,7 +24,7 @@ from reports.side_files import MAX_BYTES, SCALARS, SideTable
 
 HISTOGRAM = SideTable("l0_histogram.parquet", {"l0": "filled", "count": "filled", "count_without_bos": "filled"})
 RUNS = "runs.parquet"
-EXPERIMENT = re.compile(r"[A-Za-z0-9_]{1,100}")
+EXPERIMENT = re.compile(r"\w[\w.-]{0,99}")
 MAX_RUNS = 20_000  # of a cell
 MAX_DEPTH = 50  # of settings
 LARGEST_EXACT = 2**53  # a larger integer is a float to numpy in any case
@@ -138,7 +138,7 @@ def _record(path: Path) -> dict[str, Any]:
     record = read_object(path)
     experiment, scale = (field(record, key, str, path) for key in ("experiment", "scale"))
     if not EXPERIMENT.fullmatch(experiment):
-        raise UserError(f"{path}: experiment is {kind_of(experiment)}, not a name of letters, digits and _.")
+        raise UserError(f"{path}: experiment is {kind_of(experiment)}, not a name of letters, digits, _, . and -.")
     if scale not in SCALES:
         raise UserError(f"{path}: scale is {kind_of(scale)}, not one of {', '.join(sorted(SCALES))}.")
     return record
