@@ -23,6 +23,7 @@ import yaml
 from core.errors import UserError
 from reports.checks import Check, Within, make_check
 from reports.collect import Cell
+from reports.culprits import on_the_rest
 
 PAPERS = Path(__file__).parent / "papers"
 Scale = Literal["paper", "demo"]
@@ -201,8 +202,11 @@ def with_derived(papers: Iterable[Paper], cells: Iterable[Cell]) -> list[Cell]:
         name = f"reports.papers.{paper.name}.derived"
         own = [i for i, cell in enumerate(cells) if cell.experiment in paper.experiments]
         if own and find_spec(name) is not None:
-            for i, cell in zip(own, import_module(name).derive([cells[i] for i in own]), strict=True):
-                cells[i] = cell
+            derive = import_module(name).derive
+            derived, left = on_the_rest(derive, [cells[i] for i in own], f"the derived metrics of {paper.name}")
+            places = {id(cell): i for i, cell in enumerate(cells)}
+            for before, cell in zip(left, derived or [], strict=True):
+                cells[places[id(before)]] = cell
     return cells
 
 

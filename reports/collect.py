@@ -6,18 +6,30 @@ in the repository are used for cells that the outputs lack.
 
 from __future__ import annotations
 
+import math
+import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
-from core.results import FAILED, RESULTS, read_all
+from core.errors import UserError
+from core.reading import field, kind_of, optional_field, read_object, read_rows
+from core.results import FAILED, RESULTS, SCALES
+from reports.left_out import described, note
+from reports.side_files import MAX_BYTES, SCALARS, SideTable
 
-HISTOGRAM = "l0_histogram.parquet"
+HISTOGRAM = SideTable("l0_histogram.parquet", {"l0": "filled", "count": "filled", "count_without_bos": "filled"})
 RUNS = "runs.parquet"
+EXPERIMENT = re.compile(r"\w[\w.-]{0,99}")
+MAX_RUNS = 20_000  # of a cell
+MAX_DEPTH = 50  # of settings
+LARGEST_EXACT = 2**53  # a larger integer is a float to numpy in any case
+CIRCUMSTANCES: Mapping[str, type] = {"commit": str, "device": str, "versions": dict}
+NOT_RECORDED = "not recorded"
 KEPT = Path(__file__).parent / "results"
 OF_THE_CELL = ("seconds", "peak_extra_gb")  # metrics of a whole cell, which each of its runs gets
 PRETRAINED = "Pretrained"  # the method of all dictionaries of `method=pretrained`
@@ -79,26 +91,116 @@ class Failure:
 
 
 def read_cells(outputs: Path) -> list[Cell]:
-    """Every finished cell below the folder. A cell that holds many runs gives one `Cell` for each."""
-    cells = []
-    for folder, record in read_all(outputs, RESULTS):
-        cell = Cell(
-            experiment=record["experiment"],
-            scale=record["scale"],
-            seed=record["seed"],
-            folder=folder,
-            metrics={**record["metrics"], **_l0_range(folder / HISTOGRAM)},
-            settings=dict(_flat(record["config"])),
-            record={key: value for key, value in record.items() if key not in ("metrics", "config")},
-        )
-        cells += _runs(cell) if (folder / RUNS).is_file() else [cell]
+    """Every finished cell below the folder. A cell that holds many runs gives one `Cell` for each.
+
+    One that cannot be read is left out and named (`reports.left_out`).
+    """
+    cells: list[Cell] = []
+    for path in found(outputs, RESULTS):
+        try:
+            cells += _cells(path)
+        except Exception as error:  # whatever a file holds
+            note(path.parent, described(error))
     return cells
+
+
+def _cells(path: Path) -> list[Cell]:
+    """The runs of one cell. Raises UserError."""
+    record, folder = _record(path), path.parent
+    config = field(record, "config", dict, path)
+    for key, kind in CIRCUMSTANCES.items():
+        optional_field(record, key, kind, path)
+    cell = Cell(
+        experiment=record["experiment"],
+        scale=record["scale"],
+        seed=field(record, "seed", int, path),
+        folder=folder,
+        metrics=_numbers(field(record, "metrics", dict, path), folder) | _l0_range(folder),
+        settings=dict(_flat(config, path)),
+        record={
+            **dict.fromkeys(CIRCUMSTANCES, NOT_RECORDED),
+            "versions": {},
+            "seconds": field(record, "seconds", float, path),
+            **{key: value for key, value in record.items() if key not in ("metrics", "config") and value is not None},
+        },
+    )
+    if os.path.lexists(folder / RUNS):
+        return _runs(cell)
+    if isinstance(seeds := config.get("seeds"), list):
+        raise UserError(f"{folder / RUNS} is missing. The cell's own metrics are means over its {len(seeds)} seeds.")
+    return [cell]
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What results.json or failed.json holds, if it names an experiment and a scale. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{path} is not a file.")
+    record = read_object(path)
+    experiment, scale = (field(record, key, str, path) for key in ("experiment", "scale"))
+    if not EXPERIMENT.fullmatch(experiment):
+        raise UserError(f"{path}: experiment is {kind_of(experiment)}, not a name of letters, digits, _, . and -.")
+    if scale not in SCALES:
+        raise UserError(f"{path}: scale is {kind_of(scale)}, not one of {', '.join(sorted(SCALES))}.")
+    return record
+
+
+def _numbers(metrics: Mapping[str, Any], folder: Path) -> dict[str, float]:
+    """The metrics that are finite numbers. The others are left out and named."""
+    numbers = {}
+    for name, value in metrics.items():
+        if is_number(value):
+            numbers[name] = value if abs(value) < LARGEST_EXACT else float(value)
+        else:
+            note(f"the metric {name} of {folder}", f"it is {kind_of(value)}, not a finite number")
+    return numbers
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
+def found(root: Path, name: str) -> list[Path]:
+    """Everything of this name below a folder, in the order of paths. Links to folders are followed, each folder is
+    entered once, and one that cannot be entered is left out and named."""
+    paths: list[Path] = []
+    entered: set[Path] = set()
+    to_enter = [root]
+    while to_enter:
+        start = to_enter.pop(0)
+        for folder, subfolders, files in os.walk(start, onerror=_not_entered):
+            real = Path(os.path.realpath(folder))
+            if real in entered:
+                subfolders.clear()
+                continue
+            entered.add(real)
+            if name in files or name in subfolders:
+                paths.append(Path(folder, name))
+            links = [Path(folder, one) for one in sorted(subfolders) if Path(folder, one).is_symlink()]
+            to_enter += [link for link in links if not _leads_above(link, root)]
+    return sorted(paths)
+
+
+def _not_entered(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        note(error.filename, error.strerror or error)
+
+
+def _leads_above(link: Path, root: Path) -> bool:
+    """Whether a link leads to the folder itself or to one above it, and so to nothing new."""
+    if not Path(os.path.realpath(root)).is_relative_to(os.path.realpath(link)):
+        return False
+    note(link, "a link to a folder above it is not followed")
+    return True
 
 
 def with_kept(outputs: Path, kept: Path | None) -> list[Cell]:
     """The cells of `outputs`, and the kept cells that neither finished nor failed there."""
     cells = read_cells(outputs)
-    ended = {*map(_place, cells), *map(_place, read_failures(outputs))}
+    ended = {*map(_place, cells), *map(_place, read_failures(outputs, cells))}
     kept_cells = read_cells(kept) if kept else []
     return cells + [replace(cell, kept=True) for cell in kept_cells if _place(cell) not in ended]
 
@@ -111,27 +213,28 @@ def one_per_folder(cells: Iterable[Cell]) -> list[Cell]:
     return list(first.values())
 
 
-def read_failures(outputs: Path) -> list[Failure]:
-    """Every failed.json below the folder."""
-    return [
-        Failure(
-            experiment=record["experiment"],
-            scale=record["scale"],
-            folder=folder,
-            error=record["error"],
-            message=record["message"],
-            later_than_results=(folder / RESULTS).is_file(),
-        )
-        for folder, record in read_all(outputs, FAILED)
-    ]
+def read_failures(outputs: Path, finished: Iterable[Cell] = ()) -> list[Failure]:
+    """Every failed.json below the folder. `finished`: the cells that have results. One that cannot be read is left out
+    and named."""
+    folders = {cell.folder for cell in finished}
+    failures = []
+    for path in found(outputs, FAILED):
+        try:
+            record = _record(path)
+            error, message = (field(record, key, str, path) for key in ("error", "message"))
+            later = path.parent in folders
+            failures.append(Failure(record["experiment"], record["scale"], path.parent, error, message, later))
+        except Exception as cause:  # whatever a file holds
+            note(path, described(cause))
+    return failures
 
 
 def grid_size(experiment: str, scale: str, conf: Path = CONF) -> int | None:
     """The number of cells in the experiment's grid at this scale; None without a YAML of that name."""
     from hydra_plugins.blocks_sweeper.sweeper import cells_of
 
-    path = conf / "experiment" / f"{experiment}.yaml"
-    if not path.is_file():
+    path = _yaml(experiment, conf)
+    if path is None:
         return None
     blocks = OmegaConf.select(OmegaConf.load(path), f"grid.{scale}")
     return len(cells_of(blocks or [{}], []))
@@ -139,8 +242,8 @@ def grid_size(experiment: str, scale: str, conf: Path = CONF) -> int | None:
 
 def deviations(experiment: str, conf: Path = CONF) -> list[str]:
     """The `# deviations:` comments of an experiment's YAML; an indented comment line continues the line above."""
-    path = conf / "experiment" / f"{experiment}.yaml"
-    if not path.is_file():
+    path = _yaml(experiment, conf)
+    if path is None:
         return []
     notes: list[str] = []
     continues = False
@@ -155,6 +258,19 @@ def deviations(experiment: str, conf: Path = CONF) -> list[str]:
     return notes
 
 
+def _yaml(experiment: str, conf: Path) -> Path | None:
+    """The experiment's YAML, if there is one of exactly this name."""
+    return next((path for path in (conf / "experiment").glob("*.yaml") if path.stem == experiment), None)
+
+
+def folder_of(path: Path, option: str) -> Path:
+    """The folder that an option names. Raises UserError if there is none."""
+    if not path.is_dir():
+        wrong = "is not a folder" if path.exists() else "does not exist"
+        raise UserError(f"{option}: {path} {wrong}. Name the folder with the results.")
+    return path
+
+
 def _place(one: Cell | Failure) -> tuple[str, str, str]:
     return one.experiment, one.scale, one.folder.name
 
@@ -164,33 +280,40 @@ def _runs(cell: Cell) -> list[Cell]:
 
     The cell's own metrics are means over its runs, and are dropped except `OF_THE_CELL`. An empty entry of a metric
     means that the run lacks it. An empty entry of a setting means null if the configuration has the setting, else that
-    the run lacks it.
+    the run lacks it. Raises UserError.
     """
-    cells = []
+    path = cell.folder / RUNS
+    rows = read_rows(path, most_bytes=MAX_BYTES)
+    if not 0 < len(rows) <= MAX_RUNS:
+        raise UserError(f"{path} has {len(rows):,} rows; a cell has at least one and at most {MAX_RUNS:,} runs.")
     shared = {name: cell.metrics[name] for name in OF_THE_CELL if name in cell.metrics}
-    for row in pq.read_table(cell.folder / RUNS).to_pylist():
-        known = {key: value for key, value in _flat(row) if value is not None and value == value}
+    cells = []
+    for row in rows:
+        known = {key: value for key, value in _flat(row, path) if value is not None and value == value}
         emptied = {key: None for key in row.keys() - known.keys() if key in cell.settings}
-        own = {key.removeprefix(METRIC): float(known.pop(key)) for key in list(known) if key.startswith(METRIC)}
+        own = {key.removeprefix(METRIC): known.pop(key) for key in list(known) if key.startswith(METRIC)}
+        own = {name: float(value) for name, value in _numbers(own, path).items()}
+        seed = field({"seed": cell.seed, **known}, "seed", int, path)
         settings = {**cell.settings, **emptied, **known}
-        cells.append(
-            replace(cell, seed=int(known.get("seed", cell.seed)), metrics={**shared, **own}, settings=settings)
-        )
+        cells.append(replace(cell, seed=seed, metrics={**shared, **own}, settings=settings))
     return cells
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def _flat(config: Mapping[str, Any], path: Path, prefix: str = "", depth: int = 0) -> Iterable[tuple[str, Any]]:
+    """Dotted key and value: a number, a text, true, false or None; lists and other values as text."""
+    if depth > MAX_DEPTH:
+        raise UserError(f"{path}: the settings are nested deeper than {MAX_DEPTH} levels.")
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flat(value, path, f"{prefix}{key}.", depth + 1)
         else:
-            yield f"{prefix}{key}", str(value) if isinstance(value, list) else value
+            yield f"{prefix}{key}", value if isinstance(value, SCALARS) else str(value)
 
 
-def _l0_range(path: Path) -> dict[str, float]:
+def _l0_range(folder: Path) -> dict[str, float]:
     """The lowest and highest per-token L0 that occurs in a histogram, where a cell has one."""
-    if not path.is_file():
+    table = HISTOGRAM.at(folder)
+    if table is None:
         return {}
-    table = pq.read_table(path, columns=["l0", "count"])
-    occurring = [l0 for l0, n in zip(table["l0"].to_pylist(), table["count"].to_pylist(), strict=True) if n > 0]
-    return {"l0_lowest": float(min(occurring)), "l0_highest": float(max(occurring))} if occurring else {}
+    occurring = table.loc[table["count"] > 0, "l0"]
+    return {"l0_lowest": float(occurring.min()), "l0_highest": float(occurring.max())} if len(occurring) else {}

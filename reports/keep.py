@@ -21,9 +21,10 @@ from core.errors import UserError
 from core.results import FAILED
 from reports import figures, render, tables
 from reports.claims import SCALES, Scale, load_papers, with_derived
-from reports.collect import KEPT, Cell, deviations, grid_size, one_per_folder, read_cells
+from reports.collect import KEPT, Cell, deviations, folder_of, grid_size, one_per_folder, read_cells
 from reports.compare import Report
-from reports.render import Block, Bullets, Figure, Heading, Paragraph, Table
+from reports.left_out import nothing_left_out
+from reports.render import Block, Bullets, Figure, Heading, Paragraph, Table, own_words
 from reports.verdicts import AGREES, DIRECTION, DISAGREES, PARTLY
 
 MAX_BYTES = 2_000_000
@@ -55,7 +56,7 @@ def keep(outputs: Path, scale: str, experiments: Sequence[str], kept: Path) -> l
 
 def redraw(scale: str, experiments: Sequence[str], kept: Path) -> list[Path]:
     """Make figures and README again from the kept results. Raises UserError if there are none of an experiment."""
-    available = sorted({cell.experiment for cell in read_cells(kept) if cell.scale == scale})
+    available = sorted({cell.experiment for cell in read_cells(folder_of(kept, "--kept")) if cell.scale == scale})
     if missing := sorted(set(experiments) - set(available)):
         raise UserError(f"{kept} holds nothing of {', '.join(missing)} at {scale} scale.")
     written = [path for experiment in experiments or available for path in draw(experiment, scale, kept)]
@@ -98,15 +99,17 @@ def report_omissions(cells: Sequence[Cell]) -> None:
 
 def draw(experiment: str, scale: str, kept: Path) -> list[Path]:
     """The experiment's figures as PNG, from all its kept cells of one scale."""
-    cells = with_derived(load_papers(), [cell for cell in read_cells(kept / experiment) if cell.scale == scale])
-    with TemporaryDirectory() as scratch:
+    with TemporaryDirectory() as scratch, nothing_left_out():
+        cells = with_derived(load_papers(), [cell for cell in read_cells(kept / experiment) if cell.scale == scale])
         drawn = [path for path in figures.draw(experiment, cells, Path(scratch)) if path.suffix == ".png"]
         refuse_large(drawn)
         return [Path(shutil.copyfile(path, kept / experiment / path.name)) for path in drawn]
 
 
 def write_readme(kept: Path) -> Path:
-    write_atomically(kept / README, readme(kept))
+    with nothing_left_out():
+        text = readme(kept)
+    write_atomically(kept / README, text)
     return kept / README
 
 
@@ -116,7 +119,7 @@ def readme(kept: Path) -> str:
     sections = [(name, scale) for name in report.experiments for scale in SCALES if report.cells(name, scale)]
     blocks: list[Block] = [
         Heading(1, "Results kept in the repository"),
-        Paragraph(
+        own_words(
             "Written by `python -m reports.keep` from the files in this folder. Intervals are 95 % t intervals over "
             "seeds. The claims, and how each is judged, are in [reports/papers](../papers). Hours are the sum of the "
             "wall times of all cells. Two cells ran at a time on two cores. The sum includes pauses of the machine, "

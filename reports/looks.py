@@ -15,8 +15,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from io import BytesIO
+from typing import Any, Literal, TypeVar
 from zlib import crc32
 
 import matplotlib
@@ -24,17 +24,23 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.text import Text
+from matplotlib.ticker import FixedLocator, LogFormatter, NullLocator
 
-from core.atomic import atomically
+from core.errors import UserError
 from reports.checks.base import interval
+from reports.safe_text import shortened
 
 matplotlib.use("Agg")
 
 BLACK, GREY, PALE = "#333333", "#777777", "#CCCCCC"
 PUBLISHED = "published numbers"
 Values = Sequence[float] | np.ndarray
+T = TypeVar("T")
+LONGEST_LABEL, LONGEST_LINE, MAX_LINES = 60, 240, 16  # of texts in a figure
+MAX_PANELS = 16  # in a row
 
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -142,16 +148,52 @@ def styled() -> AbstractContextManager[None]:
     return matplotlib.rc_context(STYLE)
 
 
-def save(figure: Figure | None, path: Path) -> list[Path]:
-    """Write PNG and SVG beside each other, without a date inside; nothing for no figure."""
-    if figure is None:
-        return []
-    written = [path.with_name(f"{path.name}.{ending}") for ending in ("png", "svg")]
-    for file in written:
-        ending = file.suffix[1:]
-        with atomically(file) as temporary:
-            figure.savefig(temporary, format=ending, dpi=160, metadata={"Date": None} if ending == "svg" else None)
-    return written
+def rendered(figure: Figure) -> dict[str, bytes]:
+    """The figure as PNG and SVG, without a date inside. Texts are drawn as they are: a `$` begins no formula."""
+    tame(figure)
+    files = {}
+    for ending in ("png", "svg"):
+        buffer = BytesIO()
+        figure.savefig(buffer, format=ending, dpi=160, metadata={"Date": None} if ending == "svg" else None)
+        files[ending] = buffer.getvalue()
+    return files
+
+
+def tame(figure: Figure) -> None:
+    """Make texts that models, data and results wrote harmless: formulas, what cannot be seen, texts beyond all bounds.
+
+    Ticks of logarithmic axes keep their powers of ten, which are formulas; they hold numbers alone.
+    """
+    formulas: set[Text] = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            formulas.add(axis.offsetText)
+            for ticks, formatter in (
+                (axis.get_major_ticks(), axis.get_major_formatter()),
+                (axis.get_minor_ticks(), axis.get_minor_formatter()),
+            ):
+                if isinstance(formatter, LogFormatter):
+                    formulas |= {text for tick in ticks for text in (tick.label1, tick.label2)}
+    in_legends = {text for legend in figure.findobj(Legend) for text in legend.findobj(Text)}
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        if text not in formulas:
+            text.set_parse_math(False)
+            most = LONGEST_LABEL if text in in_legends else LONGEST_LINE
+            lines = text.get_text().split("\n")[:MAX_LINES]
+            text.set_text("\n".join(shortened(line, most) for line in lines))
+
+
+def named(text: object) -> str:
+    """A name for a tick, a title or a legend: on one line, not too long."""
+    return shortened(text, LONGEST_LABEL)
+
+
+def few(values: Sequence[T], what: str) -> Sequence[T]:
+    """The values, for each of which a figure has a panel. Raises UserError if there are too many."""
+    if len(values) > MAX_PANELS:
+        raise UserError(f"There are {len(values)} values of {what}; a figure has panels for at most {MAX_PANELS}.")
+    return values
 
 
 def line(axes: Axes, look: Look, x: Values, mean: Values, half: Values, label: str = "") -> None:

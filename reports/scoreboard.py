@@ -15,9 +15,10 @@ from pathlib import Path
 from core.artifacts import write_atomically
 from core.errors import UserError
 from reports.claims import SCALES, Paper, Scale
-from reports.collect import KEPT
+from reports.collect import KEPT, folder_of
 from reports.compare import Report
-from reports.render import Table, markdown
+from reports.left_out import nothing_left_out
+from reports.render import Markup, Table, markdown
 from reports.verdicts import AGREES, DIRECTION, DISAGREES, PARTLY
 
 BEGIN, END = "<!-- scoreboard -->", "<!-- /scoreboard -->"
@@ -27,7 +28,7 @@ COLUMNS = {"agree": (AGREES, DIRECTION), "partly": (PARTLY,), "disagree": (DISAG
 
 def scoreboard(kept: Path = KEPT) -> str:
     """The table in Markdown: the papers that are built, then those that are planned."""
-    report = Report.read(kept, None)
+    report = Report.read(folder_of(kept, "--kept"), None)
     in_order = sorted(report.papers, key=lambda paper: (not paper.claims, paper.name))
     rows = [row for paper in in_order for row in _rows(report, paper)]
     return markdown([Table(["paper", "experiments built", *COLUMNS, "scale"], rows)], kept).strip()
@@ -36,7 +37,8 @@ def scoreboard(kept: Path = KEPT) -> str:
 def _rows(report: Report, paper: Paper) -> list[list[str]]:
     """One row for each scale with kept results, or one without numbers."""
     page = Path("docs") / f"results-{paper.name}.md"
-    name = f"[{paper.short}]({page.as_posix()})" if (README.parent / page).is_file() else paper.short
+    linked = (README.parent / page).is_file()
+    name = Markup(f"[{paper.short}]({page.as_posix()})") if linked else paper.short
     n_built, blank = str(len(paper.experiments)), [""] * len(COLUMNS)
     if not paper.claims:
         return [[name, "planned", *blank, ""]]
@@ -70,8 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kept", type=Path, default=KEPT, help="folder with kept results (default: reports/results)")
     options = parser.parse_args(arguments)
     try:
-        write_atomically(options.page, updated(options.page.read_text(), scoreboard(options.kept)))
-    except (UserError, FileNotFoundError) as error:
+        with nothing_left_out():
+            table = scoreboard(options.kept)
+        write_atomically(options.page, updated(options.page.read_text(), table))
+    except (UserError, OSError, UnicodeDecodeError) as error:
         print(f"error: {options.page}: {error}", file=sys.stderr)
         return 1
     print(f"scoreboard: {options.page}")

@@ -6,13 +6,12 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from core.bench import TABLE
-from core.results import read
 from reports.checks.base import interval, spelled
 from reports.claims import SCALES, Claim, ExperimentRows, Paper, Scale
 from reports.collect import Cell, Failure, grid_size, one_per_folder
 from reports.matching import order, refined, shown
 from reports.render import Table
+from reports.side_files import listing
 from reports.verdicts import Judgement
 
 Judgements = Mapping[str, Mapping[Scale, Judgement]]
@@ -131,12 +130,12 @@ def mean(cells: Sequence[Cell], metric: str) -> str:
 
 def of_cell(cell: Cell) -> tuple[Table, list[str]] | None:
     """The table and notes that an experiment wrote into `table.json` beside its results; None without such a file."""
-    content = read(cell.folder / TABLE)
+    content = listing(cell)
     if content is None:
         return None
-    header = list(dict.fromkeys(column for row in content["rows"] for column in row))
-    body = [[_digits(row.get(column)) for column in header] for row in content["rows"]]
-    return Table(header, body), content["notes"]
+    header = list(dict.fromkeys(column for row in content.rows for column in row))
+    body = [[_digits(row.get(column)) for column in header] for row in content.rows]
+    return Table(header, body), content.notes
 
 
 def _digits(value: object) -> str:

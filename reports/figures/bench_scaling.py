@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from core.bench import TABLE
-from core.results import read
 from reports.collect import Cell
-from reports.looks import BLACK, line, log_axis, look, save
+from reports.figures import Drawing
+from reports.looks import BLACK, line, log_axis, look
+from reports.side_files import SideTable, listing
 
-CURVES = "scaling.parquet"
+CURVES = SideTable(
+    "scaling.parquet",
+    {"axis": "text", "value": "number"},
+    dict.fromkeys(("over_product", "quartile1", "quartile3", "rows_per_second"), "number"),
+)
 OURS = look("BatchTopK")  # what is timed
 LABELS = {"dict_size": "dictionary size m", "k": "active latents per row k", "batch_size": "rows in the batch B"}
 
 
-def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
+def drawings(cells: Sequence[Cell]) -> Iterator[Drawing]:
     """One figure for each cell that has curves."""
-    written: list[Path] = []
     for cell in cells:
-        if (cell.folder / CURVES).is_file():
-            notes = (read(cell.folder / TABLE) or {"notes": []})["notes"]
-            figure = curves(pd.read_parquet(cell.folder / CURVES), notes)
-            written += save(figure, folder / f"bench_scaling_{cell.scale}_{cell.folder.name}")
-    return written
+        yield Drawing(f"bench_scaling_{cell.scale}_{cell.folder.name}", [cell], of_cell)
+
+
+def of_cell(cells: Sequence[Cell]) -> Figure | None:
+    """The figure of one cell."""
+    [cell] = cells
+    table, notes = CURVES.beside(cell), listing(cell)
+    return None if table is None else curves(table, notes.notes if notes else [])
 
 
 def curves(table: pd.DataFrame, notes: Sequence[str]) -> Figure:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from reports.collect import Cell
+from reports.looks import named
 
 
 class Group(NamedTuple):
@@ -37,5 +38,6 @@ def by_model(cells: Sequence[Cell], *keys: str) -> list[Group]:
         if len(same_name) > 1:
             title = f"{name} {source}" + (f" at {revision}" if revision != "None" else "")
             file = f"{name}-{same_name.index((source, revision)) + 1}"
-        numbered.append(Group(", ".join([title, *rest, f"{scale} scale"]), "_".join([scale, file, *rest]), group))
+        title = ", ".join([*map(named, (title, *rest)), f"{scale} scale"])
+        numbered.append(Group(title, "_".join([scale, file, *rest]), group))
     return numbered

@@ -117,7 +117,10 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     )
     (folder / "figures").mkdir()
     (folder / "figures" / "toy_sizes.py").write_text(
-        "def draw(cells, folder):\n    path = folder / 'toy.svg'\n    path.write_text('a figure')\n    return [path]\n"
+        "from matplotlib.figure import Figure\n"
+        "from reports.figures import Drawing\n"
+        "def drawings(cells):\n"
+        "    yield Drawing('toy', cells, lambda own: Figure())\n"
     )
     monkeypatch.setattr(papers, "__path__", [*papers.__path__, str(folder.parent)])
     for module in (compare, figures):
@@ -138,4 +141,4 @@ def test_adding_a_paper_is_adding_a_folder(toy: Path):
     assert compare.main(["--outputs", str(toy / "outputs"), "--no-kept"]) == 0
     [claim] = json.loads((toy / "outputs" / "report" / "claims.json").read_text())
     assert claim["scales"]["paper"]["verdict"] == "agrees" and claim["scales"]["paper"]["ours"].startswith("0.25")
-    assert (toy / "outputs" / "report" / "figures" / "toy.svg").read_text() == "a figure"
+    assert (toy / "outputs" / "report" / "figures" / "toy.svg").read_text().startswith("<?xml")

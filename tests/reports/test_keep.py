@@ -102,7 +102,8 @@ def test_a_cell_that_failed_is_not_covered_up_by_a_kept_result(tmp_path):
 
 def test_without_outputs_the_report_shows_what_is_kept(tmp_path):
     write_stack(tmp_path / "kept")
-    text = report(tmp_path / "nowhere", "--kept", str(tmp_path / "kept"))
+    (tmp_path / "empty").mkdir()
+    text = report(tmp_path / "empty", "--kept", str(tmp_path / "kept"))
     assert "kept results: 1 of 1 cells" in text
 
 

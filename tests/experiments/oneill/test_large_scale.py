@@ -16,8 +16,8 @@ from core.metrics.recovery import unmatched_correlations
 from core.results import RESULTS, run_cell
 from core.stacked.coders import LinearCoder
 from experiments.oneill import large_scale as large
+from reports import figures
 from reports.collect import read_cells
-from reports.papers.oneill.figures import oneill_large_scale as figures
 from tests.composing import composed
 
 
@@ -75,9 +75,9 @@ def test_the_figure_has_the_curves_of_finished_cells_and_the_oracle(tmp_path: Pa
         assert math.isfinite(json.loads((folder / RESULTS).read_text())["metrics"]["latent_mcc"])
     cells = read_cells(tmp_path)
     assert {cell.method for cell in cells} == {"SAE", "FISTA", "MLP8"} and len(cells) == 5
-    written = figures.draw(cells, tmp_path)
+    written = figures.draw("oneill_large_scale", cells, tmp_path)
     assert [path.suffix for path in written] == [".png", ".svg"] and all(path.stat().st_size > 0 for path in written)
-    assert figures.draw([cell for cell in cells if cell.method == "FISTA"], tmp_path) == []
+    assert figures.draw("oneill_large_scale", [cell for cell in cells if cell.method == "FISTA"], tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Cells of different language models or sites in one outputs folder are never drawn into one figure."""
 
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
@@ -40,10 +41,10 @@ def cell(experiment: str, folder: Path, model: str, site: str, source: str, valu
 def _files_hold_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """The title, lines and bars of a figure, in place of a picture: seconds less."""
 
-    def write(figure: Figure, file: Path, **_: object) -> None:
+    def write(figure: Figure, file: BytesIO, **_: object) -> None:
         lines = [line.get_xydata().tolist() for axes in figure.axes for line in axes.lines]
         bars = [patch.get_bbox().bounds for axes in figure.axes for patch in axes.patches]
-        Path(file).write_text(f"{figure.get_suptitle()} {lines} {bars}")
+        file.write(f"{figure.get_suptitle()} {lines} {bars}".encode())
 
     monkeypatch.setattr(Figure, "savefig", write)
 

@@ -7,8 +7,8 @@ against the measured L0 at a fixed size; and the histogram of BatchTopK's L0 per
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from reports.collect import HISTOGRAM, Cell
+from reports.figures import Drawing
 from reports.figures.groups import by_model
-from reports.looks import GREY, in_order, line, log_axis, look, mean_and_half, save, seeds_of
+from reports.looks import GREY, in_order, line, log_axis, look, mean_and_half, seeds_of
 from reports.matching import refined
 
 DICT_SIZE, K = "method.dict_size", "method.k"
@@ -27,13 +28,11 @@ FEWEST = 2e-5  # the histogram ends where a bin holds a smaller share of the tok
 ASIDE = 1.03  # factor on the dictionary size from one method to the next, so that bars do not hide one another
 
 
-def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
-    """Two figures for each model and site, as PNG and SVG. A figure for which there is no cell is left out."""
-    written = []
+def drawings(cells: Sequence[Cell]) -> Iterator[Drawing]:
+    """Two figures for each model and site. A figure for which there is no cell is left out."""
     for title, name, group in by_model(cells):
-        written += save(curves(group, title), folder / f"leask_batchtopk_{name}_curves")
-        written += save(histogram(group, title), folder / f"leask_batchtopk_{name}_l0_histogram")
-    return written
+        yield Drawing(f"leask_batchtopk_{name}_curves", group, partial(curves, title=title))
+        yield Drawing(f"leask_batchtopk_{name}_l0_histogram", group, partial(histogram, title=title))
 
 
 def curves(cells: Sequence[Cell], title: str) -> Figure:
@@ -58,7 +57,7 @@ def curves(cells: Sequence[Cell], title: str) -> Figure:
 
 def histogram(cells: Sequence[Cell], title: str) -> Figure | None:
     """L0 per token of BatchTopK with its threshold, all seeds together, beside the k of TopK."""
-    drawn = [cell for cell in cells if cell.method == "BatchTopK" and (cell.folder / HISTOGRAM).is_file()]
+    drawn = [cell for cell in cells if cell.method == "BatchTopK" and HISTOGRAM.has(cell)]
     size, k = _fixed(drawn, DICT_SIZE, K), _fixed(drawn, K, DICT_SIZE)
     chosen = [cell for cell in drawn if (cell.get(DICT_SIZE), cell.get(K)) == (size, k)]
     if not chosen or k is None:
@@ -118,23 +117,25 @@ def _mean(cells: Sequence[Cell], key: str) -> float:
 
 def _summed_histograms(cells: Sequence[Cell]) -> pd.DataFrame:
     """Columns `count` and `count_without_bos` over the index `l0`, summed over the cells."""
-    tables = [pd.read_parquet(cell.folder / HISTOGRAM).set_index("l0") for cell in cells]
-    return pd.concat(tables).groupby(level=0).sum()
+    tables = [table for cell in cells if (table := HISTOGRAM.beside(cell)) is not None]
+    return pd.concat(tables).groupby("l0").sum()
 
 
 def _bars(axes: Axes, table: pd.DataFrame) -> None:
     """Shares of all tokens. The first tokens of texts are stacked on top of the others."""
     n_tokens = table["count"].sum()
     without_bos, everything = table["count_without_bos"] / n_tokens, table["count"] / n_tokens
-    at = table.index.to_numpy()
     bos = everything - without_bos
-    axes.set_xlim(-1, at[everything > FEWEST].max(initial=1) + 1)
-    axes.bar(at, without_bos, width=1.0, color=look("BatchTopK").colour, alpha=0.5, label="tokens inside a text")
+    last = table.index[everything > FEWEST].max() if (everything > FEWEST).any() else 1
+    axes.set_xlim(-1, max(last, 1) + 1)
+    inside = table.index <= last  # a bar for each, of which there may be many thousands beyond
+    at, bars, on_top = table.index[inside].to_numpy(), without_bos[inside], bos[inside]
+    axes.bar(at, bars, width=1.0, color=look("BatchTopK").colour, alpha=0.5, label="tokens inside a text")
     axes.bar(
         at,
-        bos,
+        on_top,
         width=1.0,
-        bottom=without_bos,
+        bottom=bars,
         color=GREY,
         label=f"first tokens of texts (BOS), {bos.sum():.2%} of all tokens",
     )

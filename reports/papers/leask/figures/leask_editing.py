@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from reports.collect import Cell
+from reports.figures import Drawing
 from reports.figures.groups import by_model
-from reports.looks import GREY, mean_and_half, save, seeds_of, shades
+from reports.looks import GREY, mean_and_half, seeds_of, shades
 
 META, THIRD, SWAP, SWAP_AT_ENTITY = shades(4)
 KINDS = {
@@ -30,20 +31,18 @@ PANELS = {
 }
 
 
-def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
-    """One figure for each model, preset, way of splicing and set of pairs, as PNG and SVG."""
-    written = []
+def drawings(cells: Sequence[Cell]) -> Iterator[Drawing]:
+    """One figure for each model, preset, way of splicing and set of pairs."""
     for title, name, group in by_model(cells, "editing.preset", "editing.splice", "meta.preset"):
         of_pairs: dict[str, list[Cell]] = defaultdict(list)
         for cell in group:
             of_pairs[str(cell.get("editing.pairs"))].append(cell)
         for number, (_, part) in enumerate(sorted(of_pairs.items())):
-            figure = panels(part, f"{title}, {seeds_of(cell.seed for cell in part)}")
-            written += save(figure, folder / f"leask_editing_{name}_{number}")
-    return written
+            yield Drawing(f"leask_editing_{name}_{number}", part, partial(panels, title=title))
 
 
 def panels(cells: Sequence[Cell], title: str) -> Figure:
+    """A panel for each metric, a bar for each kind of edit."""
     figure = Figure(figsize=(9.6, 6.0), layout="constrained")
     for axes, (metric, label) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS.items(), strict=True):
         _bars(axes, cells, metric)
@@ -51,7 +50,7 @@ def panels(cells: Sequence[Cell], title: str) -> Figure:
         if not metric.endswith("_nats"):
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             axes.set_ylim(0, 1)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(f"{title}, {seeds_of(cell.seed for cell in cells)}", fontsize=10)
     return figure
 
 

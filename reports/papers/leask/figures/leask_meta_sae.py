@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -13,11 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from reports.collect import Cell
+from reports.figures import Drawing
 from reports.figures.groups import by_model
-from reports.looks import GREY, Look, line, log_axis, mean_and_half, save, shades
+from reports.looks import GREY, Look, line, log_axis, mean_and_half, shades
+from reports.side_files import SideTable
 
 SIZE, K, AUX, PRESET = "meta.method.dict_size", "meta.method.k", "meta.method.aux", "meta.preset"
-COSINES = "cosines.parquet"
+COSINES = SideTable("cosines.parquet", {"series": "text", "cosine": "filled", "count": "filled"})
 META, REPLACED, PURSUIT = shades(3)
 LINES = {"ve": (Look(META, "o"), "decoder directions"), "ve_null": (Look(GREY, "s"), "random directions")}
 BARS = {
@@ -33,14 +35,12 @@ BARS = {
 SCATTERED = 0.5  # a replaced decoder can explain less than nothing: the axis ends here
 
 
-def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
-    """Up to three figures for each model and site, as PNG and SVG. One for which there is no cell is left out."""
+def drawings(cells: Sequence[Cell]) -> Iterator[Drawing]:
+    """Up to three figures for each model and site. One for which there is no cell is left out."""
     chosen = [cell for cell in cells if cell.get("rows") == "base" and cell.get("meta.sampling") != "frequency"]
-    written = []
     for title, name, group in by_model(chosen):
         for kind in (variance, cosines, decoders):
-            written += save(kind(group, title), folder / f"leask_meta_sae_{name}_{kind.__name__}")
-    return written
+            yield Drawing(f"leask_meta_sae_{name}_{kind.__name__}", group, partial(kind, title=title))
 
 
 def variance(cells: Sequence[Cell], title: str) -> Figure | None:
@@ -80,7 +80,7 @@ def cosines(cells: Sequence[Cell], title: str) -> Figure | None:
     chosen = _detailed(cells)
     if not chosen:
         return None
-    table = pd.concat([pd.read_parquet(cell.folder / COSINES) for cell in chosen])
+    table = pd.concat([table for cell in chosen if (table := COSINES.beside(cell)) is not None])
     counts = table.groupby(["series", "cosine"], sort=True)["count"].sum().unstack(0)
     figure = Figure(figsize=(8.2, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -145,7 +145,7 @@ def decoders(cells: Sequence[Cell], title: str) -> Figure | None:
 
 def _detailed(cells: Sequence[Cell]) -> list[Cell]:
     """The cells with details, of one preset and auxiliary loss: `lw` and `r1` if there are some."""
-    detailed = [cell for cell in cells if "ve_replaced" in cell.metrics and (cell.folder / COSINES).is_file()]
+    detailed = [cell for cell in cells if "ve_replaced" in cell.metrics and COSINES.has(cell)]
     detailed.sort(key=lambda cell: (cell.get(PRESET) != "lw", cell.get(AUX) != "r1", str(cell.get(PRESET))))
     return [cell for cell in detailed if all(cell.get(key) == detailed[0].get(key) for key in (PRESET, AUX, SIZE, K))]
 

@@ -7,8 +7,8 @@ grown          error and L0 of the dictionary grown by novel latents, beside tho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reports.collect import Cell
+from reports.figures import Drawing
 from reports.figures.groups import by_model
-from reports.looks import BLACK, GREY, PALE, log_axis, save, shades
+from reports.looks import BLACK, GREY, PALE, log_axis, shades
+from reports.side_files import Kind, SideTable
 
-LATENTS, INTERPOLATION, FRANKENSTEIN = "latents.parquet", "interpolation.parquet", "frankenstein.parquet"
+LATENTS = SideTable("latents.parquet", {"class": "text", "cosine": "number", "delta_mse": "number"})
+ERRORS: dict[str, Kind] = {"mse": "number", "mse_refit": "number", "l0": "number"}
+INTERPOLATION = SideTable(
+    "interpolation.parquet", {"path": "text", "phase": "text", "point": "filled", **ERRORS}, {"ce": "number"}
+)
+FRANKENSTEIN = SideTable("frankenstein.parquet", {"kind": "text", "n_latents": "filled", **ERRORS})
 PAPER_THRESHOLD = 0.7
 PANELS = {"mse": "MSE over that of the small", "l0": "L0 (active latents)", "ce": "loss (nats per token)"}
 NOVEL, RECONSTRUCTION = shades(2)
@@ -33,20 +40,16 @@ WAYS = {
 MAX_COLUMNS = 7
 
 
-def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
-    """Three figures for each model, site and method, as PNG and SVG; a figure without cells is left out."""
-    written: list[Path] = []
+def drawings(cells: Sequence[Cell]) -> Iterator[Drawing]:
+    """Three figures for each model, site and method; a figure without cells is left out."""
     for model, name, group in by_model(cells, "method"):
-        title = f"{model}, held-out text"
-        pairs = sorted((c for c in group if c.get("part") == "pair"), key=_place)[:MAX_COLUMNS]
-        shown = {
-            "latents": latents([c for c in pairs if (c.folder / LATENTS).is_file()], title),
-            "interpolation": interpolations([c for c in pairs if (c.folder / INTERPOLATION).is_file()], title),
-            "grown": grown([c for c in group if (c.folder / FRANKENSTEIN).is_file()], title),
-        }
-        for kind, figure in shown.items():
-            written += save(figure, folder / f"leask_stitching_{name}_{kind}")
-    return written
+        pairs = sorted((cell for cell in group if cell.get("part") == "pair"), key=_place)[:MAX_COLUMNS]
+        for kind, of, make in (
+            ("latents", pairs, latents),
+            ("interpolation", pairs, interpolations),
+            ("grown", group, grown),
+        ):
+            yield Drawing(f"leask_stitching_{name}_{kind}", of, partial(make, title=f"{model}, held-out text"))
 
 
 def _place(cell: Cell) -> tuple[int, float]:
@@ -70,12 +73,12 @@ def _columns(n: int, n_rows: int, height: float) -> tuple[Figure, np.ndarray]:
 
 def latents(cells: Sequence[Cell], title: str) -> Figure | None:
     """Above, histograms of the largest cosine of latents that lower the error and of those that do not; below, dMSE."""
-    if not cells:
+    tables = [(cell, table) for cell in cells if (table := LATENTS.beside(cell)) is not None]
+    if not tables:
         return None
-    figure, axes = _columns(len(cells), 2, 5.4)
+    figure, axes = _columns(len(tables), 2, 5.4)
     bins = np.linspace(0, 1, 41)
-    for (above, below), cell in zip(axes.T, cells, strict=True):
-        table = pd.read_parquet(cell.folder / LATENTS)
+    for (above, below), (cell, table) in zip(axes.T, tables, strict=True):
         alive = table[table["class"] != "dead"]
         novel = alive["delta_mse"] < 0
         for chosen, colour, label in (
@@ -103,13 +106,13 @@ def latents(cells: Sequence[Cell], title: str) -> Figure | None:
 
 def interpolations(cells: Sequence[Cell], title: str) -> Figure | None:
     """Rows: error, L0, loss. The first third of the steps inserts, the second swaps, the last removes."""
-    if not cells:
+    tables = [(cell, table) for cell in cells if (table := INTERPOLATION.beside(cell)) is not None]
+    if not tables:
         return None
-    figure, axes = _columns(len(cells), len(PANELS), 6.6)
+    figure, axes = _columns(len(tables), len(PANELS), 6.6)
     for panel, label in zip(axes[:, 0], PANELS.values(), strict=True):
         panel.set_ylabel(label)
-    for column, cell in zip(axes.T, cells, strict=True):
-        table = pd.read_parquet(cell.folder / INTERPOLATION)
+    for column, (cell, table) in zip(axes.T, tables, strict=True):
         for panel, metric in zip(column, PANELS, strict=True):
             for way, (colour, words) in WAYS.items():
                 if (table["path"] == way).any():
@@ -134,11 +137,11 @@ def _way(axes: Axes, table: pd.DataFrame, metric: str, colour: str, label: str) 
 
 def grown(cells: Sequence[Cell], title: str) -> Figure | None:
     """Error and L0 over the number of latents, of the family and of what is grown from it; a line for each family."""
-    if not cells:
+    tables = [table for cell in cells if (table := FRANKENSTEIN.beside(cell)) is not None]
+    if not tables:
         return None
     figure = Figure(figsize=(7.4, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
-    tables = [pd.read_parquet(cell.folder / FRANKENSTEIN) for cell in cells]
     for axes, metric, label in zip(panels, ("mse", "l0"), ("MSE", "L0 (active latents)"), strict=True):
         for table in tables:
             for kind, colour, words in (("family", BLACK, "trained"), ("grown", NOVEL, "grown by novel latents")):

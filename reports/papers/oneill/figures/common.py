@@ -168,7 +168,7 @@ def spread(axes: Axes, cells: Sequence[Cell], metric: str, methods: Sequence[str
                 _strip(axes, place + aside, values, look(method).colour, own)
             if len(values) > 1:
                 deviations.append(f"{np.std(values, ddof=1):.3f}")
-        names.append(f"{method}\n{', '.join(deviations)}")
+        names.append(f"{looks.named(method)}\n{', '.join(deviations)}")
     axes.set_xticks(range(len(methods)), names, fontsize=8)
     axes.set_xlim(-0.6, len(methods) - 0.4)
     axes.grid(axis="x", visible=False)

@@ -6,22 +6,22 @@ At paper scale, open diamonds are the authors' result files.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reports import looks
 from reports.collect import Cell, one_per_folder
-from reports.looks import Look, in_order, line, log_axis, look, mean_and_half, save, shades
+from reports.figures import Drawing
+from reports.looks import Look, few, in_order, line, log_axis, look, mean_and_half, named, shades
 from reports.papers.oneill.figures.common import MCC, published, seeds_of
+from reports.side_files import SideTable
 
-ATOMS = "atoms.parquet"
+ATOMS = SideTable("atoms.parquet", {}, others="filled")
 WIDTH_CLAIMS = {"latent_mcc": "oneill/ablations-1", "dict_mcc": "oneill/ablations-2"}
 BIAS_CLAIMS = {"latent_mcc": "oneill/ablations-6", "dict_mcc": "oneill/ablations-7"}
 ZIPF_CLAIMS = {
@@ -34,16 +34,14 @@ MARKERS = "os^Dv"  # of the lines over width
 GEOMETRY = ("SAE", "MLP32", "SC")
 
 
-def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
+def drawings(cells: Sequence[Cell]) -> Iterator[Drawing]:
     """A figure for each study that has cells."""
     parts: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
         parts[str(cell.get("part"))].append(cell)
-    written: list[Path] = []
     for part, make in {"width": width, "bias": bias, "zipf": zipf, "geometry": geometry}.items():
         if parts[part]:
-            written += save(make(parts[part]), folder / f"oneill_ablations_{cells[0].scale}_{part}")
-    return written
+            yield Drawing(f"oneill_ablations_{cells[0].scale}_{part}", parts[part], make)
 
 
 def width(cells: Sequence[Cell]) -> Figure:
@@ -81,7 +79,7 @@ def bias(cells: Sequence[Cell]) -> Figure:
                 i + aside + 0.1: numbers[m, with_bias] for i, m in enumerate(methods) if (m, with_bias) in numbers
             }
             looks.published(axes, theirs.keys(), theirs.values(), colour)
-        axes.set_xticks(range(len(methods)), methods)
+        axes.set_xticks(range(len(methods)), [named(method) for method in methods])
         axes.set_xlim(-0.6, len(methods) - 0.4)
         axes.grid(axis="x", visible=False)
         axes.set_ylabel(label)
@@ -106,7 +104,7 @@ def zipf(cells: Sequence[Cell]) -> Figure:
             _points(axes, {i: value}, replace(look(method), line="none"), method)
             if (method,) in numbers:
                 looks.published(axes, [i + 0.22], [numbers[method,]], look(method).colour)
-        axes.set_xticks(range(len(methods)), methods, rotation=30, ha="right")
+        axes.set_xticks(range(len(methods)), [named(method) for method in methods], rotation=30, ha="right")
         axes.set_xlim(-0.6, len(methods) - 0.4)
         axes.grid(axis="x", visible=False)
         axes.set_ylabel(MCC[metric])
@@ -117,9 +115,9 @@ def zipf(cells: Sequence[Cell]) -> Figure:
 
 def geometry(cells: Sequence[Cell]) -> Figure | None:
     """|cosine| of every two atoms of the first run, for too few, enough and too many of them."""
-    with_atoms = [cell for cell in one_per_folder(cells) if (cell.folder / ATOMS).is_file()]
+    with_atoms = [cell for cell in one_per_folder(cells) if ATOMS.has(cell)]
     methods = [method for method in GEOMETRY if any(cell.method == method for cell in with_atoms)]
-    sizes = sorted({cell.get("coder.N") for cell in with_atoms})
+    sizes = few(sorted({cell.get("coder.N") for cell in with_atoms}), "coder.N")
     if not methods:
         return None
     figure = Figure(figsize=(1.4 + 2.3 * len(sizes), 0.9 + 2.3 * len(methods)), layout="constrained")
@@ -128,8 +126,8 @@ def geometry(cells: Sequence[Cell]) -> Figure | None:
         for axes, N in zip(row, sizes, strict=True):
             own = [cell for cell in with_atoms if cell.method == method and cell.get("coder.N") == N]
             axes.set_axis_off()
-            if own:
-                atoms = pd.read_parquet(own[0].folder / ATOMS).to_numpy()
+            if own and (table := ATOMS.beside(own[0])) is not None:
+                atoms = table.to_numpy()
                 unit = atoms / np.maximum(np.linalg.norm(atoms, axis=1, keepdims=True), 1e-12)
                 image = axes.imshow(np.abs(unit @ unit.T), cmap="cividis", vmin=0, vmax=1)
                 runs = [

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reports.collect import Cell
-from reports.looks import Look, line, log_axis, mean_and_half, save, shades
+from reports.figures import Drawing
+from reports.looks import Look, few, line, log_axis, mean_and_half, shades
 
 METRICS = {"latent_mcc": "latent MCC", "dict_mcc": "dictionary MCC"}
 MARKERS = "so^Dv"  # one for each M
 
 
-def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
+def drawings(cells: Sequence[Cell]) -> Iterator[Drawing]:
     """One figure for signed and one for nonnegative codes."""
-    written: list[Path] = []
     for codes in ("signed", "nonnegative"):
-        drawn = [cell for cell in cells if cell.get("codes") == codes]
-        if drawn:
-            written += save(panels(drawn, codes), folder / f"oneill_classical_{drawn[0].scale}_{codes}")
-    return written
+        own = [cell for cell in cells if cell.get("codes") == codes]
+        if own:
+            yield Drawing(f"oneill_classical_{own[0].scale}_{codes}", own, partial(panels, codes=codes))
 
 
 def panels(cells: Sequence[Cell], codes: str) -> Figure:
     """A row for each metric, a column for each K. Dashed lines are the chance level."""
-    every_k = sorted({cell.get("source.K") for cell in cells})
+    every_k = few(sorted({cell.get("source.K") for cell in cells}), "source.K")
     figure = Figure(figsize=(1.6 + 2.8 * len(every_k), 5.0), layout="constrained")
     axes = figure.subplots(len(METRICS), len(every_k), squeeze=False, sharey="row", sharex=True)
     for row, (metric, label) in zip(axes, METRICS.items(), strict=True):

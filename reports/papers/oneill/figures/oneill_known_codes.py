@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 from matplotlib.figure import Figure
 
 from reports.collect import Cell
-from reports.looks import in_order, save
+from reports.figures import Drawing
+from reports.looks import in_order
 from reports.papers.oneill.curves import read_curves
 from reports.papers.oneill.derived import BASELINE
 from reports.papers.oneill.figures.common import (
@@ -28,11 +28,11 @@ from reports.papers.oneill.figures.common import (
 )
 
 
-def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
+def drawings(cells: Sequence[Cell]) -> Iterator[Drawing]:
     """Curves of the cosine objective, and every run's final value."""
     cosine = [cell for cell in cells if cell.get("objective") == "cosine"]
-    written = save(curves(cosine), folder / f"oneill_known_codes_{cells[0].scale}_curves")
-    return written + save(runs(cells), folder / f"oneill_known_codes_{cells[0].scale}_runs")
+    yield Drawing(f"oneill_known_codes_{cells[0].scale}_curves", cosine, curves)
+    yield Drawing(f"oneill_known_codes_{cells[0].scale}_runs", cells, runs)
 
 
 def curves(cells: Sequence[Cell]) -> Figure | None:

@@ -6,14 +6,15 @@ from different starts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from reports.collect import Cell
-from reports.looks import in_order, save
+from reports.figures import Drawing
+from reports.looks import in_order
 from reports.papers.oneill.curves import read_curves, total_flops
 from reports.papers.oneill.figures.common import (
     CONVERGED,
@@ -39,25 +40,28 @@ STARTS = ("ITO", "ITO from -2", "ITO warm", "ITO warm floor")
 CLAIM_OF_L1 = {0.01: "oneill/dictionary-1", 0.05: "oneill/dictionary-2"}
 
 
-def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
+def drawings(cells: Sequence[Cell]) -> Iterator[Drawing]:
     """Two figures for each penalty at which there is an SAE, and one of the starts at the smallest of them."""
-    written: list[Path] = []
     penalties = sorted({cell.get("coder.l1") for cell in cells if cell.method == "SAE"})
     for l1 in penalties:
         own = [cell for cell in cells if cell.get("coder.l1") == l1]
-        shared = one_data_set(own)
-        table = read_curves(shared)
-        table = table[table["coder.l1"] == l1] if len(table) else table
         name = f"oneill_known_dictionary_{cells[0].scale}"
-        written += save(curves(shared, table, l1), folder / f"{name}_l1_{l1:g}_curves")
-        written += save(runs(own, l1), folder / f"{name}_l1_{l1:g}_runs")
+        yield Drawing(f"{name}_l1_{l1:g}_curves", own, partial(curves, l1=l1))
+        yield Drawing(f"{name}_l1_{l1:g}_runs", own, partial(runs, l1=l1))
         if l1 == penalties[0]:
-            written += save(starts(shared, table, l1), folder / f"{name}_starts")
-    return written
+            yield Drawing(f"{name}_starts", own, partial(starts, l1=l1))
 
 
-def curves(cells: Sequence[Cell], table: pd.DataFrame, l1: float) -> Figure | None:
+def table_at(cells: Sequence[Cell], l1: float) -> pd.DataFrame:
+    """The cells' curves at one penalty."""
+    table = read_curves(cells)
+    return table[table["coder.l1"] == l1] if len(table) else table
+
+
+def curves(own: Sequence[Cell], l1: float) -> Figure | None:
     """Latent MCC over steps, and over FLOPs in both countings, training and one inference."""
+    cells = one_data_set(own)
+    table = table_at(cells, l1)
     methods = [method for method in MAIN if method in set(table["coder.name"])]
     if not methods:
         return None
@@ -85,8 +89,10 @@ def curves(cells: Sequence[Cell], table: pd.DataFrame, l1: float) -> Figure | No
     return figure
 
 
-def starts(cells: Sequence[Cell], table: pd.DataFrame, l1: float) -> Figure | None:
+def starts(own: Sequence[Cell], l1: float) -> Figure | None:
     """ITO from log-codes of -10, of -2, and from the SAE's codes: the start causes the delay."""
+    cells = one_data_set(own)
+    table = table_at(cells, l1)
     methods = [method for method in STARTS if method in set(table["coder.name"])]
     if len(methods) < 2:
         return None

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-import pandas as pd
 from matplotlib.figure import Figure
 
 from reports.collect import Cell
-from reports.looks import in_order, save
+from reports.figures import Drawing
+from reports.looks import in_order
 from reports.papers.oneill.curves import read_curves
 from reports.papers.oneill.figures.common import MODES, bands, legend, level, seeds_of, sizes_of
 
 ORACLE = "FISTA"
 
 
-def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
-    """Curves of the encoders. The oracle is not trained, and is a horizontal line."""
-    trained = [cell for cell in cells if cell.method != ORACLE]
-    oracle = [cell.metrics["latent_mcc"] for cell in cells if cell.method == ORACLE]
-    figure = curves(trained, read_curves(trained), oracle) if trained else None
-    return save(figure, folder / f"oneill_large_scale_{cells[0].scale}")
+def drawings(cells: Sequence[Cell]) -> Iterator[Drawing]:
+    """Curves of the encoders."""
+    yield Drawing(f"oneill_large_scale_{cells[0].scale}", cells, curves)
 
 
-def curves(cells: Sequence[Cell], table: pd.DataFrame, oracle: Sequence[float]) -> Figure:
-    """Three panels: steps, and training FLOPs in both countings."""
+def curves(every: Sequence[Cell]) -> Figure | None:
+    """Three panels: steps, and training FLOPs in both countings. The oracle, which is not trained, is a level."""
+    cells = [cell for cell in every if cell.method != ORACLE]
+    oracle = [cell.metrics["latent_mcc"] for cell in every if cell.method == ORACLE]
+    table = read_curves(cells)
     methods = in_order(table["coder.name"])
+    if not methods:
+        return None
     figure = Figure(figsize=(10.5, 3.9), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     columns = {"steps": "step", **{f"training {label}": f"train_flops_{mode}" for mode, label in MODES.items()}}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from reports.collect import Cell
+from reports.figures import Drawing
 from reports.figures.groups import by_model
-from reports.looks import Look, line, look, mean_and_half, save, seeds_of
+from reports.looks import Look, line, look, mean_and_half, seeds_of
 
 PANELS = {"fvu": "normalised error (fvu)", "alive_fraction": "alive latents (fraction of all)"}
 KNOBS = ("method.l1_coefficient", "method.l1")
@@ -31,13 +32,10 @@ PROFILES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
-def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
-    """One figure for each model and site, as PNG and SVG."""
-    written: list[Path] = []
+def drawings(cells: Sequence[Cell]) -> Iterator[Drawing]:
+    """One figure for each model and site."""
     for title, name, group in by_model(cells):
-        figure = curves(group, f"{title}, held-out text, {seeds_of(cell.seed for cell in group)}")
-        written += save(figure, folder / f"oneill_llm_{name}")
-    return written
+        yield Drawing(f"oneill_llm_{name}", group, partial(curves, title=title))
 
 
 def curves(cells: Sequence[Cell], title: str) -> Figure:
@@ -58,7 +56,7 @@ def curves(cells: Sequence[Cell], title: str) -> Figure:
     panels[0].set_ylim(bottom=0)
     panels[1].set_ylim(0, 1.05)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(f"{title}, held-out text, {seeds_of(cell.seed for cell in cells)}", fontsize=10)
     return figure
 
 

@@ -6,8 +6,8 @@ brackets, at paper scale: the difference in the authors' result files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,7 +16,8 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from reports.collect import Cell
-from reports.looks import BLACK, save
+from reports.figures import Drawing
+from reports.looks import BLACK, few
 from reports.papers.oneill.figures.common import MCC, published, seeds_of
 
 PAIRS = (("SC", "SAE"), ("SC", "MLP32"), ("MLP32", "SAE"))
@@ -30,20 +31,17 @@ CLAIMS = {
 Means = Mapping[tuple[str, int, int, int], float]  # method, N, M, K -> mean over seeds
 
 
-def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
+def drawings(cells: Sequence[Cell]) -> Iterator[Drawing]:
     """One figure for the latents, one for the dictionary."""
-    return [
-        path
-        for metric in MCC
-        for path in save(fields(cells, metric), folder / f"oneill_regimes_{cells[0].scale}_{metric}")
-    ]
+    for metric in MCC:
+        yield Drawing(f"oneill_regimes_{cells[0].scale}_{metric}", cells, partial(fields, metric=metric))
 
 
 def fields(cells: Sequence[Cell], metric: str) -> Figure | None:
     """Rows are K, columns pairs of methods."""
     means = means_of(cells, metric)
     pairs = [(a, b) for a, b in PAIRS if {a, b} <= {method for method, *_ in means}]
-    Ks = sorted({K for *_, K in means})
+    Ks = few(sorted({K for *_, K in means}), "source.K")
     if not pairs:
         return None
     figure = Figure(figsize=(1.6 + 3.0 * len(pairs), 0.9 + 2.7 * len(Ks)), layout="constrained")

@@ -6,8 +6,7 @@ Below: L1 penalties on the left, TopK on the right. At paper scale, open diamond
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,16 +15,17 @@ from matplotlib.figure import Figure
 
 from reports import looks
 from reports.collect import Cell
-from reports.looks import GREY, in_order, look, mean_and_half, save
+from reports.figures import Drawing
+from reports.looks import GREY, in_order, look, mean_and_half
 from reports.papers.oneill.figures.common import legend, published, seeds_of
 
 SMALLEST = 1e-6  # error that is drawn
 MCC_OF_L1, L0_OF_L1, MSE_OF_L1 = "oneill/sparsity-1", "oneill/sparsity-3", "oneill/sparsity-2"
 
 
-def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
+def drawings(cells: Sequence[Cell]) -> Iterator[Drawing]:
     """One figure of four panels."""
-    return save(tradeoffs(cells), folder / f"oneill_sparsity_{cells[0].scale}")
+    yield Drawing(f"oneill_sparsity_{cells[0].scale}", cells, tradeoffs)
 
 
 def tradeoffs(cells: Sequence[Cell]) -> Figure | None:

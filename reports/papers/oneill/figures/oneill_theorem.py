@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,21 +11,30 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from reports.collect import RUNS, Cell, one_per_folder
-from reports.looks import BLACK, Look, line, look, save, shades
+from reports.figures import Drawing
+from reports.looks import BLACK, Look, line, look, shades
+from reports.side_files import Kind, SideTable
 
-ILLUSTRATION = "illustration.parquet"
+METRICS: dict[str, Kind] = dict.fromkeys(
+    ("metrics.relative_mse", "metrics.readable_share", "metrics.readable_share_expected"), "number"
+)
+SIZES: dict[str, Kind] = dict.fromkeys(("seed", "source.N", "source.M", "source.K"), "filled")
+RUNS_TABLE = SideTable(RUNS, {"coder.name": "text", **SIZES, **METRICS})
+ILLUSTRATION = SideTable("illustration.parquet", {"coder.name": "text", "true": "number", "inferred": "number"})
 ENCODER, SOLVER = "L-NL", "NNLS"
 OF_K = {K: Look(colour, marker) for K, colour, marker in zip((1, 2, 3), shades(3), "^os", strict=True)}
 
 
-def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
+def drawings(cells: Sequence[Cell]) -> Iterator[Drawing]:
     """One figure for each cell that has both tables."""
-    written: list[Path] = []
     for cell in one_per_folder(cells):
-        if (cell.folder / ILLUSTRATION).is_file() and (cell.folder / RUNS).is_file():
-            runs, samples = pd.read_parquet(cell.folder / RUNS), pd.read_parquet(cell.folder / ILLUSTRATION)
-            written += save(figure(runs, samples), folder / f"oneill_theorem_{cell.scale}_{cell.folder.name}")
-    return written
+        yield Drawing(f"oneill_theorem_{cell.scale}_{cell.folder.name}", [cell], of_cell)
+
+
+def of_cell(cells: Sequence[Cell]) -> Figure | None:
+    """The figure of one cell."""
+    runs, samples = RUNS_TABLE.beside(cells[0]), ILLUSTRATION.beside(cells[0])
+    return None if runs is None or samples is None else figure(runs, samples)
 
 
 def figure(runs: pd.DataFrame, samples: pd.DataFrame) -> Figure:

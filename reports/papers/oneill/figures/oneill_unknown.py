@@ -6,14 +6,14 @@ with the crossings of sparse coding over the SAE; every run's final value. And s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from functools import partial
 
-import pandas as pd
 from matplotlib.figure import Figure
 
 from reports.collect import Cell
-from reports.looks import in_order, save
+from reports.figures import Drawing
+from reports.looks import in_order, named
 from reports.papers.oneill.curves import read_curves, total_flops
 from reports.papers.oneill.derived import NAMES
 from reports.papers.oneill.figures.common import (
@@ -40,29 +40,27 @@ CLAIMS = {"latent_mcc": "oneill/unknown-1", "dict_mcc": "oneill/unknown-2"}
 REPO = "repo"  # the profile of the authors' numbers
 
 
-def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
+def drawings(cells: Sequence[Cell]) -> Iterator[Drawing]:
     """Curves and runs for each profile, and the starts of sparse coding."""
-    written: list[Path] = []
-    name = f"oneill_unknown_{cells[0].scale}"
     for profile in sorted({str(cell.get("profile")) for cell in cells}):
         own = [cell for cell in cells if str(cell.get("profile")) == profile]
-        shared = one_data_set(own)
-        table = read_curves(shared)
-        written += save(curves(shared, table, profile), folder / f"{name}_{profile}_curves")
-        written += save(runs(own, profile), folder / f"{name}_{profile}_runs")
-        written += save(starts(shared, table), folder / f"{name}_{profile}_starts")
-    return written
+        name = f"oneill_unknown_{cells[0].scale}_{profile}"
+        yield Drawing(f"{name}_curves", own, partial(curves, profile=profile))
+        yield Drawing(f"{name}_runs", own, partial(runs, profile=profile))
+        yield Drawing(f"{name}_starts", own, starts)
 
 
-def curves(cells: Sequence[Cell], table: pd.DataFrame, profile: str) -> Figure | None:
+def curves(own: Sequence[Cell], profile: str) -> Figure | None:
     """Latents above, dictionary below; steps, FLOPs as published, FLOPs corrected (training and one inference)."""
+    cells = one_data_set(own)
+    table = read_curves(cells)
     methods = [method for method in MAIN if method in set(table["coder.name"])]
     if not methods:
         return None
     with_published = cells[0].scale == "paper" and profile == REPO
     figure = Figure(figsize=(10.5, 6.6), layout="constrained")
-    for row, (metric, label) in zip(figure.subplots(2, 3, sharex="col", sharey="row"), MCC.items(), strict=True):
-        row[0].set_ylabel(label)
+    for row, (metric, name) in zip(figure.subplots(2, 3, sharex="col", sharey="row"), MCC.items(), strict=True):
+        row[0].set_ylabel(name)
         for axes, mode in zip(row, (None, *MODES), strict=True):
             axes.set_xscale("linear" if mode is None else "log")
             shown = table if mode is None else table.assign(flops=total_flops(table, mode))
@@ -80,22 +78,24 @@ def curves(cells: Sequence[Cell], table: pd.DataFrame, profile: str) -> Figure |
                 axes.set_xlabel("training steps" if mode is None else MODES[mode])
         same_range(row[1:])
     legend(figure, methods, with_published)
-    title = f"Codes and dictionary unknown, {sizes_of(cells)}, profile {profile}, {cells[0].scale} scale"
+    title = f"Codes and dictionary unknown, {sizes_of(cells)}, profile {named(profile)}, {cells[0].scale} scale"
     figure.suptitle(f"{title}, {seeds_of(cells)}", fontsize=10)
     return figure
 
 
-def starts(cells: Sequence[Cell], table: pd.DataFrame) -> Figure | None:
+def starts(own: Sequence[Cell]) -> Figure | None:
     """Sparse coding from log-codes of -10 and of -2, beside the SAE: the start causes the delay."""
+    cells = one_data_set(own)
+    table = read_curves(cells)
     methods = [method for method in STARTS if method in set(table["coder.name"])]
     if not {"SC", "SC from -2"} <= set(methods):
         return None
     figure = Figure(figsize=(8.4, 3.9), layout="constrained")
-    for axes, (metric, label) in zip(figure.subplots(1, 2), MCC.items(), strict=True):
+    for axes, (metric, name) in zip(figure.subplots(1, 2), MCC.items(), strict=True):
         bands(axes, table, "step", metric, methods)
         chance(axes, cells, metric)
         axes.set_xlabel("training steps")
-        axes.set_ylabel(label)
+        axes.set_ylabel(name)
     legend(figure, methods, with_published=False)
     figure.suptitle(
         f"Starts of sparse coding, {sizes_of(cells)}, {cells[0].scale} scale\n{seeds_of(cells)}", fontsize=10
@@ -109,9 +109,11 @@ def runs(cells: Sequence[Cell], profile: str) -> Figure | None:
     if not methods:
         return None
     figure = Figure(figsize=(2.4 + 1.15 * max(len(methods), 4), 5.6), layout="constrained")
-    for axes, (metric, label) in zip(figure.subplots(2, 1), MCC.items(), strict=True):
+    for axes, (metric, name) in zip(figure.subplots(2, 1), MCC.items(), strict=True):
         spread(axes, cells, metric, methods)
         chance(axes, cells, metric)
-        axes.set_ylabel(f"final {label}")
-    figure.suptitle(f"Codes and dictionary unknown, profile {profile}, {cells[0].scale} scale\n{SPREAD}", fontsize=9)
+        axes.set_ylabel(f"final {name}")
+    figure.suptitle(
+        f"Codes and dictionary unknown, profile {named(profile)}, {cells[0].scale} scale\n{SPREAD}", fontsize=9
+    )
     return figure
