@@ -25,7 +25,7 @@ from reports import figures, render, tables
 from reports.claims import SCALES, Claim, Paper, Scale, load_papers, with_derived
 from reports.collect import KEPT, Cell, Failure, deviations, one_per_folder, read_failures, with_kept
 from reports.render import Block, Bullets, Figure, Heading, Paragraph
-from reports.verdicts import DISAGREES, Judgement, judge
+from reports.verdicts import DISAGREES, Judgement, judge, rule
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,11 @@ def report_blocks(report: Report, drawn: dict[tuple[str, Scale], list[Path]]) ->
         Heading(1, "Results beside the papers' claims"),
         Paragraph(
             "At paper scale, our numbers are compared with the paper's. At demo scale (a small model, short "
-            "runs), only the direction of a claim is judged. Intervals are 95 % t intervals over seeds. A percentage "
-            "compares two measured values at equal seeds and settings."
+            "runs), only the direction of a claim is judged. A percentage compares two measured values at equal seeds "
+            "and settings."
         ),
+        Paragraph("How claims are judged:"),
+        Bullets(rule()),
         tables.finished(report.experiments, report.cells, report.failures),
     ]
     for paper in report.papers:
@@ -122,7 +124,9 @@ def _scale_blocks(report: Report, experiment: str, scale: Scale, drawn: Sequence
         if own := tables.of_cell(cell):
             blocks += [Paragraph(f"Cell {cell.folder.name}:"), own[0], Bullets(own[1])]
     if cells:
-        blocks += [tables.results(cells, tables.rows_of(report.papers, experiment))]
+        paper = tables.paper_of(report.papers, experiment)
+        rows, ranges = (paper.experiments[experiment], paper.ranges) if paper else (None, {})
+        blocks += [tables.results(cells, rows, ranges)]
         blocks += [Bullets(tables.circumstances(cells))]
     if failures:
         blocks += [Paragraph("Failed cells. They are counted, and are in no other number:"), tables.failures(failures)]
@@ -144,6 +148,8 @@ def claims_json(report: Report) -> list[dict[str, Any]]:
             "id": claim.id,
             "paper": paper.name,
             "experiment": claim.experiment,
+            "origin": claim.origin,
+            "after_results": claim.after_results,
             "statement": claim.statement,
             "where": claim.where,
             "source": claim.source,
@@ -165,12 +171,18 @@ def _judgement_json(judgement: Judgement) -> dict[str, Any]:
         {
             "setting": c.label,
             "seeds": {str(seed): list(pair) for seed, pair in c.pairs.items()},
-            "holds": held,
             "note": c.note,
+            **(found.as_json() if found else {"outcome": None}),
         }
-        for c, held in zip(judgement.comparisons, judgement.holds, strict=True)
+        for c, found in zip(judgement.comparisons, judgement.findings, strict=True)
     ]
-    return {"verdict": judgement.verdict, "ours": judgement.ours, "n_seeds": judgement.n_seeds, "settings": settings}
+    return {
+        "verdict": judgement.verdict,
+        "one_value": judgement.one_value,
+        "ours": judgement.ours,
+        "n_seeds": judgement.n_seeds,
+        "settings": settings,
+    }
 
 
 def print_claims(report: Report, console: Console) -> None:
@@ -186,9 +198,8 @@ def print_claims(report: Report, console: Console) -> None:
 
 def _terminal(judgement: Judgement) -> str:
     word = judgement.verdict
-    colour = (
-        "red" if word.startswith(DISAGREES) else "green" if "agrees" in word else "yellow" if word != "-" else "dim"
-    )
+    good = "agrees" in word and not judgement.one_value
+    colour = "red" if word.startswith(DISAGREES) else "green" if good else "yellow" if word != "-" else "dim"
     return f"[{colour}]{word}[/]" + (f"\n{judgement.ours.split('; ')[0]}" if judgement.ours else "")
 
 
