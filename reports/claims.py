@@ -4,6 +4,13 @@ A file says on which settings the experiment's cells are matched (`match`), whic
 which metrics its table shows (`columns`), and lists the claims. Columns and checks may name the metrics that are
 declared in `metrics` or in the paper's module `derived`. The suite's smoke runs prove that `metrics` are emitted.
 
+`draws` says what a seed draws anew (`reports/draws.py`). `clustered` names metrics whose outcomes come in clusters,
+with the reason: their runs are shown one by one. The paper's `ranges` are the values that metrics can have.
+
+A claim's `origin` says whose it is: `paper`, `authors` (numbers of their result files), `own` (a check of this
+reproduction) or `sanity` (what can hardly fail unless something is broken). `after_results` says why a claim was made
+or changed after its result had been seen. Such claims are counted by themselves (`Claim.group`).
+
 A claim's `cells` says at which scales it can be judged and on which cells, for example
 `{paper: {model.name: gpt2_small}}`. A cell passes a condition if it does not have the setting, or has one of the
 values. Of a list of conditions it must pass one. Without `cells`, all cells of both scales count.
@@ -11,25 +18,43 @@ values. Of a list of conditions it must pass one. Without `cells`, all cells of 
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 
 from core.errors import UserError
 from reports.checks import Check, Within, make_check
+from reports.checks.outcomes import Range
+from reports.checks.sizes import is_number
 from reports.collect import Cell
 from reports.culprits import on_the_rest
+from reports.draws import Draws
 
 PAPERS = Path(__file__).parent / "papers"
 Scale = Literal["paper", "demo"]
 Conditions = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 T = TypeVar("T")
 SCALES: tuple[Scale, ...] = ("paper", "demo")  # smoke results are never reported
+Origin = Literal["paper", "authors", "own", "sanity"]
+CONFIDENCE = ("high", "medium", "low")
+ANCHOR = {"value", "what", "mark"}
+# origin -> in words; AFTER is the group of claims with `after_results`, whatever their origin
+ORIGINS: Mapping[str, str] = {
+    "paper": "the paper's claims",
+    "authors": "the authors' numbers",
+    "own": "own checks",
+    "sanity": "sanity checks",
+}
+AFTER = "after"
+GROUPS: Mapping[str, str] = {**ORIGINS, AFTER: "made or changed after the result"}
+EVERY_SEED = Draws("seed", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +66,7 @@ class Claim:
     """
 
     id: str
+    origin: Origin
     experiment: str
     statement: str
     where: str
@@ -52,7 +78,19 @@ class Claim:
     tolerance: str | None = None
     anchors: Sequence[Mapping[str, Any]] = ()
     needs: str = ""
+    after_results: str = ""
     cells: Mapping[Scale, Conditions] = field(default_factory=lambda: {"paper": {}, "demo": {}})
+
+    @property
+    def group(self) -> str:
+        """The group in which the claim is counted: its origin, or `after`."""
+        return AFTER if self.after_results else self.origin
+
+    @property
+    def kind(self) -> str:
+        """Whose claim it is, in words, and why it was made or changed after the result, if it was."""
+        after = f"; made or changed after the result was seen: {self.after_results}" if self.after_results else ""
+        return ORIGINS[self.origin].removesuffix("s") + after if self.origin != "paper" else "the paper's claim" + after
 
     @property
     def paper_says(self) -> str:
@@ -72,26 +110,34 @@ class ExperimentRows:
     """What a claims file says of its experiment's cells.
 
     match    the settings on which they are matched
+    draws    what a seed draws anew
     metrics  what they emit, as far as the report may read it
     derived  what the paper's module `derived` adds to them
     columns  the metrics that the experiment's table shows
+    clustered  metrics whose runs are shown one by one -> why
     """
 
     match: Sequence[str]
+    draws: Draws = EVERY_SEED
     metrics: Sequence[str] = ()
     derived: Sequence[str] = ()
     columns: Sequence[str] = ()
+    clustered: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Paper:
-    """One folder below reports/papers. A paper without claims is planned, not built."""
+    """One folder below reports/papers. A paper without claims is planned, not built.
+
+    ranges  metric, or a pattern of metrics -> the least and the greatest value that it can have
+    """
 
     name: str
     title: str
     short: str
     experiments: Mapping[str, ExperimentRows]
     claims: Sequence[Claim]
+    ranges: Mapping[str, Range] = field(default_factory=dict)
 
     def claim(self, claim_id: str) -> Claim:
         return next(claim for claim in self.claims if claim.id == claim_id)
@@ -122,31 +168,48 @@ def load_paper(folder: Path) -> Paper:
 
     paths = sorted((folder / "claims").glob("*.yaml"))
     files = _all_of(load, paths)
+    about = _read(folder / "paper.yaml")
     try:
-        return Paper(
+        ranges = {name: _range_of(name, ends) for name, ends in (about.pop("ranges", None) or {}).items()}
+        paper = Paper(
             name=folder.name,
             experiments={path.stem: rows for path, (rows, _) in zip(paths, files, strict=True)},
             claims=[claim for _, claims in files for claim in claims],
-            **yaml.safe_load((folder / "paper.yaml").read_text()),
+            ranges=ranges,
+            **about,
         )
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{folder / 'paper.yaml'}: {error}") from error
+    if twice := [name for name, n in Counter(claim.id for claim in paper.claims).items() if n > 1]:
+        raise UserError(f"{folder}: two claims have the id {', '.join(twice)}")
+    return paper
 
 
 def _load_claims(path: Path, derived: Sequence[str]) -> tuple[ExperimentRows, list[Claim]]:
-    content = yaml.safe_load(path.read_text())
-    try:
-        claims = [Claim(experiment=path.stem, **row) for row in content.pop("claims")]
-        rows = ExperimentRows(derived=derived, **content)
-    except TypeError as error:
-        raise UserError(f"{path}: {error}") from error
+    content = _read(path)
+    listed = content.pop("claims", None)
+    if not isinstance(listed, list) or not all(isinstance(row, dict) for row in listed):
+        raise UserError(f"{path}: claims: is not a list of claims")
     errors: list[str] = []
+    claims: list[Claim] = []
+    for i, row in enumerate(listed):
+        try:
+            claims.append(Claim(experiment=path.stem, **row))
+        except TypeError as error:
+            errors.append(f"{path}: {row.get('id', f'claim {i}')}: {_plain(error)}")
+    try:
+        content["draws"] = Draws(**content.get("draws", {}))
+        rows = ExperimentRows(derived=derived, **content)
+        _validate_rows(rows)
+    except (TypeError, ValueError) as error:
+        raise UserError("\n".join([*errors, f"{path}: {_plain(error)}"])) from error
     valid: list[Claim] = []
     for claim in claims:
         try:
-            _validate(claim, make_check(rows.match, **claim.check))
+            _validate(claim)
+            _validate_check(claim, make_check(rows.match, **claim.check))
             valid.append(claim)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             errors.append(f"{path}: {claim.id}: {error}")
     for name, readers in _readers(rows, valid).items():
         if name not in (*rows.metrics, *rows.derived):
@@ -158,13 +221,106 @@ def _load_claims(path: Path, derived: Sequence[str]) -> tuple[ExperimentRows, li
     return rows, claims
 
 
-def _validate(claim: Claim, check: Check) -> None:
+class _OneOfEach(yaml.SafeLoader):
+    """YAML in which a key must not stand twice: the second would silently take the place of the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        own = [name for name, n in Counter(names).items() if n > 1]
+        if own and not getattr(node, "merged", False):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {', '.join(own)} stands twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """`<<` puts the keys of another mapping before the own ones, which may repeat them."""
+        super().flatten_mapping(node)
+        node.merged = True  # type: ignore[attr-defined]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A YAML file with a mapping. Raises UserError, which names the file and the line."""
+    try:
+        content = yaml.load(path.read_text(), Loader=_OneOfEach)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{path}: is not a mapping of names")
+    return content
+
+
+def _plain(error: Exception) -> str:
+    """`Claim.__init__() got an unexpected keyword argument 'x'` without the name of the class."""
+    return str(error).replace("Claim.__init__()", "claim").replace("ExperimentRows.__init__()", "the file")
+
+
+def _validate_rows(rows: ExperimentRows) -> None:
+    for key in ("match", "metrics", "columns"):
+        names = getattr(rows, key)
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{key}: is not a list of names")
+    if not isinstance(rows.clustered, dict) or not all(isinstance(why, str) for why in rows.clustered.values()):
+        raise ValueError("clustered: is not metrics with the reason why their outcomes come in clusters")
+    if unknown := set(rows.clustered) - {*rows.metrics, *rows.derived}:
+        raise ValueError(f"clustered: {', '.join(sorted(unknown))} is not among the metrics")
+
+
+def _validate(claim: Claim) -> None:
+    """Raises ValueError for a value that is none of those allowed."""
+    for key in ("id", "statement", "where", "source", "paper_note", "needs", "after_results"):
+        value = getattr(claim, key)
+        if not isinstance(value, str):
+            raise ValueError(f"{key}: {value!r} is not a text")
+    if claim.tolerance is not None and not isinstance(claim.tolerance, str | int | float):
+        raise ValueError(f"tolerance: {claim.tolerance!r} is not a text or number")
+    if claim.origin not in get_args(Origin):
+        raise ValueError(f"origin: {claim.origin!r} is not one of {', '.join(get_args(Origin))}")
+    if claim.confidence not in CONFIDENCE:
+        raise ValueError(f"confidence: {claim.confidence!r} is not one of {', '.join(CONFIDENCE)}")
     if claim.paper is None and not claim.paper_note:
         raise ValueError("paper: null needs a paper_note that says why")
-    if unknown := set(claim.cells) - set(SCALES):
+    if not isinstance(claim.check, dict):
+        raise ValueError(f"check: {claim.check!r} is not a mapping")
+    if not isinstance(claim.anchors, list | tuple):
+        raise ValueError("anchors: is not a list")
+    for anchor in claim.anchors:
+        _validate_anchor(anchor)
+    if not isinstance(claim.cells, dict):
+        raise ValueError(f"cells: {claim.cells!r} is not a mapping of scales")
+    if unknown := set(map(str, claim.cells)) - set(SCALES):
         raise ValueError(f"cells: {', '.join(sorted(unknown))} is not one of {', '.join(SCALES)}")
+    for conditions in claim.cells.values():
+        listed = conditions if isinstance(conditions, list) else [conditions]
+        if not all(isinstance(one, dict) and all(isinstance(key, str) for key in one) for one in listed):
+            raise ValueError(f"cells: {conditions!r} is not settings with their values, or a list of such")
+
+
+def _validate_anchor(anchor: Any) -> None:
+    """A comma in a text without quotes ends the text, and the rest becomes a key of its own."""
+    if not isinstance(anchor, dict) or set(anchor) != ANCHOR:
+        keys = sorted(map(str, anchor)) if isinstance(anchor, dict) else anchor
+        raise ValueError(
+            f"anchors: {keys} is not {', '.join(sorted(ANCHOR))}. A text with a comma in it needs quotes around it."
+        )
+    value, what, mark = anchor["value"], anchor["what"], anchor["mark"]
+    if not isinstance(value, str | int | float | list) or (isinstance(value, list) and len(value) != 2):
+        raise ValueError(f"anchors: value: {value!r} is not a number, a text, or the two ends of a range")
+    if not all(isinstance(text, str) and text for text in (what, mark)):
+        raise ValueError(f"anchors: what, mark: {what!r}, {mark!r} are not two texts")
+
+
+def _validate_check(claim: Claim, check: Check) -> None:
     if isinstance(check, Within) and "demo" in claim.cells and (claim.paper is not None or claim.anchors):
         raise ValueError("a paper's value is never compared with demo results: set cells: {paper: {...}}")
+
+
+def _range_of(name: str, ends: Any) -> Range:
+    """`[0, 1]`, where null stands for no limit."""
+    if not isinstance(ends, list) or len(ends) != 2 or not all(end is None or is_number(end) for end in ends):
+        raise ValueError(f"ranges: {name}: {ends!r} is not [the least, the greatest]")
+    low, high = ends
+    return (-math.inf if low is None else float(low), math.inf if high is None else float(high))
 
 
 def _readers(rows: ExperimentRows, claims: Iterable[Claim]) -> dict[str, list[str]]:

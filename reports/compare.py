@@ -31,7 +31,7 @@ from reports.culprits import on_the_rest
 from reports.left_out import Omission, noting
 from reports.render import Block, Bullets, Figure, Heading, Paragraph, Table
 from reports.safe_text import plain
-from reports.verdicts import AMBIGUOUS, DISAGREES, Judgement, judge
+from reports.verdicts import AMBIGUOUS, DISAGREES, Judgement, judge, rule
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,11 @@ def report_blocks(
         Heading(1, "Results beside the papers' claims"),
         Paragraph(
             "At paper scale, our numbers are compared with the paper's. At demo scale (a small model, short "
-            "runs), only the direction of a claim is judged. Intervals are 95 % t intervals over seeds. A percentage "
-            "compares two measured values at equal seeds and settings."
+            "runs), only the direction of a claim is judged. A percentage compares two measured values at equal seeds "
+            "and settings."
         ),
+        Paragraph("How claims are judged:"),
+        Bullets(rule()),
         tables.finished(report.experiments, report.cells, report.failures),
         *left_out(omissions),
         *claims,
@@ -175,8 +177,9 @@ def _scale_blocks(report: Report, experiment: str, scale: Scale, drawn: Sequence
         if own := tables.of_cell(cell):
             blocks += [Paragraph(f"Cell {cell.folder.name}:"), own[0], Bullets(own[1])]
     if cells:
-        rows = tables.rows_of(report.papers, experiment)
-        blocks += _on_the_rest(lambda left: tables.results(left, rows), cells, f"the table of {where}")
+        paper = tables.paper_of(report.papers, experiment)
+        rows, ranges = (paper.experiments[experiment], paper.ranges) if paper else (None, {})
+        blocks += _on_the_rest(lambda left: tables.results(left, rows, ranges), cells, f"the table of {where}")
         blocks += _on_the_rest(lambda left: Bullets(tables.circumstances(left)), cells, f"the hardware of {where}")
     if failures:
         blocks += [Paragraph("Failed cells. They are counted, and are in no other number:"), tables.failures(failures)]
@@ -217,6 +220,8 @@ def claims_json(report: Report) -> list[dict[str, Any]]:
             "id": claim.id,
             "paper": paper.name,
             "experiment": claim.experiment,
+            "origin": claim.origin,
+            "after_results": claim.after_results,
             "statement": claim.statement,
             "where": claim.where,
             "source": claim.source,
@@ -238,12 +243,18 @@ def _judgement_json(judgement: Judgement) -> dict[str, Any]:
         {
             "setting": c.label,
             "seeds": {str(seed): list(pair) for seed, pair in c.pairs.items()},
-            "holds": held,
             "note": c.note,
+            **(found.as_json() if found else {"outcome": None}),
         }
-        for c, held in zip(judgement.comparisons, judgement.holds, strict=True)
+        for c, found in zip(judgement.comparisons, judgement.findings, strict=True)
     ]
-    return {"verdict": judgement.verdict, "ours": judgement.ours, "n_seeds": judgement.n_seeds, "settings": settings}
+    return {
+        "verdict": judgement.verdict,
+        "one_value": judgement.one_value,
+        "ours": judgement.ours,
+        "n_seeds": judgement.n_seeds,
+        "settings": settings,
+    }
 
 
 def print_claims(report: Report, console: Console) -> None:
@@ -258,9 +269,8 @@ def print_claims(report: Report, console: Console) -> None:
 
 def _terminal(judgement: Judgement) -> Text:
     word = judgement.verdict
-    colour = (
-        "red" if word.startswith(DISAGREES) else "green" if "agrees" in word else "yellow" if word != "-" else "dim"
-    )
+    good = "agrees" in word and not judgement.one_value
+    colour = "red" if word.startswith(DISAGREES) else "green" if good else "yellow" if word != "-" else "dim"
     ours = f"\n{plain(judgement.ours.split('; ')[0])}" if judgement.ours else ""
     return Text.assemble((plain(word), colour), ours)
 

@@ -20,16 +20,16 @@ from core.artifacts import write_atomically
 from core.errors import UserError
 from core.results import FAILED
 from reports import figures, render, tables
-from reports.claims import SCALES, Scale, load_papers, with_derived
+from reports.claims import SCALES, Claim, Scale, load_papers, with_derived
 from reports.collect import KEPT, Cell, deviations, folder_of, grid_size, one_per_folder, read_cells
 from reports.compare import Report
 from reports.left_out import nothing_left_out
 from reports.render import Block, Bullets, Figure, Heading, Paragraph, Table, own_words
-from reports.verdicts import AGREES, DIRECTION, DISAGREES, PARTLY
+from reports.tables import COLUMNS, ONE_VALUE
+from reports.verdicts import Judgement, rule
 
 MAX_BYTES = 2_000_000
 README = "README.md"
-VERDICTS = (AGREES, DIRECTION, PARTLY, DISAGREES)
 ENDINGS = (".json", ".parquet")  # of the files that the report reads
 
 
@@ -120,12 +120,14 @@ def readme(kept: Path) -> str:
     blocks: list[Block] = [
         Heading(1, "Results kept in the repository"),
         own_words(
-            "Written by `python -m reports.keep` from the files in this folder. Intervals are 95 % t intervals over "
-            "seeds. The claims, and how each is judged, are in [reports/papers](../papers). Hours are the sum of the "
-            "wall times of all cells. Two cells ran at a time on two cores. The sum includes pauses of the machine, "
-            "and times when it did other work."
+            "Written by `python -m reports.keep` from the files in this folder. The claims, and the check of each, are "
+            "in [reports/papers](../papers). Hours are the sum of the wall times of all cells. Two cells ran at a time "
+            "on two cores. The sum includes pauses of the machine, and times when it did other work."
         ),
         overview(report, sections),
+        Table(["claims", *COLUMNS, ONE_VALUE], tables.counts(everything(report))),
+        Paragraph("How claims are judged:"),
+        Bullets(rule()),
     ]
     for experiment, scale in sections:
         cells = report.cells(experiment, scale)
@@ -139,21 +141,32 @@ def readme(kept: Path) -> str:
     return render.markdown(blocks, kept)
 
 
+def everything(report: Report) -> list[tuple[Claim, Judgement]]:
+    """All claims at all scales."""
+    claims = [claim for paper in report.papers for claim in paper.claims]
+    return [(claim, report.judgements[claim.id][scale]) for claim in claims for scale in SCALES]
+
+
 def overview(report: Report, sections: Sequence[tuple[str, Scale]]) -> Table:
     """A row for each experiment and one for all: cells, hours, and the number of claims with each verdict."""
-    rows, hours, verdicts = [], 0.0, Counter[str]()
+    rows, hours, all_judged = [], 0.0, list[Judgement]()
     for experiment, scale in sections:
         cells = one_per_folder(report.cells(experiment, scale))
         own_hours = sum(map(tables.seconds_of, cells)) / 3600
-        judgements = [report.judgements[claim.id][scale] for _, claim in tables.claims_of(report.papers, experiment)]
-        own = Counter(judgement.word for judgement in judgements if judgement.ours)
+        claims = [claim for _, claim in tables.claims_of(report.papers, experiment)]
+        judged = [report.judgements[claim.id][scale] for claim in claims]
         size = grid_size(experiment, scale) or "?"
-        rows.append(
-            [experiment, scale, f"{len(cells)} of {size}", f"{own_hours:.2f}", *(str(own[word]) for word in VERDICTS)]
-        )
-        hours, verdicts = hours + own_hours, verdicts + own
-    rows.append(["all", "", "", f"{hours:.2f}", *(str(verdicts[word]) for word in VERDICTS)])
-    return Table(["experiment", "scale", "cells", "hours of the cells", *VERDICTS], rows)
+        rows.append([experiment, scale, f"{len(cells)} of {size}", f"{own_hours:.2f}", *_counted(judged)])
+        hours, all_judged = hours + own_hours, all_judged + judged
+    rows.append(["all", "", "", f"{hours:.2f}", *_counted(all_judged)])
+    return Table(["experiment", "scale", "cells", "hours of the cells", *COLUMNS, ONE_VALUE], rows)
+
+
+def _counted(judgements: Sequence[Judgement]) -> list[str]:
+    """How many verdicts of each word; those that rest on one value in the last column alone."""
+    own = [judgement for judgement in judgements if judgement.ours]
+    firm = [judgement.word for judgement in own if not judgement.one_value]
+    return [*(str(sum(word in words for word in firm)) for words in COLUMNS.values()), tables.one_value(own)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

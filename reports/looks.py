@@ -30,7 +30,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, LogFormatter, NullLocator
 
 from core.errors import UserError
-from reports.checks.base import interval
+from reports.checks.outcomes import effect_of
 from reports.safe_text import shortened
 
 matplotlib.use("Agg")
@@ -245,8 +245,8 @@ def handles(methods: Iterable[str], with_published: bool) -> list[Line2D]:
 
 
 def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
-    """Mean over seeds and half the width of its t interval; 0 where there is one seed."""
-    over_seeds = interval(values)
+    """Mean over seeds and half the width of its t interval; 0 where there is one seed, or no spread."""
+    over_seeds = effect_of(values)
     return over_seeds.mean, over_seeds.high - over_seeds.mean if over_seeds.n > 1 else 0.0
 
 

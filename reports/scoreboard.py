@@ -1,29 +1,30 @@
 """Write the scoreboard of the papers into the README: `python -m reports.scoreboard [--page README.md]`.
 
-A row for each paper, from its claims and the kept results: how many claims agree, agree partly, and disagree. The table
-replaces what is between the lines `<!-- scoreboard -->` and `<!-- /scoreboard -->` of the page.
+A row for each paper and group of claims (the paper's, the authors' numbers, own checks, sanity checks, and those made
+or changed after the result was seen), from the kept results: how many have which verdict. Verdicts that rest on one
+value stand in a column of their own. The table replaces what is between the lines `<!-- scoreboard -->` and
+`<!-- /scoreboard -->` of the page.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from core.artifacts import write_atomically
 from core.errors import UserError
-from reports.claims import SCALES, Paper, Scale
+from reports.claims import SCALES, Paper
 from reports.collect import KEPT, folder_of
 from reports.compare import Report
 from reports.left_out import nothing_left_out
 from reports.render import Markup, Table, markdown
-from reports.verdicts import AGREES, DIRECTION, DISAGREES, PARTLY
+from reports.tables import COLUMNS, ONE_VALUE, counts
 
 BEGIN, END = "<!-- scoreboard -->", "<!-- /scoreboard -->"
 README = Path(__file__).parents[1] / "README.md"
-COLUMNS = {"agree": (AGREES, DIRECTION), "partly": (PARTLY,), "disagree": (DISAGREES,)}
+HEADER = ("paper", "claims", *COLUMNS, ONE_VALUE, "from")
 
 
 def scoreboard(kept: Path = KEPT) -> str:
@@ -31,30 +32,24 @@ def scoreboard(kept: Path = KEPT) -> str:
     report = Report.read(folder_of(kept, "--kept"), None)
     in_order = sorted(report.papers, key=lambda paper: (not paper.claims, paper.name))
     rows = [row for paper in in_order for row in _rows(report, paper)]
-    return markdown([Table(["paper", "experiments built", *COLUMNS, "scale"], rows)], kept).strip()
+    return markdown([Table(HEADER, rows)], kept).strip()
 
 
 def _rows(report: Report, paper: Paper) -> list[list[str]]:
-    """One row for each scale with kept results, or one without numbers."""
+    """The rows of each scale with kept results, or one without numbers."""
     page = Path("docs") / f"results-{paper.name}.md"
     linked = (README.parent / page).is_file()
     name = Markup(f"[{paper.short}]({page.as_posix()})") if linked else paper.short
-    n_built, blank = str(len(paper.experiments)), [""] * len(COLUMNS)
+    blank = [""] * (len(HEADER) - 2)
     if not paper.claims:
-        return [[name, "planned", *blank, ""]]
+        return [[name, "planned", *blank]]
     rows = []
     for scale in SCALES:
         if n_kept := sum(bool(report.cells(experiment, scale)) for experiment in paper.experiments):
-            words = _words(report, paper, scale)
-            counts = [str(sum(words[word] for word in group)) for group in COLUMNS.values()]
-            rows.append([name, n_built, *counts, f"{scale}, {n_kept} of {n_built} experiments"])
-    return rows or [[name, n_built, *blank, "no results kept"]]
-
-
-def _words(report: Report, paper: Paper, scale: Scale) -> Counter[str]:
-    """How many claims have which verdict."""
-    judgements = [report.judgements[claim.id][scale] for claim in paper.claims]
-    return Counter(judgement.word for judgement in judgements if judgement.ours)
+            judged = [(claim, report.judgements[claim.id][scale]) for claim in paper.claims]
+            source = f"{scale} scale, {n_kept} of {len(paper.experiments)} experiments"
+            rows += [[name, *row, source] for row in counts(judged)]
+    return rows or [[name, "no results kept", *blank]]
 
 
 def updated(page: str, table: str) -> str:

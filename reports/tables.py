@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from reports.checks.base import interval, spelled
-from reports.claims import SCALES, Claim, ExperimentRows, Paper, Scale
+from reports.checks.base import Ranges, independent
+from reports.checks.outcomes import Finding, effect_of, range_of, spelled
+from reports.claims import GROUPS, SCALES, Claim, ExperimentRows, Paper, Scale
 from reports.collect import Cell, Failure, grid_size, one_per_folder
+from reports.draws import n_different
 from reports.matching import order, refined, shown
 from reports.render import Table
 from reports.side_files import listing
-from reports.verdicts import Judgement
+from reports.verdicts import AGREES, DIRECTION, DISAGREES, PARTLY, UNDECIDED, Judgement
 
 Judgements = Mapping[str, Mapping[Scale, Judgement]]
+# the columns of a count of verdicts; those that rest on one value stand in the last one alone
+COLUMNS = {"agree": (AGREES, DIRECTION), "partly": (PARTLY,), "disagree": (DISAGREES,), "inconclusive": (UNDECIDED,)}
+ONE_VALUE = "on one value"
 
 
 def finished(
@@ -34,11 +40,11 @@ def finished(
 
 def claims(paper: Paper, judgements: Judgements) -> Table:
     """One row for each claim of a paper."""
-    header = ["claim", "statement", "where", "paper", "published elsewhere", "source, confidence"]
+    header = ["claim", "whose", "statement", "where", "paper", "published elsewhere", "source, confidence"]
     header += [title for scale in SCALES for title in (f"ours, {scale} scale", f"verdict, {scale} scale")]
     rows = []
     for claim in paper.claims:
-        row = [claim.id, claim.statement, claim.where, claim.paper_says, elsewhere(paper, claim)]
+        row = [claim.id, claim.kind, claim.statement, claim.where, claim.paper_says, elsewhere(paper, claim)]
         row.append(f"{claim.source}; {claim.confidence}" + (f"; needs {claim.needs}" if claim.needs else ""))
         for scale in SCALES:
             judgement = judgements[claim.id][scale]
@@ -57,6 +63,7 @@ def judged(papers: Sequence[Paper], experiment: str, scale: Scale, judgements: J
     rows = [
         [
             claim.id,
+            claim.kind,
             claim.statement,
             claim.where,
             claim.paper_says,
@@ -67,7 +74,26 @@ def judged(papers: Sequence[Paper], experiment: str, scale: Scale, judgements: J
         for paper, claim in claims_of(papers, experiment)
         if judgements[claim.id][scale].ours
     ]
-    return Table(["claim", "statement", "where", "paper", "published elsewhere", "ours", "verdict"], rows)
+    return Table(["claim", "whose", "statement", "where", "paper", "published elsewhere", "ours", "verdict"], rows)
+
+
+def counts(judged: Sequence[tuple[Claim, Judgement]]) -> list[list[str]]:
+    """A row for each group of claims that has one with results: its name and size, and how many have which verdict."""
+    rows = []
+    for group, name in GROUPS.items():
+        own = [judgement for claim, judgement in judged if claim.group == group and judgement.ours]
+        if own:
+            firm = [judgement.word for judgement in own if not judgement.one_value]
+            numbers = [str(sum(word in words for word in firm)) for words in COLUMNS.values()]
+            rows.append([f"{name} ({len(own)})", *numbers, one_value(own)])
+    return rows
+
+
+def one_value(judgements: Sequence[Judgement]) -> str:
+    """`2 agree, 1 disagree`: the verdicts that rest on one value."""
+    words = [judgement.word for judgement in judgements if judgement.one_value]
+    numbers = {name: sum(word in group for word in words) for name, group in COLUMNS.items()}
+    return ", ".join(f"{n} {name}" for name, n in numbers.items() if n) or "0"
 
 
 def claims_of(papers: Sequence[Paper], experiment: str) -> list[tuple[Paper, Claim]]:
@@ -79,28 +105,39 @@ def details(papers: Sequence[Paper], experiment: str, scale: Scale, judgements: 
     rows = []
     for _, claim in claims_of(papers, experiment):
         judgement = judgements[claim.id][scale]
-        for comparison, held, effect in zip(judgement.comparisons, judgement.holds, judgement.effects, strict=True):
-            if held is None:
-                values = ["", "", f"not judged: {comparison.note}", "0", ""]
+        for comparison, found, effect in zip(judgement.comparisons, judgement.findings, judgement.effects, strict=True):
+            if found is None:
+                values = ["", "", f"not judged: {comparison.note}", "", "0", "", "", "", ""]
             else:
-                _, other = comparison.values
-                values = [
-                    spelled(comparison.measured, ".4g"),
-                    f"{other:.4g}",
-                    effect,
-                    str(len(comparison.pairs)),
-                    "yes" if held else "no",
-                ]
+                measured, other = comparison.values
+                values = [f"{measured:.4g}", f"{other:.4g}", effect, _region(found), *_behind(found), found.outcome]
             rows.append([claim.id, comparison.label, *values])
-    return Table(["claim", "setting", "measured", "compared with", "difference or ratio", "seeds", "as claimed"], rows)
+    header = ["claim", "setting", "measured", "compared with", "difference or ratio", "must be", "seeds"]
+    return Table([*header, "draws of data", "of initialisation", "n", "as claimed"], rows)
 
 
-def rows_of(papers: Sequence[Paper], experiment: str) -> ExperimentRows | None:
-    """The columns of an experiment's table; None for an experiment without claims."""
-    return next((paper.experiments[experiment] for paper in papers if experiment in paper.experiments), None)
+def _behind(found: Finding) -> list[str]:
+    """Seeds, draws of data and of initialisation, independent values."""
+    return [str(n) for n in (found.n_seeds, found.n_data, found.n_initialisations, found.effect.n)]
 
 
-def results(cells: Sequence[Cell], rows: ExperimentRows | None) -> Table:
+def _region(found: Finding) -> str:
+    """What the check accepts, in words."""
+    low, high = found.region.low, found.region.high
+    if found.region.strict:
+        return "above 0" if low == 0 else "below 0"
+    if low == -high:
+        return f"within {high:g}"
+    parts = [f"at least {low:g}" if low > -math.inf else "", f"at most {high:g}" if high < math.inf else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def paper_of(papers: Sequence[Paper], experiment: str) -> Paper | None:
+    """The paper with claims about an experiment; None for an experiment without claims."""
+    return next((paper for paper in papers if experiment in paper.experiments), None)
+
+
+def results(cells: Sequence[Cell], rows: ExperimentRows | None, ranges: Ranges | None = None) -> Table:
     """Means over seeds with their intervals: a row for each method and setting, or, without `rows`, for each metric."""
     groups: dict[tuple[str, ...], list[Cell]] = defaultdict(list)
     if rows is None:
@@ -112,20 +149,26 @@ def results(cells: Sequence[Cell], rows: ExperimentRows | None) -> Table:
     match = ("method", *refined(cells, tuple(rows.match)))
     for cell in sorted(cells, key=lambda cell: order([cell.get(key) for key in match])):
         groups[tuple(shown(cell.get(key)) for key in match)].append(cell)
-    header = [*(key.rpartition(".")[2] or key for key in match), "seeds", *rows.columns]
-    body = [
-        [*key, str(len({cell.seed for cell in group})), *(mean(group, metric) for metric in rows.columns)]
-        for key, group in groups.items()
-    ]
-    return Table(header, body)
+    header = [*(key.rpartition(".")[2] or key for key in match), "seeds", "draws of data", "of initialisation"]
+    body = []
+    for key, group in groups.items():
+        drawn = [rows.draws.of([cell]) for cell in group]
+        behind = [len({cell.seed for cell in group}), *(n_different([pair[i] for pair in drawn]) for i in (0, 1))]
+        body.append([*key, *map(str, behind), *(mean(group, metric, rows, ranges) for metric in rows.columns)])
+    return Table([*header, *rows.columns], body)
 
 
-def mean(cells: Sequence[Cell], metric: str) -> str:
-    """`0.291 [0.285, 0.297]`; without an interval where there is one value."""
-    values = [cell.metrics[metric] for cell in cells if metric in cell.metrics]
-    if not values:
+def mean(cells: Sequence[Cell], metric: str, rows: ExperimentRows | None = None, ranges: Ranges | None = None) -> str:
+    """`0.291 [0.285, 0.297]`; without an interval where there is one independent value. Clusters are shown as runs."""
+    known = {i: cell for i, cell in enumerate(cells) if metric in cell.metrics}
+    if not known:
         return ""
-    return spelled(interval(values), ".4g")
+    values = [cell.metrics[metric] for cell in known.values()]
+    if rows is not None:
+        effects = {i: cell.metrics[metric] for i, cell in known.items()}
+        values = independent(effects, {i: rows.draws.of([cell]) for i, cell in known.items()})
+    limits = range_of(metric, ranges or {})
+    return spelled(effect_of(values, limits, rows is not None and metric in rows.clustered), ".4g")
 
 
 def of_cell(cell: Cell) -> tuple[Table, list[str]] | None:

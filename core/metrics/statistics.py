@@ -30,6 +30,28 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half, len(array))
 
 
+def equivalence_interval(
+    values: Sequence[float], sd: float | None = None, n: int | None = None, level: float = 0.05
+) -> Interval:
+    """The interval for two one-sided t tests at `level` that a mean lies within a margin around 0 (Schuirmann 1987).
+
+    The mean is equivalent to 0 if the interval, with confidence 1 - 2 level, lies inside the margin. `values` are
+    differences from a number. If the number is itself the mean of `n` runs of standard deviation `sd`, both spreads
+    count, with Welch's degrees of freedom; else it is taken as exact.
+    """
+    if sd is None or n is None:
+        return t_interval(values, 1 - 2 * level)
+    if n < 2 or not sd >= 0:
+        raise ValueError(f"A mean of {n} runs with a standard deviation of {sd} has no spread that can be used.")
+    array = _finite(values, at_least=2)
+    mean, ours, theirs = float(array.mean()), float(array.var(ddof=1)) / len(array), sd**2 / n
+    if ours + theirs == 0:
+        return Interval(mean, mean, mean, len(array))
+    degrees = (ours + theirs) ** 2 / (ours**2 / (len(array) - 1) + theirs**2 / (n - 1))
+    half = float(stats.t.ppf(1 - level, degrees)) * math.sqrt(ours + theirs)
+    return Interval(mean, mean - half, mean + half, len(array))
+
+
 def bootstrap_interval(
     values: Sequence[float],
     seed: int,
@@ -63,6 +85,11 @@ def sign_test(differences: Sequence[float]) -> float:
     array = _finite(differences, at_least=1)
     positive, negative = int((array > 0).sum()), int((array < 0).sum())
     return float(stats.binomtest(positive, positive + negative, 0.5).pvalue) if positive + negative else 1.0
+
+
+def least_p(n: int) -> float:
+    """The smallest p-value that the sign test of n differences can have."""
+    return min(1.0, 2 / 2**n)
 
 
 def value_at_l0(l0: Sequence[float], values: Sequence[float], at: float) -> float | None:

@@ -9,36 +9,56 @@ from dataclasses import dataclass
 import numpy as np
 
 from core.metrics.statistics import Interval, t_interval
+from reports.checks.outcomes import (
+    UNLIMITED,
+    Effect,
+    Finding,
+    Range,
+    Region,
+    limited,
+    outcome_of,
+    point,
+    range_of,
+    spread,
+)
 from reports.collect import Cell
+from reports.draws import Draw, Draws, n_different
 from reports.matching import Setting, by_setting, in_series, words
 
 BySeed = Mapping[int, Cell]
 Side = tuple[str, Sequence[Cell], Sequence[Cell]]  # what is compared, in words; the cells; those they are compared with
+Ranges = Mapping[str, Range]  # metric, or a pattern of metrics -> the values that it can have
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published number. `margin`: the largest difference that counts as equal. `sd` and `n` of its runs, if known."""
+
+    number: float
+    margin: float
+    sd: float | None = None
+    n: int | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One setting: seed -> (measured value, value to compare it with).
+    """One setting: seed -> (measured value, value to compare it with), and the cells that they were read from.
 
-    Without pairs it is not judged, and `note` says why. `tolerance` is the largest allowed difference, where a check
-    has one for each comparison.
+    Without pairs it is not judged, and `note` says why. `published` is what a measured value is compared with, where it
+    is not another measured value.
     """
 
     label: str
     pairs: Mapping[int, tuple[float, float]]
+    cells: Mapping[int, Sequence[Cell]]
     note: str = ""
-    tolerance: float = np.nan
+    published: Published | None = None
 
     @property
     def values(self) -> tuple[float, float]:
         """Both sides' means over the seeds."""
         a, b = np.array(list(self.pairs.values())).mean(0)
         return float(a), float(b)
-
-    @property
-    def measured(self) -> Interval:
-        """The measured values' mean and t interval over the seeds."""
-        return interval([a for a, _ in self.pairs.values()])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +75,24 @@ class Check(ABC):
         """Every comparison that the cells allow, and those for which one side is missing (without pairs)."""
 
     @abstractmethod
-    def holds(self, comparison: Comparison) -> bool:
-        """Whether a comparison with pairs is as claimed."""
-
-    @abstractmethod
     def effects(self, comparison: Comparison) -> dict[int, float]:
         """seed -> one number for the comparison, such as a difference or a ratio."""
 
     @abstractmethod
+    def region(self, comparison: Comparison) -> Region:
+        """The effects that the check accepts."""
+
+    @abstractmethod
     def say(self, effect: Interval) -> str:
         """The number in words, with its interval if it has one."""
+
+    def limits(self, comparison: Comparison, ranges: Ranges) -> Range:
+        """The effects that are possible, from the ranges of the metrics."""
+        return UNLIMITED
+
+    def interval(self, values: Sequence[float], comparison: Comparison) -> Interval:
+        """The interval of the mean of different independent effects."""
+        return t_interval(values)
 
     @property
     def metrics(self) -> set[str]:
@@ -77,6 +105,21 @@ class Check(ABC):
         return False
 
     @property
+    def chained(self) -> bool:
+        """Whether its comparisons share a side with one another, so that their mean says nothing."""
+        return False
+
+    @property
+    def averaged(self) -> bool:
+        """Whether its comparisons are one comparison at several settings, so that their mean says something."""
+        return False
+
+    @property
+    def on_each(self) -> bool:
+        """Whether the claim is about every seed."""
+        return False
+
+    @property
     def published(self) -> str:
         """The published numbers of the check, in words; empty if it has none."""
         return ""
@@ -85,12 +128,30 @@ class Check(ABC):
         """The check at demo scale; None if there is none."""
         return self
 
-    def summary(self, comparisons: Sequence[Comparison]) -> str:
-        """All comparisons that have pairs, in words: the mean of their effects."""
-        return self.say(effect_over_seeds([self.effects(comparison) for comparison in comparisons]))
-
     def value(self, cell: Cell) -> float | None:
         return cell.get(f"metrics.{self.metric}")
+
+    def find(self, comparison: Comparison, draws: Draws, ranges: Ranges, clustered: bool) -> Finding:
+        """What a comparison with pairs shows. Seeds that share all their draws are one independent value.
+
+        clustered  outcomes come in clusters: runs are shown one by one, and each must agree with the interval
+        """
+        drawn = {seed: draws.of(comparison.cells[seed]) for seed in comparison.pairs}
+        region, values = self.region(comparison), independent(self.effects(comparison), drawn)
+        if spread(values):
+            between = self.interval(values, comparison)
+            effect = limited(between, values, self.limits(comparison, ranges), clustered)
+        else:
+            effect = point(values)
+        return Finding(
+            outcome=outcome_of(effect, values, region, "claimed" if self.on_each else "shown" if clustered else ""),
+            effect=effect,
+            region=region,
+            values=tuple(values),
+            n_seeds=len(comparison.pairs),
+            n_data=n_different([data for data, _ in drawn.values()]),
+            n_initialisations=n_different([initialisation for _, initialisation in drawn.values()]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +192,10 @@ class TwoSides(Check):
 
     def _at(self, what: str, setting: Setting, ours: BySeed, theirs: BySeed) -> Comparison:
         other = f"metrics.{self.b_metric or self.metric}"
-        pairs = {
-            seed: (self.value(ours[seed]), theirs[seed].get(other)) for seed in sorted(ours.keys() & theirs.keys())
-        }
+        sides = {seed: (ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())}
+        pairs = {seed: (self.value(a), b.get(other)) for seed, (a, b) in sides.items()}
         label = ", ".join(part for part in (what, words(self.beside, setting)) if part)
-        return comparison(label, pairs, self._note(what))
+        return comparison(label, pairs, sides, self._note(what))
 
     def _note(self, what: str) -> str:
         return f"no seed with both sides of {what}"
@@ -161,31 +221,49 @@ def side_by_side(a: Sequence[Cell], b: Sequence[Cell], match: tuple[str, ...]) -
 
 
 def comparison(
-    label: str, pairs: Mapping[int, tuple[float | None, float | None]], note: str, tolerance: float = np.nan
+    label: str,
+    pairs: Mapping[int, tuple[float | None, float | None]],
+    cells: Mapping[int, Sequence[Cell]],
+    note: str,
+    published: Published | None = None,
 ) -> Comparison:
     """Keep the seeds that have both values."""
     known = {seed: (a, b) for seed, (a, b) in pairs.items() if a is not None and b is not None}
-    return Comparison(label, known, "" if known else note, tolerance)
+    return Comparison(label, known, cells, "" if known else note, published)
 
 
-def effect_over_seeds(effects: Sequence[Mapping[int, float]]) -> Interval:
-    """Mean of comparisons, with a t interval over the seeds that all of them have (one mean for each seed)."""
-    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in effects)))
-    per_seed = [float(np.mean([by_seed[seed] for by_seed in effects])) for seed in seeds]
-    if len(per_seed) > 1:
-        return t_interval(per_seed)
-    return Interval(float(np.mean(per_seed or [v for by_seed in effects for v in by_seed.values()])), np.nan, np.nan, 1)
+def independent(effects: Mapping[int, float], drawn: Mapping[int, tuple[Draw, Draw]]) -> list[float]:
+    """One value for each independent draw: the mean of the seeds that share it."""
+    groups: dict[tuple[Draw, Draw], list[float]] = {}
+    for seed, effect in effects.items():
+        groups.setdefault(drawn[seed], []).append(effect)
+    return [float(np.mean(group)) if spread(group) else group[0] for group in groups.values()]
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """Mean and t interval; one value has no interval."""
-    return t_interval(values) if len(values) > 1 else Interval(values[0], np.nan, np.nan, 1)
+def over_settings(
+    check: Check, comparisons: Sequence[Comparison], draws: Draws, ranges: Ranges
+) -> tuple[Effect, list[float]] | None:
+    """The mean over settings of a check that may be averaged, and its independent values.
+
+    First the mean over settings within each seed that all settings have, then the interval over independent draws. None
+    if there is no such seed, or only one setting.
+    """
+    seeds = sorted(set.intersection(*(set(one.pairs) for one in comparisons))) if len(comparisons) > 1 else []
+    if not seeds or not check.averaged:
+        return None
+    effects = [check.effects(one) for one in comparisons]
+    drawn = {seed: draws.of([cell for one in comparisons for cell in one.cells[seed]]) for seed in seeds}
+    values = independent({seed: float(np.mean([by_seed[seed] for by_seed in effects])) for seed in seeds}, drawn)
+    if not spread(values):
+        return point(values), values
+    lows, highs = zip(*(check.limits(one, ranges) for one in comparisons), strict=True)
+    return limited(t_interval(values), values, (float(np.mean(lows)), float(np.mean(highs))), False), values
 
 
-def spelled(value: Interval, form: str) -> str:
-    """`0.873 [0.860, 0.886]`, every number in the given form; without an interval where there is one value."""
-    ends = f" [{format(value.low, form)}, {format(value.high, form)}]" if value.n > 1 else ""
-    return format(value.mean, form) + ends
+def differences(metric: str, other: str, ranges: Ranges) -> Range:
+    """The possible differences of two metrics."""
+    (low, high), (other_low, other_high) = range_of(metric, ranges), range_of(other, ranges)
+    return low - other_high, high - other_low
 
 
 def of(cells: Iterable[Cell], methods: Sequence[str]) -> list[Cell]:
