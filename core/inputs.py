@@ -6,18 +6,22 @@ branch has moved is judged by what this machine last fetched, so no network is n
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from core.artifacts import sha256
+from core.errors import UserError
+from core.reading import parse_json
 
-HUB, VERSION = "hub:", "version:"
-Inputs = dict[str, str]  # by name, a path, `hub:<repo>@<revision>` or `version:<class>`: its hash, commit or version
+HUB, VERSION, FILES = "hub:", "version:", "files:"
+Inputs = dict[str, str]  # by name: a path, `hub:<repo>@<revision>`, `version:<class>`, `files:<path>` (which there are)
 
 
 class Versioned(Protocol):
@@ -41,10 +45,24 @@ def noting() -> Iterator[Inputs]:
         _noted.reset(token)
 
 
+def note_all(inputs: Inputs) -> None:
+    """Record that the running cell's results depend on all of these."""
+    if (noted := _noted.get()) is not None:
+        noted.update(inputs)
+
+
 def note_file(path: Path) -> None:
     """Record that the running cell's results depend on this file."""
     if (noted := _noted.get()) is not None:
-        noted[str(path.absolute())] = _hash(path)
+        noted[str(path.absolute())] = file_hash(path)
+
+
+def note_listing(path: Any) -> None:
+    """Record that the running cell's results depend on which text files a path or pattern names (`find_files`)."""
+    if (noted := _noted.get()) is not None:
+        paths = [path] if isinstance(path, str | Path) else path
+        name = f"{FILES}{json.dumps([str(Path(one).expanduser().absolute()) for one in paths])}"
+        noted[name] = _listing(name) or ""
 
 
 def note_commit(repo: str, revision: str, commit: str) -> None:
@@ -85,10 +103,22 @@ def _current(name: str) -> str | None:
             return str(getattr(import_module(module), kind).version)
         except (ImportError, AttributeError):
             return None
-    return _hash(Path(name)) if Path(name).is_file() else None
+    if name.startswith(FILES):
+        return _listing(name)
+    return file_hash(Path(name)) if Path(name).is_file() else None
 
 
-def _hash(path: Path) -> str:
+def _listing(name: str) -> str | None:
+    """A hash of the names of the text files; None if there are none."""
+    try:
+        found = import_module("core.text.finding").find_files(parse_json(name.removeprefix(FILES), "inputs"))
+    except UserError:
+        return None
+    return hashlib.sha256("\n".join(str(file) for file in found.files).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """The file's SHA-256, computed once in a process while size and time of modification stay the same."""
     stat = path.stat()
     key = str(path.absolute()), stat.st_size, stat.st_mtime_ns
     if key not in _hashes:

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from core import inputs
 from core.artifacts import write_atomically
 from core.cells import CHANGES_NO_NUMBER
+from core.counts import counting
 from core.interrupts import raise_if_interrupted
 
 RESULTS, FAILED = "results.json", "failed.json"
@@ -89,8 +90,9 @@ def run_cell(cfg: DictConfig, folder: Path, run: Callable[[DictConfig], Metrics]
     """Run one cell and write results.json. If it fails, writes failed.json and raises the error again."""
     started = time.time()
     try:
-        with inputs.noting() as noted:
-            metrics = _checked(run(cfg))
+        with inputs.noting() as noted, counting() as counts:
+            metrics = run(cfg)
+        metrics = _checked({**counts, **metrics})
         record = {**_provenance(cfg, started), "metrics": metrics, "config": comparable(cfg)}
         if noted:
             record["inputs"] = noted
