@@ -356,7 +356,7 @@ def _train(
     work = Work(title, *sizes, source.unit)
     earlier_seconds = fit(run, fleet, data, data.n_chunks, f"{run.name}-{run_key}", work, folder, keys)
     calibration = [next(stream) for _ in range(source.calibration_batches)]
-    read = stream.report()
+    read = source.report(stream)
     for index, request in enumerate(requests):
         if index not in fleet.stopped:
             method = methods[request.key].to(stream.device)

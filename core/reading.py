@@ -48,7 +48,7 @@ def parse_json(text: str | bytes, where: str, first_line: int | None = None) -> 
 
 
 def parse_items(text: str, where: str) -> Iterator[Any]:
-    """The items of a JSON list one after another, or the only value, if it is no list. Raises UserError as `parse_json`.
+    """The items of a JSON list one after another, or the only value, if it is no list. Raises UserError.
 
     A whole list of small items would take many times the memory of its text."""
     decoder, at = json.JSONDecoder(), _space(text, 0)

@@ -143,7 +143,7 @@ def language_model(cfg: DictConfig) -> LanguageModel:
 
 @once_per("model", "data", "stream.n_ctx", "stream.packing", "stream.max_document_tokens", "evaluation")
 def held_out_text(cfg: DictConfig) -> Rows:
-    """`evaluation.n_rows` rows `[R, n_ctx]` of held-out text, or as many as there are, the same for every cell and seed.
+    """`evaluation.n_rows` rows `[R, n_ctx]` of held-out text, or as many as there are; one choice for all cells.
     Their numbers are counted for the cell's results."""
     lm, s, e = language_model(cfg), cfg.stream, cfg.evaluation
     data = build(cfg.data)

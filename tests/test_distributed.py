@@ -83,9 +83,6 @@ class JoinedStream:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def report(self) -> dict[str, float]:
-        return {}
-
 
 def train_joined(requests: list[Request], run: Runtime) -> None:
     """Train in this process on the joined batches of several ranks."""

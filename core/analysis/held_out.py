@@ -98,13 +98,11 @@ class HeldOut:
         kept = None if self.reference is None or len(self.reference.rows) != n_rows else self.reference
         captured = None if self.captured is None else self.captured[:n_rows]
         rows, starts = self.rows[:n_rows], self.starts[:n_rows]
-        return replace(
-            self, rows=rows, starts=starts, n_downstream_rows=n_rows, reference=kept, captured=captured
-        )
+        return replace(self, rows=rows, starts=starts, n_downstream_rows=n_rows, reference=kept, captured=captured)
 
     def one_batch(self, n_tokens: int) -> HeldOut:
-        """The first rows that have `n_tokens` tokens together, in one batch, without a reference; all rows, if there are
-        fewer. Raises UserError for less than a row."""
+        """The first rows that have `n_tokens` tokens together, in one batch, without a reference; all rows, if they
+        have fewer. Raises UserError for less than a row."""
         n = n_compat_rows(min(n_tokens, self.rows.numel()), *self.rows.shape)
         return replace(self.first(n), rows_per_batch=n, reference=None)
 

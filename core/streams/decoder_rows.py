@@ -69,10 +69,6 @@ class DecoderRows:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.served = state["served"]
 
-    def report(self) -> dict[str, float]:
-        """Nothing: rows are meant to be served again and again."""
-        return {}
-
     def _chosen(self, number: int) -> Tensor:
         """The rows of one batch, int64 `[B]`."""
         n = len(self.rows)

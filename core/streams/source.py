@@ -26,8 +26,6 @@ class Stream(Protocol):
     def __next__(self) -> Batch: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-    def report(self) -> dict[str, float]:
-        """What was read so far, for the record; says on standard error what a user should know of it."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,6 +65,10 @@ class Source(Checked, ABC):
     @abstractmethod
     def open(self, run: Runtime) -> Stream:
         """The stream from its beginning. Raises UserError for settings that do not fit together."""
+
+    def report(self, stream: Stream) -> dict[str, float]:
+        """What a stream of this source has read so far, for the record of a training; says what a user should know."""
+        return {}
 
     def check_devices(self) -> None:
         """Raises UserError if the batches cannot be divided among `devices`."""

@@ -134,7 +134,7 @@ class Distinct:
 
 
 def spec_of_special_tokens(special_tokens: SpecialTokens) -> dict[str, Any]:
-    """What they add to a source's spec: nothing for `parse`, which was the rule of all texts before there was another."""
+    """What they add to a source's spec: nothing for `parse`, which was the only rule before there was another."""
     return {} if special_tokens == "parse" else {"special_tokens": special_tokens}
 
 
@@ -190,6 +190,7 @@ def field_of(record: Mapping[str, Any], path: str, setting: str, where: str) -> 
 
 def missing_field(path: str, setting: str, where: str, existing: Collection[Any]) -> UserError:
     """The error for a column or field that does not exist; `existing` are the names of those that do."""
-    names = [f"{name if str(name).isprintable() else ascii(name)!s:.60}" for name in itertools.islice(existing, MAX_NAMES)]
+    shown = map(str, itertools.islice(existing, MAX_NAMES))
+    names = ", ".join(f"{name if name.isprintable() else ascii(name):.60}" for name in shown) or "none"
     more = f" and {len(existing) - MAX_NAMES:,} more" if len(existing) > MAX_NAMES else ""
-    return UserError(f"{setting}: {where} has no field {path!r}; the fields here are: {', '.join(names) or 'none'}{more}.")
+    return UserError(f"{setting}: {where} has no field {path!r}; the fields here are: {names}{more}.")

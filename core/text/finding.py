@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import glob
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -46,11 +45,9 @@ def ending_of(path: Path) -> str:
 
 def format_of(path: Path) -> str | None:
     """One of `FORMATS`; None for a file that is not read as text."""
-    ending = ending_of(path)
-    inner, compression = os.path.splitext(ending)
-    if inner and compression in COMPRESSIONS:
-        ending = inner if inner != ".parquet" else ""
-    return ending if ending in FORMATS else None
+    inner, dot, _ = ending_of(path).removeprefix(".").partition(".")
+    ending = f".{inner}"
+    return ending if ending in FORMATS and not (dot and ending == ".parquet") else None
 
 
 def find_files(path: Any) -> Found:
@@ -89,7 +86,7 @@ def _add(found: Found, path: str) -> None:
         return
     if root.is_dir():
         files = _in_folder(root, found)
-    elif glob.has_magic(path):
+    elif _is_pattern(path):
         files = _matching(str(root), found)
     else:
         hint = "Several are written as a list: data.path=[a.jsonl,b.jsonl]. " if set(path) & set(",;{") else ""
@@ -148,13 +145,11 @@ def _matching(pattern: str, found: Found) -> Iterator[Path]:
     if stars and not alone:
         raise UserError(f"data.path: in the pattern {pattern}, ** must stand alone between two slashes.")
     if not stars:
-        for name in sorted(glob.glob(pattern)):
-            path = Path(name)
+        for path in _glob(pattern):
             yield from _in_folder(path, found) if path.is_dir() else [path]
         return
     parts = [part for part in after.split("/") if part] or ["*"]
-    for name in sorted(glob.glob(before)) if glob.has_magic(before) else [before or "."]:
-        root = Path(name)
+    for root in _glob(before) if _is_pattern(before) else [Path(before or ".")]:
         if root.is_dir():
             ignored = Found()
             for path in _in_folder(root, ignored):
@@ -163,6 +158,15 @@ def _matching(pattern: str, found: Found) -> Iterator[Path]:
             for what in ("hidden folders", "folders that cannot be opened"):
                 found.passed_over[what] += ignored.passed_over[what]
     found.passed_over += Counter()
+
+
+def _is_pattern(path: str) -> bool:
+    return bool(set(path) & set("*?["))
+
+
+def _glob(pattern: str) -> list[Path]:
+    path = Path(pattern)
+    return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
 
 
 def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:

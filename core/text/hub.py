@@ -26,7 +26,6 @@ from huggingface_hub.utils import httpx
 from core.checked import Checked, at_least
 from core.errors import UserError
 from core.seeding import derived_seed
-from core.text.unpacking import FAILURES
 from core.text.documents import (
     Document,
     SpecialTokens,
@@ -36,6 +35,7 @@ from core.text.documents import (
     shuffled_blocks,
     spec_of_special_tokens,
 )
+from core.text.unpacking import FAILURES
 
 CONNECT_TIMEOUT_S = 10.0
 SCRIPT_HINT = "name its Parquet files in data.data_files, or try data.revision=refs/convert/parquet"

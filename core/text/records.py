@@ -138,7 +138,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Located]:
     except DAMAGE as error:
         cause = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"data.path: {place} cannot be read as Parquet: {cause:.200}. Is the file damaged, or not copied to its end?"
+            f"data.path: {place} cannot be read as Parquet: {cause:.200}. Is the file damaged, or cut?"
         ) from error
 
 

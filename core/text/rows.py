@@ -187,7 +187,8 @@ class RowStream:
                 return [self._tokenize([text], [document])[0] for text, document in zip(texts, documents, strict=True)]
             where = documents[0].where or f"a document of {self.source.name} ({texts[0]!r:.60})"
             raise UserError(
-                f"data: {where} is a text that the tokenizer {self.tokenizer.name_or_path!r} cannot take: {error!s:.200}"
+                f"data: {where} is a text that the tokenizer {self.tokenizer.name_or_path!r} cannot take: "
+                f"{error!s:.200}"
             ) from error
         for document, one in zip(documents, ids, strict=True):
             if not self._unwritten.isdisjoint(one):

@@ -8,7 +8,7 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -24,29 +24,15 @@ CHUNK_BYTES = 2**20
 LEAST_LIMIT = 2**24  # bytes that a document of a compressed file may always have when it is unpacked
 LIMIT_PER_BYTE = 4  # and as many more for each byte of the file
 FAILURES = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+ARROW_NAMES = {".zst": "zstd", ".lz4": "lz4"}
 MAGICS = {
-    b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst", b"\x04\x22\x4d\x18": ".lz4",
-    b"PK\x03\x04": ".zip", b"PAR1": ".parquet",
+    b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst",
+    b"\x04\x22\x4d\x18": ".lz4", b"PK\x03\x04": ".zip", b"PAR1": ".parquet",
 }  # fmt: skip
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
-
-
-def _arrow(name: str) -> Callable[[Path], BinaryIO]:
-    return lambda path: cast(BinaryIO, io.BufferedReader(pa.input_stream(str(path), compression=name)))
-
-
-_OPENERS: dict[str, Callable[[Path], BinaryIO]] = {
-    ".gz": lambda path: cast(BinaryIO, gzip.open(path)),
-    ".bz2": lambda path: cast(BinaryIO, bz2.open(path)),
-    ".xz": lambda path: cast(BinaryIO, lzma.open(path)),
-    ".lzma": lambda path: cast(BinaryIO, lzma.open(path)),
-    ".zst": _arrow("zstd"),
-    ".lz4": _arrow("lz4"),
-}
-assert set(_OPENERS) == set(COMPRESSIONS)
 
 
 def compression_of(path: Path) -> str | None:
@@ -85,9 +71,21 @@ def unpacked(path: Path) -> Iterator[BinaryIO]:
     with reporting(path):
         with path.open("rb") as raw:
             check_head(path, raw.read(HEAD_BYTES))
-        compression = compression_of(path)
-        with (path.open("rb") if compression is None else _OPENERS[compression](path)) as file:
-            yield cast(BinaryIO, file)
+        with _opened(path) as file:
+            yield file
+
+
+def _opened(path: Path) -> BinaryIO:
+    compression = compression_of(path)
+    if compression == ".gz":
+        return cast(BinaryIO, gzip.open(path))
+    if compression == ".bz2":
+        return cast(BinaryIO, bz2.open(path))
+    if compression in (".xz", ".lzma"):
+        return cast(BinaryIO, lzma.open(path))
+    if compression in ARROW_NAMES:
+        return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(path), compression=ARROW_NAMES[compression])))
+    return path.open("rb")
 
 
 def check_head(path: Path, head: bytes) -> None:
@@ -128,9 +126,9 @@ def decoded(content: bytes, path: Path, offset: int = 0, line: int | None = None
 
 
 def not_utf8(path: Path, place: int, byte: int, line: int | None = None) -> UserError:
-    where = "" if line is None else f" (line {line})"
+    where = "" if line is None else f" in line {line}"
     return UserError(
-        f"data.path: {path} is not UTF-8: byte {place}{where} (0x{byte:02x}) cannot be decoded. Convert it, for "
+        f"data.path: {path} is not UTF-8: byte {place} (0x{byte:02x}){where} cannot be decoded. Convert it, for "
         f"instance with: iconv -f <its encoding> -t utf-8 {path.name}"
     )
 
