@@ -32,14 +32,16 @@ from hydra.utils import instantiate
 
 from core import distributed
 from core.artifacts import Store, content_key
+from core.counts import count
 from core.digest import digest
 from core.errors import UserError
 from core.inputs import note_version
 from core.interrupts import raise_if_interrupted
 from core.methods.base import DictionaryMethod
 from core.methods.dictionary import Dictionary
-from core.methods.saved import load_dictionary, save_dictionary
+from core.methods.saved import MANIFEST, load_dictionary, save_dictionary
 from core.methods.settings import Settings, method_class, settings_of
+from core.reading import read_object
 from core.runtime import Runtime
 from core.shares import gpus, number_of_processes, slots, split
 from core.streams.module import StreamData
@@ -144,7 +146,14 @@ def load_or_train_all(requests: Sequence[Request], run: Runtime) -> list[Diction
     for request in requests:
         note_version(method_class(request.method["_target_"]))
         note_version(type(request.source))
+        _count_read(store.path(KIND, request.spec))
     return [load_dictionary(store.path(KIND, request.spec)) for request in requests]
+
+
+def _count_read(folder: Path) -> None:
+    """Count for the running cell what the training of a stored dictionary read; older ones do not say."""
+    training = read_object(folder / MANIFEST).get("training") or {}
+    count(training.get("read") or {})
 
 
 def prefetch(requests: Iterable[Request], run: Runtime) -> None:
@@ -347,12 +356,13 @@ def _train(
     work = Work(title, *sizes, source.unit)
     earlier_seconds = fit(run, fleet, data, data.n_chunks, f"{run.name}-{run_key}", work, folder, keys)
     calibration = [next(stream) for _ in range(source.calibration_batches)]
+    read = source.report(stream)
     for index, request in enumerate(requests):
         if index not in fleet.stopped:
             method = methods[request.key].to(stream.device)
             method.finish(calibration)
             seconds = earlier_seconds + time.monotonic() - started
-            training = {**fleet.last(index), "seconds_together": seconds, "together": len(requests)}
+            training = {**fleet.last(index), "seconds_together": seconds, "together": len(requests), "read": read}
             distributed.check_equal(method.state_dict().values())
             if distributed.rank() == 0:
                 store.put(KIND, request.spec, partial(save_dictionary, method, training))

@@ -11,8 +11,9 @@ again without it, and are still those of what was read. It is reported.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
@@ -20,11 +21,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from core.artifacts import sha256
+from core.reading import parse_json
 
-HUB, VERSION, FOUND = "hub:", "version:", "found:"
-FINDER = ("core.text.local", "find_files")  # the function that finds the files of `data.path`
+HUB, VERSION, FILES = "hub:", "version:", "files:"
+FINDER = ("core.text.finding", "find_files")  # the function that finds the files of `data.path`
 OURS = re.compile(r"(core|experiments)(\.\w+)+")  # modules that a results.json may have imported
-Inputs = dict[str, str]  # by name, a path, `hub:<repo>@<revision>`, ...: its hash, commit or version
+Inputs = dict[str, str]  # by name: a path, `hub:<repo>@<revision>`, `version:<class>`, `files:<path>` (which there are)
 
 
 class Versioned(Protocol):
@@ -48,32 +50,30 @@ def noting() -> Iterator[Inputs]:
         _noted.reset(token)
 
 
-def note_again(noted: Inputs) -> None:
-    """Record for the running cell what was noted before, when something that it uses was read for another cell."""
-    if (own := _noted.get()) is not None:
-        own.update(noted)
+def note_all(inputs: Inputs) -> None:
+    """Record that the running cell's results depend on all of these."""
+    if (noted := _noted.get()) is not None:
+        noted.update(inputs)
 
 
 def note_file(path: Path) -> None:
     """Record that the running cell's results depend on this file."""
     if (noted := _noted.get()) is not None:
-        noted[str(path.absolute())] = _hash(path)
+        noted[str(path.absolute())] = file_hash(path)
+
+
+def note_listing(path: Any) -> None:
+    """Record that the running cell's results depend on which text files a path or pattern names (`find_files`)."""
+    if (noted := _noted.get()) is not None:
+        paths = [path] if isinstance(path, str | Path) else path
+        name = f"{FILES}{json.dumps([str(Path(one).expanduser().absolute()) for one in paths])}"
+        noted[name] = _listing(name) or ""
 
 
 def note_commit(repo: str, revision: str, commit: str) -> None:
     """Record that the running cell's results depend on a hub repository, read at this commit."""
     if (noted := _noted.get()) is not None and not re.fullmatch("[0-9a-f]{40}", revision):
         noted[f"{HUB}{repo}@{revision}"] = commit
-
-
-def note_found(where: str, files: Iterable[Path]) -> None:
-    """Record that the running cell's results depend on these files and on which files `FINDER` finds for `where`, a
-    file, folder or pattern: a new file in the folder counts as a change."""
-    found = list(files)
-    for file in found:
-        note_file(file)
-    if (noted := _noted.get()) is not None:
-        noted[f"{FOUND}{where}"] = _listing(found)
 
 
 def note_version(kind: type[Versioned]) -> None:
@@ -110,13 +110,10 @@ def _current(name: str) -> str | None:
         module, _, kind = name.removeprefix(VERSION).rpartition(".")
         version = getattr(_ours(module, kind), "version", None)
         return None if version is None else str(version)
-    if name.startswith(FOUND):
-        try:
-            return _listing(_ours(*FINDER)(name.removeprefix(FOUND)))
-        except (ValueError, OSError):  # there is nothing any more
-            return None
+    if name.startswith(FILES):
+        return _listing(name)
     try:
-        return _hash(Path(name)) if Path(name).is_file() else None
+        return file_hash(Path(name)) if Path(name).is_file() else None
     except (ValueError, OSError):  # no path at all, or not readable
         return None
 
@@ -131,13 +128,17 @@ def _ours(module: str, name: str) -> Any:
         return None
 
 
-def _listing(files: Iterable[Path]) -> str:
-    return hashlib.sha256(
-        "\n".join(sorted(str(file.absolute()) for file in files)).encode(errors="surrogateescape")
-    ).hexdigest()
+def _listing(name: str) -> str | None:
+    """A hash of the names of the text files; None if there are none."""
+    try:
+        found = _ours(*FINDER)(parse_json(name.removeprefix(FILES), "inputs"))
+    except (ValueError, OSError):  # there is nothing any more
+        return None
+    return hashlib.sha256("\n".join(str(file) for file in found.files).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """The file's SHA-256, computed once in a process while size and time of modification stay the same."""
     stat = path.stat()
     key = str(path.absolute()), stat.st_size, stat.st_mtime_ns
     if key not in _hashes:

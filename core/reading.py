@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -16,6 +17,8 @@ from core.errors import UserError
 MAX_JSON_BYTES = 64 * 2**20  # descriptions and results are far smaller
 MAX_TABLE_BYTES = 4 * 2**30  # in memory, as the file declares it
 POINTER = b"version https://git-lfs.github.com/spec"  # how a pointer of Git LFS starts
+
+_NO_SPACE = re.compile(r"[^ \t\n\r]")
 
 T = TypeVar("T")
 _KINDS: Mapping[type, str] = {
@@ -42,6 +45,41 @@ def parse_json(text: str | bytes, where: str, first_line: int | None = None) -> 
     except (ValueError, RecursionError, MemoryError) as error:
         line = f", line {first_line}" if first_line else ""
         raise UserError(f"{where}{line}: not JSON that can be read ({_cause(error)}).") from error
+
+
+def parse_items(text: str, where: str) -> Iterator[Any]:
+    """The items of a JSON list one after another, or the only value, if it is no list. Raises UserError.
+
+    A whole list of small items would take many times the memory of its text."""
+    decoder, at = json.JSONDecoder(), _space(text, 0)
+    if text[at : at + 1] != "[":
+        yield parse_json(text, where)
+        return
+    try:
+        at = _space(text, at + 1)
+        more = text[at : at + 1] != "]"
+        while more:
+            item, at = decoder.raw_decode(text, at)
+            yield item
+            at = _space(text, at)
+            more = text[at : at + 1] == ","
+            if more:
+                at = _space(text, at + 1)
+        if text[at : at + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+        if (end := _space(text, at + 1)) != len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}, line {error.lineno}, column {error.colno}: not JSON ({error.msg}).") from error
+    except (ValueError, RecursionError, MemoryError) as error:
+        line = text.count("\n", 0, at) + 1
+        raise UserError(f"{where}, line {line}: not JSON that can be read ({_cause(error)}).") from error
+
+
+def _space(text: str, at: int) -> int:
+    """The place of the first character from `at` on that is no space."""
+    found = _NO_SPACE.search(text, at)
+    return found.start() if found else len(text)
 
 
 def read_json(path: Path) -> Any:

@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from core import inputs
 from core.atomic import NOT_A_LIST, Files, damage, noting_files, remove_leftovers, sync, write_atomically
 from core.cells import CHANGES_NO_NUMBER
+from core.counts import counting
 from core.errors import UserError, lack_of_memory
 from core.interrupts import raise_if_interrupted
 from core.reading import read_object
@@ -139,8 +140,9 @@ def run_cell(cfg: DictConfig, folder: Path, run: Callable[[DictConfig], Metrics]
     started = Moment.now()
     take_back(folder)
     try:
-        with inputs.noting() as noted, noting_files(folder) as written:
-            metrics = _checked(run(cfg))
+        with inputs.noting() as noted, noting_files(folder) as written, counting() as counts:
+            metrics = run(cfg)
+        metrics = _checked({**counts, **metrics})
         record = {**_provenance(cfg, started), "metrics": metrics, "config": comparable(cfg)}
         if noted:
             record["inputs"] = noted

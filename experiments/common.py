@@ -18,18 +18,20 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from core import inputs
 from core.analysis.held_out import DownstreamReference, HeldOut, downstream_reference
 from core.artifacts import Store, content_key
 from core.atomic import write_atomically
+from core.counts import Counts, count, counting
 from core.errors import UserError
 from core.fleet import KIND, Request, load_or_train
+from core.inputs import Inputs, note_all, noting
 from core.methods.dictionary import Dictionary
 from core.models.language_model import LanguageModel, load_language_model
+from core.notices import say_once
 from core.reading import read_object
 from core.runtime import Runtime
 from core.streams.source import Source, source_of
-from core.text.rows import RowStream
+from core.text.rows import Rows, read_held_out
 
 Result = TypeVar("Result")
 TRAINING_ONLY = ("lr", "decay_fraction", "dead_after_tokens")  # experiments set them for every method
@@ -112,21 +114,23 @@ def plain(node: Any) -> Any:
 
 
 def once_per(*keys: str) -> Callable[[Callable[[DictConfig], Result]], Callable[[DictConfig], Result]]:
-    """Remember a function's latest result while these keys of the configuration keep their values. What it read is
-    noted for every cell that asks."""
+    """Remember a function's latest result while these keys of the configuration keep their values. What was noted and
+    counted when it was made is noted and counted for every cell that uses it."""
 
     def decorate(make: Callable[[DictConfig], Result]) -> Callable[[DictConfig], Result]:
-        latest: dict[str, tuple[Result, inputs.Inputs]] = {}
+        latest: dict[str, tuple[Result, Inputs, Counts]] = {}
 
         @wraps(make)
         def remembered(cfg: DictConfig) -> Result:
             name = json.dumps([plain(OmegaConf.select(cfg, key)) for key in keys], sort_keys=True)
             if name not in latest:
                 latest.clear()
-                with inputs.noting() as noted:
-                    latest[name] = make(cfg), noted
-            result, noted = latest[name]
-            inputs.note_again(noted)
+                with noting() as noted, counting() as counts:
+                    result = make(cfg)
+                latest[name] = result, noted, counts
+            result, noted, counts = latest[name]
+            note_all(noted)
+            count(counts)
             return result
 
         return remembered
@@ -140,13 +144,20 @@ def language_model(cfg: DictConfig) -> LanguageModel:
 
 
 @once_per("model", "data", "stream.n_ctx", "stream.packing", "stream.max_document_tokens", "evaluation")
+def held_out_text(cfg: DictConfig) -> Rows:
+    """`evaluation.n_rows` rows `[R, n_ctx]` of held-out text, or as many as there are; one choice for all cells.
+    Their numbers are counted for the cell's results."""
+    lm, s, e = language_model(cfg), cfg.stream, cfg.evaluation
+    data = build(cfg.data)
+    assert data.spec  # notes the files that the cell depends on
+    rows, counts = read_held_out(data, lm.tokenizer, e.n_rows, e.seed, s.n_ctx, s.packing, s.max_document_tokens)
+    count(counts)
+    return Rows(rows.tokens.to(lm.device), rows.starts.to(lm.device))
+
+
 def held_out_rows(cfg: DictConfig) -> Tensor:
-    """`evaluation.n_rows` rows `[R, n_ctx]` of held-out text, the same for every cell and seed."""
-    lm, s = language_model(cfg), cfg.stream
-    rows = RowStream(
-        build(cfg.data), lm.tokenizer, "heldout", cfg.evaluation.seed, s.n_ctx, s.packing, s.max_document_tokens
-    )
-    return rows.next_rows(cfg.evaluation.n_rows).to(lm.device)
+    """The tokens of `held_out_text`, `[R, n_ctx]`."""
+    return held_out_text(cfg).tokens
 
 
 SITE = ("model", "data", "stream.site", "stream.n_ctx", "stream.packing", "stream.max_document_tokens", "evaluation")
@@ -176,7 +187,8 @@ def held_out(cfg: DictConfig) -> HeldOut:
     return HeldOut(
         lm=language_model(cfg),
         site=cfg.stream.site,
-        rows=held_out_rows(cfg),
+        rows=held_out_text(cfg).tokens,
+        starts=held_out_text(cfg).starts,
         n_downstream_rows=e.n_downstream_rows,
         rows_per_batch=e.rows_per_batch,
         reference=reference_losses(cfg) if e.n_downstream_rows else None,
@@ -187,7 +199,11 @@ def held_out(cfg: DictConfig) -> HeldOut:
 @once_per(*SITE)
 def compat_held_out(cfg: DictConfig) -> HeldOut:
     """The first `evaluation.compat_tokens` held-out tokens, in one batch, with their losses."""
-    one_batch = held_out(cfg).one_batch(cfg.evaluation.compat_tokens)
+    n_tokens = cfg.evaluation.compat_tokens
+    one_batch = held_out(cfg).one_batch(n_tokens)
+    if len(one_batch.rows) < n_tokens // one_batch.rows.shape[1]:
+        n_there = one_batch.rows.numel()
+        say_once(f"evaluation.compat_tokens={n_tokens:,}: the figures called compat are on {n_there:,}, all there are.")
     keep = cfg.evaluation.keep_activations
     reference = downstream_reference(one_batch.lm, one_batch.site, one_batch.rows, len(one_batch.rows), keep)
     return replace(one_batch, reference=reference)

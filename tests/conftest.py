@@ -16,7 +16,7 @@ import run as runner
 from core.fleet import Request
 from core.runtime import Runtime
 from core.streams.activation_source import ActivationSource
-from core.text.documents import CountedDocuments, Document, Split, split_of
+from core.text.documents import CountedDocuments, Document, SpecialTokens, Split, split_of
 from reports.collect import Cell, read_cells
 
 
@@ -24,6 +24,7 @@ class WordSource:
     """Documents of random words; the content of each decides whether it is held out."""
 
     name = "words"
+    special_tokens: SpecialTokens = "plain"
 
     def __init__(self, n_documents: int = 400, words_per_document: int = 40) -> None:
         rng = random.Random(0)

@@ -82,7 +82,7 @@ def swap(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("change", FOLDER_CHANGES)
 def test_a_cell_that_read_a_folder_of_texts_runs_again_once_its_files_differ(tmp_path, capsys, change):
-    from core.text.local import find_files
+    from core.text.finding import find_files
 
     texts, cell = tmp_path / "texts", tmp_path / "cell"
     texts.mkdir()
@@ -90,7 +90,9 @@ def test_a_cell_that_read_a_folder_of_texts_runs_again_once_its_files_differ(tmp
         (texts / f"{name}.txt").write_text(name)
 
     def read(cfg: DictConfig) -> dict[str, float]:
-        inputs.note_found(str(texts), find_files(str(texts)))
+        inputs.note_listing(str(texts))
+        for file in find_files(str(texts)).files:
+            inputs.note_file(file)
         return {"a": 1.0}
 
     results.run_cell(CFG, cell, read)

@@ -24,7 +24,7 @@ from core.errors import UserError
 from core.methods.dictionary import Dictionary
 from core.models.language_model import LanguageModel
 from core.text.facts import ENTITY, Facts
-from core.text.rows import bos_token_id
+from core.text.tokenizing import bos_token_id, token_ids
 
 Preset = Literal["rebuild", "difference", "script_compat"]
 Splice = Literal["error_kept", "reconstruction"]
@@ -91,7 +91,7 @@ def _with_entity(tokenizer: Any, bos: int, prompt: str, entity: str) -> tuple[Te
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+    return token_ids(tokenizer, [text], "plain")[0] if text else []
 
 
 # ---- latents

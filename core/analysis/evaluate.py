@@ -122,7 +122,7 @@ def _reconstruct_rows(methods: Mapping[str, Dictionary], held_out: HeldOut) -> d
     for start in range(0, len(held_out.rows), held_out.rows_per_batch):
         here = slice(start, start + held_out.rows_per_batch)
         x = held_out.activations(here).flatten(0, 1).float()  # [r T, d]
-        is_bos = held_out.rows[here].flatten().to(x.device) == held_out.lm.bos_token_id
+        is_bos = held_out.starts[here].flatten().to(x.device)
         for name, method in methods.items():
             new, old = _row_sums(method, x, is_bos), sums.get(name)
             sums[name] = new if old is None else _RowSums(old[0] + new[0], old[1] + new[1], old[2] + new[2])

@@ -55,7 +55,8 @@ class HeldOut:
     """Rows of text, and how the language model reads them.
 
     rows               tokens `[R, T]`
-    n_downstream_rows  the number of first rows on which the language model's loss is measured
+    starts             bool `[R, T]`, the tokens put there to open a document (`core.text.rows.Rows`)
+    n_downstream_rows  the number of first rows on which the language model's loss is measured; all, if there are fewer
     rows_per_batch     rows that go through the model at a time
     reference          the losses to compare with, on the downstream rows; None: they are computed when they are needed
     captured           the activations of all rows at the site, `[R, T, d]`; None: the model computes them each time
@@ -66,6 +67,7 @@ class HeldOut:
     lm: LanguageModel
     site: str
     rows: Tensor
+    starts: Tensor
     n_downstream_rows: int
     rows_per_batch: int
     reference: DownstreamReference | None = None
@@ -91,15 +93,17 @@ class HeldOut:
         return downstream_reference(self.lm, self.site, self.downstream_rows, self.rows_per_batch)
 
     def first(self, n_rows: int) -> HeldOut:
-        """The first rows alone, all of them downstream rows; the reference stays if it has as many."""
+        """The first rows alone, at most all, and all of them downstream rows; the reference stays if it has as many."""
+        n_rows = min(n_rows, len(self.rows))
         kept = None if self.reference is None or len(self.reference.rows) != n_rows else self.reference
         captured = None if self.captured is None else self.captured[:n_rows]
-        return replace(self, rows=self.rows[:n_rows], n_downstream_rows=n_rows, reference=kept, captured=captured)
+        rows, starts = self.rows[:n_rows], self.starts[:n_rows]
+        return replace(self, rows=rows, starts=starts, n_downstream_rows=n_rows, reference=kept, captured=captured)
 
     def one_batch(self, n_tokens: int) -> HeldOut:
-        """The first rows that have `n_tokens` tokens together, in one batch, without a reference. Raises UserError if
-        there are too few."""
-        n = n_compat_rows(n_tokens, *self.rows.shape)
+        """The first rows that have `n_tokens` tokens together, in one batch, without a reference; all rows, if they
+        have fewer. Raises UserError for less than a row."""
+        n = n_compat_rows(min(n_tokens, self.rows.numel()), *self.rows.shape)
         return replace(self.first(n), rows_per_batch=n, reference=None)
 
 

@@ -46,13 +46,13 @@ class Strongest:
 @torch.no_grad()
 def strongest_activations(method: Dictionary, held_out: HeldOut, n: int) -> Strongest:
     """The `n` strongest of each latent over all held-out tokens, except those that begin a text."""
-    m, n_ctx, bos = method.dict_size, held_out.rows.shape[1], held_out.lm.bos_token_id
+    m, n_ctx = method.dict_size, held_out.rows.shape[1]
     counts, n_tokens = np.zeros(m, dtype=np.int64), 0
     kept = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64))
     for start in range(0, len(held_out.rows), held_out.rows_per_batch):
         here = slice(start, start + held_out.rows_per_batch)
         x = held_out.activations(here).flatten(0, 1).float()  # [r T, d]
-        inside = (held_out.rows[here].flatten() != bos).cpu().numpy()
+        inside = ~held_out.starts[here].flatten().cpu().numpy()
         token, latent, value = _positive_entries(method.encode(method.norm(x)[0]))
         token, latent, value = (a[inside[token]] for a in (token, latent, value))
         counts += np.bincount(latent, minlength=m)

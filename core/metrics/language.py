@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from core.text.documents import SpecialTokens
+from core.text.tokenizing import bos_token_id, token_ids
+
 NO_TOKEN = -1  # in a context that reaches back beyond the beginning of a text
 
 
@@ -82,6 +85,7 @@ def score_texts(
     n_ctx: int,
     stride: int,
     batch_rows: int,
+    special_tokens: SpecialTokens = "plain",
 ) -> list[TextScore]:
     """The cost of each text under a Hugging Face causal LM, each on its own from BOS, in sliding windows.
 
@@ -90,7 +94,7 @@ def score_texts(
     """
     if not 0 < stride < n_ctx:
         raise ValueError(f"stride: must lie between 1 and n_ctx - 1 = {n_ctx - 1}, not {stride}.")
-    ids = [[tokenizer.bos_token_id, *one] for one in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    ids = [[bos_token_id(tokenizer), *one] for one in token_ids(tokenizer, texts, special_tokens)]
     windows = [window for i, one in enumerate(ids) for window in windows_of(i, len(one), n_ctx, stride)]
     windows.sort(key=lambda window: window.start - window.end)  # longest first
     nats = torch.zeros(len(texts), dtype=torch.float64, device=model.device)
@@ -104,7 +108,7 @@ def score_texts(
     finally:
         model.train(was_training)
     return [
-        TextScore(cost, len(one) - 1, len(text.encode()))
+        TextScore(cost, len(one) - 1, len(text.encode("utf-8", "surrogatepass")))
         for cost, one, text in zip(nats.tolist(), ids, texts, strict=True)
     ]
 

@@ -16,7 +16,7 @@ from core.models.language_model import LanguageModel, load_language_model
 from core.models.pretrain import Pretraining, RowData
 from core.runtime import Runtime
 from core.text.documents import TextSource
-from core.text.rows import RowStream
+from core.text.rows import RowStream, say_counts
 from core.training import Work, fit
 
 KIND = "language_model"
@@ -71,6 +71,7 @@ def _train(
         raise UserError(f"planting.n_tokens={training['n_tokens']} is less than one step of {rows_per_step} x {n_ctx}.")
     stream = RowStream(source, lm.tokenizer, "train", seed, n_ctx)
     tokens = stream.next_rows((n_steps + 1) * rows_per_step).flatten().numpy()  # one step more, since rows are shifted
+    say_counts(stream.counts, "fine-tuning")
     o, config = training["optimiser"], {**lm.model.config.to_dict(), **WITHOUT_DROPOUT}
     module = FineTuning(config, n_steps, o["lr"], o["lr"], 0.0, o["warmup_steps"], o["decay_fraction"], seed)
     module.lm.load_state_dict(lm.model.state_dict())

@@ -98,14 +98,6 @@ class LanguageModel:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
-    @property
-    def bos_token_id(self) -> int:
-        """The token that opens a document: the tokenizer's BOS, or the configuration's (Qwen's have none)."""
-        for token_id in (self.tokenizer.bos_token_id, self.model.config.bos_token_id):
-            if token_id is not None:
-                return token_id
-        raise UserError(f"model: {self.name} has no BOS token; set bos_token_id in its config.json.")
-
     def width(self, site: str) -> int:
         """The size of an activation at a site."""
         parsed = parse_site(site, self.n_layers)

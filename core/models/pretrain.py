@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFa
 from core.artifacts import Store
 from core.seeding import generator
 from core.text.documents import Split, TextSource
+from core.text.tokenizing import bos_token_id, token_ids
 
 END_OF_TEXT = "<|endoftext|>"
 ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")  # not used by the base model, only by its chat sibling
@@ -57,8 +58,8 @@ def token_stream(
         texts = [document.text for document in source.documents(split, seed=0)]
         pieces: list[int] = []
         for start in range(0, len(texts), 256):
-            for ids in tokenizer(texts[start : start + 256], add_special_tokens=False)["input_ids"]:
-                pieces.append(tokenizer.bos_token_id)
+            for ids in token_ids(tokenizer, texts[start : start + 256], source.special_tokens):
+                pieces.append(bos_token_id(tokenizer))
                 pieces.extend(ids)
         np.save(folder / "tokens.npy", np.asarray(pieces, dtype=np.uint16))
 

@@ -110,6 +110,10 @@ class ActivationSource(Source):
             getattr(torch, self.buffer_dtype),
         )
 
+    def report(self, stream: Stream) -> dict[str, float]:
+        """How often the text was read, and what was replaced in it (`core.text.rows.counts_of`)."""
+        return stream.report() if isinstance(stream, ActivationStream | CachedStream) else {}
+
     def check_devices(self) -> None:
         super().check_devices()
         n = self.devices

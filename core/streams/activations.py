@@ -11,17 +11,18 @@ served since. A resumed stream computes the current fill again and serves the sa
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from core import distributed
 from core.batch import Batch
 from core.errors import UserError
 from core.models.language_model import LanguageModel
 from core.seeding import generator
-from core.text.rows import RowStream
+from core.text.rows import RowStream, counts_of, say_counts
 
 
 def check_sizes(batch_size: int, buffer_tokens: int, n_ctx: int) -> None:
@@ -31,6 +32,14 @@ def check_sizes(batch_size: int, buffer_tokens: int, n_ctx: int) -> None:
             f"stream.buffer_tokens ({buffer_tokens:,}) must be a multiple of stream.batch_size ({batch_size}) "
             f"and of stream.n_ctx ({n_ctx})."
         )
+
+
+def reported(rows: Mapping[str, Any]) -> dict[str, float]:
+    """The counts of a text's position, after they were said where a user should know them."""
+    counts = counts_of(rows)
+    if distributed.rank() == 0:
+        say_counts(counts, "training")
+    return counts
 
 
 class ActivationStream:
@@ -108,6 +117,10 @@ class ActivationStream:
         self.rows.load_state_dict(state["rows"])
         if self._buffer is not None:
             self._refill(advance=False)
+
+    def report(self) -> dict[str, float]:
+        """How often the text was read, and what was replaced in it (`core.text.rows.counts_of`)."""
+        return reported(self.rows.state_dict())
 
     def _refill(self, advance: bool) -> None:
         if advance:

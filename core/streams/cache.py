@@ -35,7 +35,7 @@ from core.artifacts import content_key
 from core.atomic import atomically, write_atomically
 from core.batch import Batch
 from core.errors import UserError
-from core.streams.activations import ActivationStream, check_sizes
+from core.streams.activations import ActivationStream, check_sizes, reported
 
 MANIFEST = "cache.json"
 NOT_IN_THE_KEY = ("n_tokens", "batch_size", "batches_per_chunk", "calibration_batches")  # settings of `stream`
@@ -265,6 +265,10 @@ class CachedStream:
             raise ValueError("This position belongs to other text, or to text packed differently. Start anew.")
         self.fill, self.served, self._rows = state["fill"], state["served"], state["rows"]
         self._source = None
+
+    def report(self) -> dict[str, float]:
+        """As `ActivationStream.report`."""
+        return reported(self._rows if self._source is None else self._rows_after)
 
     @cached_property
     def _live(self) -> ActivationStream:

@@ -66,6 +66,10 @@ class Source(Checked, ABC):
     def open(self, run: Runtime) -> Stream:
         """The stream from its beginning. Raises UserError for settings that do not fit together."""
 
+    def report(self, stream: Stream) -> dict[str, float]:
+        """What a stream of this source has read so far, for the record of a training; says what a user should know."""
+        return {}
+
     def check_devices(self) -> None:
         """Raises UserError if the batches cannot be divided among `devices`."""
         distributed.share("stream.batch_size", self.batch_size, self.devices)

@@ -8,19 +8,31 @@ import json
 import random
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from core.artifacts import Store
+from core.checked import Checked, positive
+from core.reading import read_object, read_table
 from core.seeding import derived_seed
-from core.text.documents import CountedDocuments, Document, Split
+from core.text.documents import CountedDocuments, Document, SpecialTokens, Split, spec_of_special_tokens
 from core.text.harvest import Harvested, harvest, locked_names
 
 HARVEST_VERSION = 2  # raise it when harvesting changes, so that older caches are not used
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings(Checked):
+    node = "data"
+    mb_per_package: float = positive()
+    include_repetitive: bool
+    special_tokens: SpecialTokens
 
 
 class BundledText:
@@ -28,22 +40,30 @@ class BundledText:
 
     mb_per_package      at most this many MB of files are read from each installed package
     include_repetitive  include documents that harvesting marked as repetitive
+    special_tokens      what special tokens written in a text become: `core.text.tokenizing.token_ids`
     """
 
     name = "bundled"
 
     def __init__(
-        self, mb_per_package: float, include_repetitive: bool = False, artifacts_dir: str | Path = "artifacts"
+        self,
+        mb_per_package: float,
+        include_repetitive: bool = False,
+        artifacts_dir: str | Path = "artifacts",
+        special_tokens: SpecialTokens = "plain",
     ) -> None:
-        if mb_per_package <= 0:
-            raise ValueError(f"data.mb_per_package must be positive, not {mb_per_package}.")
-        self.mb_per_package, self.include_repetitive = float(mb_per_package), include_repetitive
+        s = _Settings(
+            mb_per_package=mb_per_package, include_repetitive=include_repetitive, special_tokens=special_tokens
+        )
+        self.mb_per_package, self.include_repetitive = s.mb_per_package, s.include_repetitive
+        self.special_tokens = s.special_tokens
         self.store = Store(artifacts_dir)
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What decides the documents: the versions of Python and the packages, and the two settings."""
-        return {**self._harvest_spec, "include_repetitive": self.include_repetitive}
+        """What decides the documents and their tokens: the versions of Python and the packages, and the settings."""
+        own = {"include_repetitive": self.include_repetitive, **spec_of_special_tokens(self.special_tokens)}
+        return {**self._harvest_spec, **own}
 
     @property
     def _harvest_spec(self) -> dict[str, Any]:
@@ -60,14 +80,13 @@ class BundledText:
 
     def card(self) -> dict[str, Any]:
         """For reports: the hash of the corpus and its size per split and tag."""
-        return json.loads((self.folder() / "card.json").read_text())
+        return read_object(self.folder() / "card.json")
 
     def documents(self, split: Split, seed: int, state: Mapping[str, Any] | None = None) -> CountedDocuments:
         """All documents of a split, once, in an order that depends on the seed."""
-        filters: list[tuple[str, str, Any]] = [("split", "=", split)]
-        if not self.include_repetitive:
-            filters.append(("repetitive", "=", False))
-        table = pq.read_table(self.folder() / "documents.parquet", filters=filters)
+        table = read_table(self.folder() / "documents.parquet", ["text", "tag", "split", "repetitive"])
+        wanted = (pc.field("split") == split) & (pc.scalar(self.include_repetitive) | ~pc.field("repetitive"))
+        table = table.filter(wanted)
         rows = list(zip(table["text"].to_pylist(), table["tag"].to_pylist(), strict=True))
         random.Random(derived_seed(seed, "bundled", split)).shuffle(rows)
         return CountedDocuments((Document(text, tag) for text, tag in rows), state)

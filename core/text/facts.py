@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from core.checked import Checked, at_least, positive
 from core.errors import UserError
 from core.seeding import derived_seed
-from core.text.documents import CountedDocuments, Document, Split, TextSource
+from core.text.documents import CountedDocuments, Document, SpecialTokens, Split, TextSource
 
 ENTITY, VALUE = "{entity}", "{value}"
 
@@ -117,6 +118,14 @@ def _deal(values: list[str], n: int, seed: int) -> list[str]:
     return cards
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Settings(Checked):
+    node = "data"
+    max_chars: int = positive()
+    fact_documents: int = at_least(0)
+    statements_per_document: int
+
+
 class TextWithFacts:
     """Ordinary documents, each cut short and followed by made-up documents that state facts.
 
@@ -141,11 +150,18 @@ class TextWithFacts:
         n_facts = len(facts.entities) * len(facts.attributes)
         if not facts.statements:
             raise UserError("data: these facts have no statements to mix into a text; choose facts=planted.")
-        if not 1 <= statements_per_document <= n_facts:
+        s = _Settings(
+            max_chars=max_chars, fact_documents=fact_documents, statements_per_document=statements_per_document
+        )
+        if not 1 <= s.statements_per_document <= n_facts:
             raise UserError(f"data.statements_per_document={statements_per_document}: there are {n_facts} facts.")
         self.source, self.facts = source, facts
-        self.max_chars, self.fact_documents = int(max_chars), int(fact_documents)
-        self.statements_per_document = int(statements_per_document)
+        self.max_chars, self.fact_documents = s.max_chars, s.fact_documents
+        self.statements_per_document = s.statements_per_document
+
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        return self.source.special_tokens
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -159,7 +175,7 @@ class TextWithFacts:
     def _all(self, split: Split, seed: int) -> Iterator[Document]:
         rng = random.Random(derived_seed(seed, "facts", split))
         for document in self.source.documents(split, seed):
-            yield Document(document.text[: self.max_chars], document.tag)
+            yield replace(document, text=document.text[: self.max_chars])
             for _ in range(self.fact_documents):
                 yield Document(self._statements(rng), "facts")
 

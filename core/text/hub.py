@@ -7,6 +7,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,13 +23,30 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx
 
+from core.checked import Checked, at_least
 from core.errors import UserError
 from core.seeding import derived_seed
-from core.text.documents import Document, Split, field_of, missing_field, shuffled_blocks
+from core.text.documents import (
+    Document,
+    SpecialTokens,
+    Split,
+    field_of,
+    missing_field,
+    shuffled_blocks,
+    spec_of_special_tokens,
+)
+from core.text.unpacking import FAILURES
 
 CONNECT_TIMEOUT_S = 10.0
 SCRIPT_HINT = "name its Parquet files in data.data_files, or try data.revision=refs/convert/parquet"
 HINTS = {"BuilderConfig": "data.config_name", "Bad split": "data.hf_split", "scripts are no longer": SCRIPT_HINT}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings(Checked):
+    node = "data"
+    shuffle_buffer: int = at_least(1)
+    special_tokens: SpecialTokens
 
 
 class HubText:
@@ -44,6 +62,7 @@ class HubText:
                         paragraphs
     tag_field           column that holds the tag; None for no tags
     shuffle_buffer      number of documents that are read and shuffled together; the files are shuffled as well
+    special_tokens      what special tokens written in a text become: `core.text.tokenizing.token_ids`
 
     Order and split depend only on (split, seed). A resumed stream reads one buffer again, from the row group (Parquet)
     or the file (JSON) in which the buffer starts.
@@ -57,18 +76,18 @@ class HubText:
         conversation_field: str | None = None,
         tag_field: str | None = None,
         config_name: str | None = None,
-        data_files: list[str] | None = None,
+        data_files: str | list[str] | None = None,
         hf_split: str = "train",
         shuffle_buffer: int = 10_000,
+        special_tokens: SpecialTokens = "plain",
     ) -> None:
         if (text_field is None) == (conversation_field is None):
             raise UserError("data: set one of data.text_field and data.conversation_field, and the other to null.")
-        if shuffle_buffer < 1:
-            raise UserError(f"data.shuffle_buffer must be at least 1, not {shuffle_buffer}.")
+        s = _Settings(shuffle_buffer=shuffle_buffer, special_tokens=special_tokens)
         self.path, self.revision, self.config_name, self.hf_split = path, revision, config_name, hf_split
-        self.data_files = list(data_files) if data_files else None
+        self.data_files = [data_files] if isinstance(data_files, str) else list(data_files) if data_files else None
         self.text_field, self.conversation_field, self.tag_field = text_field, conversation_field, tag_field
-        self.shuffle_buffer = shuffle_buffer
+        self.shuffle_buffer, self.special_tokens = s.shuffle_buffer, s.special_tokens
         self._dataset: datasets.IterableDataset | None = None
 
     @property
@@ -79,7 +98,8 @@ class HubText:
     def spec(self) -> dict[str, Any]:
         fields = ("path", "revision", "config_name", "data_files", "hf_split")
         columns = ("text_field", "conversation_field", "tag_field", "shuffle_buffer")
-        return {name: getattr(self, name) for name in (*fields, *columns)}
+        named = {name: getattr(self, name) for name in (*fields, *columns)}
+        return {**named, **spec_of_special_tokens(self.special_tokens)}
 
     def documents(self, split: Split, seed: int, state: Mapping[str, Any] | None = None) -> HubDocuments:
         """The documents of one pass. Raises UserError with the reason if the dataset cannot be read."""
@@ -106,7 +126,7 @@ class HubText:
         if not isinstance(text, str | None):
             raise UserError(f"data.text_field: {self.text_field!r} of {where} is {type(text).__name__}, not text.")
         tag = field_of(record, self.tag_field, "data.tag_field", where) if self.tag_field else None
-        return Document(text or "", "" if tag is None else str(tag))
+        return Document.of(text or "", "" if tag is None else str(tag), where)
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
@@ -115,7 +135,7 @@ class HubText:
             yield
         except UserError:
             raise
-        except (OSError, httpx.HTTPError, datasets.exceptions.DatasetsError, ValueError, RuntimeError) as error:
+        except (*FAILURES, httpx.HTTPError, datasets.exceptions.DatasetsError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"data: the dataset {self.path} (revision {self.revision}) cannot be read: {_reason(error, self.path)} "
                 "Or choose data=bundled, which needs no network, or data=local data.path=<your text files>."
@@ -185,6 +205,9 @@ class HubDocuments:
 
     def __next__(self) -> Document:
         return next(self._documents)
+
+    def explain(self) -> str:
+        return ""
 
     def state_dict(self) -> dict[str, Any]:
         return {"file": self._file, "within": self._within, "block": self._block, "yielded": self._yielded}

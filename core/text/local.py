@@ -1,192 +1,215 @@
-"""`data=local`: the user's own text files (.txt, .jsonl, .json and .parquet)."""
+"""`data=local`: the user's own text files."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from core.checked import Checked, at_least, rule
 from core.errors import UserError
+from core.inputs import file_hash, note_file, note_listing
+from core.notices import say_once
 from core.seeding import derived_seed
-from core.text.documents import CountedDocuments, Document, Split, field_of, missing_field, shuffled_blocks
+from core.text.documents import (
+    CountedDocuments,
+    Document,
+    SpecialTokens,
+    Split,
+    field_of,
+    missing_field,
+    shuffled_blocks,
+    spec_of_special_tokens,
+)
+from core.text.finding import ending_of, find_files, format_of
+from core.text.records import Located, parquet_columns, read_json, read_jsonl, read_parquet, read_txt
 
-ENDINGS = (".txt", ".jsonl", ".json", ".parquet")
-Located = tuple[str, Mapping[str, Any]]  # the place of a record, for messages, and the record
+ESCAPES = {"\\n": "\n", "\\t": "\t", "\\r": "\r", "\\\\": "\\"}
+FEW = 20  # documents, of which perhaps none is held out
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings(Checked):
+    node = "data"
+    text_field: str = rule(bool, "be a name")
+    tag_field: str | None = rule(bool, "be a name, or null")
+    document_separator: str | None = rule(bool, "be a text, or null to read each .txt file as one document")
+    shuffle_buffer: int = at_least(1)
+    special_tokens: SpecialTokens
 
 
 class LocalText:
-    """Documents from a file, a folder (searched recursively) or a glob pattern.
+    """Documents from files: .txt, .jsonl (or .ndjson), .json and .parquet, all but the last also compressed.
 
-    path                the file, folder or pattern
-    text_field          column or key that holds the text in .jsonl, .json and .parquet; dots lead into nested fields
+    path                a file, a folder (searched with all below it), a pattern, or a list of these
+    text_field          column or key that holds the text in JSON and Parquet; dots lead into nested fields
     tag_field           column or key that holds the tag; None for no tags
-    document_separator  text between the documents of a .txt file; None if each file is one document
+    document_separator  text between the documents of a .txt file; None if each file is one document. `\\n` and `\\t`
+                        are a newline and a tab
     shuffle_buffer      number of documents that are shuffled together; the files are shuffled as well
+    special_tokens      what special tokens written in a text become: `core.text.tokenizing.token_ids`
 
-    Null or blank texts are skipped. `n_skipped` has their number per file, for files that were read to the end.
+    Null or blank texts are left out. `n_documents` and `n_skipped` have the number of all and of these per file, for
+    files that were read to the end. A running cell's results depend on the files (`core.inputs`).
     """
 
     name = "local"
 
     def __init__(
         self,
-        path: str | Path,
+        path: Any,
         text_field: str = "text",
         tag_field: str | None = None,
         document_separator: str | None = None,
         shuffle_buffer: int = 10_000,
+        special_tokens: SpecialTokens = "plain",
     ) -> None:
-        if shuffle_buffer < 1:
-            raise UserError(f"data.shuffle_buffer must be at least 1, not {shuffle_buffer}.")
-        if document_separator == "":
-            raise UserError("data.document_separator is empty. Set it to null to read each .txt file as one document.")
-        self.path, self.text_field, self.tag_field = str(path), text_field, tag_field
-        self.document_separator, self.shuffle_buffer = document_separator, shuffle_buffer
-        self.files = find_files(self.path)
+        s = _Settings(
+            text_field=text_field,
+            tag_field=tag_field,
+            document_separator=document_separator,
+            shuffle_buffer=shuffle_buffer,
+            special_tokens=special_tokens,
+        )
+        self.text_field, self.tag_field, self.special_tokens = s.text_field, s.tag_field, s.special_tokens
+        self.document_separator = None if s.document_separator is None else unescaped(s.document_separator)
+        self.shuffle_buffer = s.shuffle_buffer
+        self.path, found = path, find_files(path)
+        if found.line():
+            say_once(found.line())
+        self.files = found.files
+        self._known = {file: _state(file) for file in self.files}
+        self.n_documents: dict[str, int] = {}
         self.n_skipped: dict[str, int] = {}
 
     @cached_property
     def spec(self) -> dict[str, Any]:
-        """Decided by the files' content, not by their names or dates. Reads every file once."""
+        """Decided by the files' content, not by their names or dates. Reads every file once in a process."""
+        note_listing(self.path)
         names = ("text_field", "tag_field", "document_separator", "shuffle_buffer")
-        digests = []
-        for path in self.files:
-            with path.open("rb") as file:
-                digests.append(hashlib.file_digest(file, "blake2b").hexdigest()[:32])
-        return {"local": digests, "endings": [f.suffix for f in self.files], **{n: getattr(self, n) for n in names}}
+        digests = [self._noted(file) for file in self.files]
+        return {
+            "local": digests,
+            "endings": [ending_of(file) for file in self.files],
+            **{name: getattr(self, name) for name in names},
+            **spec_of_special_tokens(self.special_tokens),
+        }
+
+    def _noted(self, file: Path) -> str:
+        try:
+            note_file(file)
+            return file_hash(file)[:32]
+        except OSError as error:
+            raise UserError(f"data.path: {file} cannot be read: {error.strerror or error}.") from error
 
     def documents(self, split: Split, seed: int, state: Mapping[str, Any] | None = None) -> CountedDocuments:
-        """All documents of a split, once. Raises UserError for a file whose content does not fit its ending."""
+        """All documents of a split, once. Raises UserError for a file whose content does not fit its ending, and for
+        one that has changed since this object was made."""
         blocks = shuffled_blocks(self._all(seed), split, seed, self.shuffle_buffer)
-        return CountedDocuments((document for block in blocks for document in block), state)
+        return CountedDocuments((document for block in blocks for document in block), state, self.explain)
+
+    def explain(self) -> str:
+        """Why there may be few documents, of all files read to the end."""
+        n, n_blank = sum(self.n_documents.values()), sum(self.n_skipped.values())
+        if n == n_blank:
+            return f"All {n:,} documents are blank." if n else f"The files have no documents: {self._shown()}."
+        texts = [file for file in self.files if format_of(file) == ".txt"]
+        if len(texts) == len(self.files) == n:
+            name = "The file is" if n == 1 else "Each of the files is"
+            if self.document_separator is None:
+                return (
+                    f"{name} one document ({self._shown()}), since data.document_separator is null: set it to what "
+                    "stands between documents, for instance data.document_separator='\\n\\n'."
+                )
+            return f"{name} one document ({self._shown()}): {self._never()}"
+        return f"There are {n - n_blank:,} documents in all." if n - n_blank <= FEW else ""
+
+    def _never(self) -> str:
+        return f"data.document_separator={self.document_separator!r} does not occur."
+
+    def _shown(self) -> str:
+        more = len(self.files) - 3
+        return ", ".join(map(str, self.files[:3])) + (f" and {more:,} more" if more > 0 else "")
 
     def _all(self, seed: int) -> Iterator[Document]:
         files = list(self.files)
         random.Random(derived_seed(seed, "files")).shuffle(files)
-        for path in files:
-            n_skipped = 0
-            for where, record in self._records(path):
-                document = self._document(where, record)
+        for file in files:
+            n, n_skipped = 0, 0
+            for document in self._documents(file):
+                n += 1
                 n_skipped += not document.text.strip()
                 yield document
-            self.n_skipped[str(path)] = n_skipped
+            self.n_documents[str(file)], self.n_skipped[str(file)] = n, n_skipped
+        self._say()
+
+    def _say(self) -> None:
+        """What a user should know of the text, once all of it was read."""
+        n, n_blank = sum(self.n_documents.values()), sum(self.n_skipped.values())
+        if n_blank:
+            say_once(f"data.path: {n_blank:,} of {n:,} documents are null or blank, and left out ({self._shown()}).")
+        texts = [file for file in self.files if format_of(file) == ".txt"]
+        if texts and self.document_separator and all(self.n_documents[str(file)] == 1 for file in texts):
+            say_once(f"{self._never()} Each .txt file is one document ({self._shown()}).")
+
+    def _documents(self, file: Path) -> Iterator[Document]:
+        if _state(file) != self._known[file]:
+            raise UserError(f"data.path: {file} has changed since the run began. Start the run again.")
+        if format_of(file) == ".txt":
+            for where, text in read_txt(file, self.document_separator):
+                if text.strip() or not self.document_separator:  # nothing between two separators is no document
+                    yield Document.of(text, where=where)
+        else:
+            for where, record in self._records(file):
+                yield self._document(where, record)
+
+    def _records(self, file: Path) -> Iterator[Located]:
+        if format_of(file) == ".json":
+            return read_json(file)
+        if format_of(file) != ".parquet":
+            return read_jsonl(file)
+        existing = parquet_columns(file)
+        fields = (("data.text_field", self.text_field), ("data.tag_field", self.tag_field))
+        columns = {self._column(field, setting, str(file), existing) for setting, field in fields if field}
+        return read_parquet(file, sorted(columns))
 
     def _document(self, where: str, record: Mapping[str, Any]) -> Document:
-        text = field_of(record, self.text_field, "data.text_field", where)
+        try:
+            text = field_of(record, self.text_field, "data.text_field", where)
+            tag = field_of(record, self.tag_field, "data.tag_field", where) if self.tag_field else None
+        except UserError as error:
+            raise self._with_advice(error) from error.__cause__
         if not isinstance(text, str | None):
             raise UserError(f"data.text_field: {self.text_field!r} of {where} is {type(text).__name__}, not text.")
-        tag = field_of(record, self.tag_field, "data.tag_field", where) if self.tag_field else None
-        return Document(text or "", "" if tag is None else str(tag))
+        return Document.of(text or "", "" if tag is None else str(tag), where)
 
-    def _records(self, path: Path) -> Iterator[Located]:
-        if path.suffix == ".parquet":
-            return self._read_parquet(path)
-        if path.suffix == ".jsonl":
-            return read_jsonl(path)
-        return read_json(path) if path.suffix == ".json" else self._read_txt(path)
-
-    def _read_txt(self, path: Path) -> Iterator[Located]:
-        content = decode(path.read_bytes(), path)
-        parts = content.split(self.document_separator) if self.document_separator else [content]
-        names = [self.text_field, *([self.tag_field] if self.tag_field else [])]
-        for part in parts:
-            yield str(path), {**dict.fromkeys(names), self.text_field: part}
-
-    def _read_parquet(self, path: Path) -> Iterator[Located]:
-        try:
-            with pq.ParquetFile(path) as file:
-                columns = {
-                    setting: self._column(field, setting, str(path), file.schema_arrow.names)
-                    for setting, field in (("data.text_field", self.text_field), ("data.tag_field", self.tag_field))
-                    if field
-                }
-                n_rows = 0
-                for batch in file.iter_batches(batch_size=1024, columns=sorted(set(columns.values()))):
-                    for record in batch.to_pylist():
-                        n_rows += 1
-                        yield f"{path}, row {n_rows}", record
-        except pa.ArrowInvalid as error:
-            raise UserError(f"data.path: {path} cannot be read as Parquet: {error}") from error
-
-    @staticmethod
-    def _column(field: str, setting: str, where: str, existing: list[str]) -> str:
+    def _column(self, field: str, setting: str, where: str, existing: list[str]) -> str:
         """The column that holds the field: the field itself, or the first part of its path."""
         column = field if field in existing else field.split(".")[0]
         if column not in existing:
-            raise missing_field(field, setting, where, existing)
+            raise self._with_advice(missing_field(field, setting, where, existing))
         return column
 
-
-def find_files(path: str) -> list[Path]:
-    """The files that `data.path` names, sorted. Raises UserError if there is no file, or one that cannot be read."""
-    root = Path(path).expanduser()
-    if root.is_file():
-        files = [root]
-    elif root.is_dir():
-        visible = (file for file in root.rglob("*") if not any(p.startswith(".") for p in file.relative_to(root).parts))
-        files = [file for file in visible if file.suffix in ENDINGS and file.is_file()]
-    else:
-        files = [file for file in Path(root.anchor).glob(str(root.relative_to(root.anchor))) if file.is_file()]
-    if not files:
-        known = ", ".join(ENDINGS)
-        what = f"the folder {path} has no file that ends in {known}" if root.is_dir() else f"there is no file {path}"
-        raise UserError(f"data.path: {what} (seen from {Path.cwd()}). Or choose data=bundled, which needs no file.")
-    for file in files:
-        if file.suffix not in ENDINGS:
-            raise UserError(f"data.path: {file} ends in {file.suffix or 'nothing'}, not in {', '.join(ENDINGS)}.")
-        if file.stat().st_size == 0:
-            raise UserError(f"data.path: {file} is empty. Remove it, or name another file.")
-    return sorted(files)
+    def _with_advice(self, error: UserError) -> UserError:
+        """A folder may hold files that are no texts, such as descriptions of a data set."""
+        if len(self.files) == 1:
+            return error
+        return UserError(f"{error} To read some of the files only, give a pattern: data.path='<folder>/**/*.parquet'.")
 
 
-def decode(content: bytes, path: Path, offset: int = 0) -> str:
-    """UTF-8 (with or without a byte-order mark) -> text. `offset` is the position of the bytes in the file."""
+def unescaped(separator: str) -> str:
+    """With the newlines and tabs that `\\n` and `\\t` stand for, as a command line writes them."""
+    text = re.sub(r"\\[ntr\\]", lambda escape: ESCAPES[escape.group()], separator)
+    return text.replace("\r\n", "\n")
+
+
+def _state(file: Path) -> tuple[int, int]:
     try:
-        return content.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"data.path: {path} is not UTF-8: byte {offset + error.start} (0x{content[error.start]:02x}) cannot be "
-            f"decoded. Convert it, for instance with: iconv -f <its encoding> -t utf-8 {path.name}"
-        ) from error
-
-
-def read_jsonl(path: Path) -> Iterator[Located]:
-    """The objects of a file with one JSON object per line; blank lines are skipped."""
-    offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            text = decode(line, path, offset)
-            offset += len(line)
-            if text.strip():
-                yield _object(parse_json(text, path, number), f"{path}, line {number}")
-
-
-def read_json(path: Path) -> Iterator[Located]:
-    """The objects of a file that is a JSON list of objects, or a single object."""
-    content = parse_json(decode(path.read_bytes(), path), path, 1)
-    for index, item in enumerate(content if isinstance(content, list) else [content]):
-        yield _object(item, f"{path}, item {index}")
-
-
-def parse_json(text: str, path: Path, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise UserError(
-            f"data.path: {path}, line {line}, column {error.colno}: not JSON ({error.msg}). "
-            "A .jsonl file must have one JSON object per line, a .json file must be a list of objects."
-        ) from error
-
-
-def _object(item: Any, where: str) -> Located:
-    if not isinstance(item, Mapping):
-        raise UserError(f"data.path: {where} is {type(item).__name__}, not a JSON object that contains a text.")
-    return where, item
+        stat = file.stat()
+    except OSError as error:
+        raise UserError(f"data.path: {file} cannot be read: {error.strerror or error}.") from error
+    return stat.st_size, stat.st_mtime_ns

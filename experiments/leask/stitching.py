@@ -95,7 +95,7 @@ def activations(cfg: DictConfig) -> Iterator[Tensor]:
     text, size = held_out(cfg), cfg.stitch.rows_per_block
     for start in range(0, len(text.rows), size):
         here = slice(start, start + size)
-        kept = text.rows[here] != text.lm.bos_token_id
+        kept = ~text.starts[here]
         kept[:, 0] = False
         yield text.activations(here)[kept]
 

@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.artifacts import Store, content_key
 from core.atomic import files_atomically, note_outside, write_atomically
+from core.errors import UserError
 from core.metrics.language import Trigram, by_tag, score_texts, total, xz_bits_per_byte
 from core.models.pretrain import Pretraining, RowData, token_stream, train_tokenizer
 from core.runtime import Runtime
 from core.text.bundled import BundledText
 from core.text.harvest import TAGS
+from core.text.tokenizing import bos_token_id, token_ids
 from core.training import Work, fit
 from experiments.common import plain
 
@@ -61,18 +63,21 @@ def heldout_metrics(cfg: DictConfig, folder: Path, source: BundledText, train_to
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).float(), AutoTokenizer.from_pretrained(folder)
     documents = list(islice(source.documents("heldout", seed=0), cfg.lm.heldout_documents))
     texts = [document.text for document in documents]
-    scores = score_texts(model, tokenizer, texts, model.config.n_positions, cfg.lm.stride, batch_rows=16)
+    n_ctx, special = model.config.n_positions, source.special_tokens
+    scores = score_texts(model, tokenizer, texts, n_ctx, cfg.lm.stride, batch_rows=16, special_tokens=special)
     trigram = Trigram(train_tokens, len(tokenizer))
     usual = {
         document.text
         for document in BundledText(source.mb_per_package, False, source.store.root).documents("heldout", 0)
     }
     kept = [index for index, text in enumerate(texts) if text in usual]
+    if not kept:
+        raise UserError("data.mb_per_package: no document of this corpus is held out to score on; raise it.")
 
     def compared(chosen: Sequence[int]) -> dict[str, float]:
         part = [texts[i] for i in chosen]
-        ids = tokenizer(part, add_special_tokens=False)["input_ids"]
-        baseline = trigram.score(ids, [scores[i].n_bytes for i in chosen], tokenizer.bos_token_id)
+        ids = token_ids(tokenizer, part, source.special_tokens)
+        baseline = trigram.score(ids, [scores[i].n_bytes for i in chosen], bos_token_id(tokenizer))
         ours, xz = total([scores[i] for i in chosen]).bits_per_byte, xz_bits_per_byte(part)
         return {
             "bits_per_byte": ours,
@@ -91,6 +96,7 @@ def heldout_metrics(cfg: DictConfig, folder: Path, source: BundledText, train_to
         "nats_per_token": total([scores[i] for i in kept]).nats_per_token,
         "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "n_train_tokens": cfg.lm.n_tokens,
+        "text_passes": max(1.0, cfg.lm.n_tokens / len(train_tokens)),
         "weights_megabytes": (folder / "model.safetensors").stat().st_size / 1e6,
     }
 

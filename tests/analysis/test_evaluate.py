@@ -7,7 +7,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from core.analysis.evaluate import evaluate_compat, evaluate_dictionaries, evaluate_dictionary
-from core.analysis.held_out import HeldOut, downstream_reference
+from core.analysis.held_out import HeldOut, downstream_reference, n_compat_rows
 from core.errors import UserError
 from core.input_norm import InputNorm
 from core.kernels.codes import DenseCodes, SparseCodes
@@ -76,7 +76,7 @@ def rows() -> torch.Tensor:
 
 
 def text(lm, rows, n_downstream_rows: int, rows_per_batch: int, **known) -> HeldOut:
-    given = {"lm": lm, "site": SITE, "rows": rows, **known}
+    given = {"lm": lm, "site": SITE, "rows": rows, "starts": rows == BOS, **known}
     return HeldOut(n_downstream_rows=n_downstream_rows, rows_per_batch=rows_per_batch, **given)
 
 
@@ -216,9 +216,23 @@ def test_nan_stops_the_evaluation_and_names_the_dictionary(lm, rows):
     assert method.training
 
 
-def test_too_few_rows_for_the_compat_batch_are_refused(lm, rows):
+def test_a_compat_batch_of_more_rows_than_asked_for_is_refused_and_one_of_more_than_there_are_has_all(lm, rows):
     with pytest.raises(UserError, match=r"at most evaluation\.n_rows=24"):
-        text(lm, rows, 0, 1).one_batch(4096)
+        n_compat_rows(4096, R, T)
+    with pytest.raises(UserError, match=r"needs 1 row or more"):
+        text(lm, rows, 0, 1).one_batch(T - 1)
+    assert len(text(lm, rows, 0, 1).one_batch(4096).rows) == R  # a short text has fewer
+
+
+def test_the_beginnings_of_text_are_those_put_there_and_not_equal_ids_of_the_text(lm, rows):
+    starts = torch.zeros_like(rows, dtype=torch.bool)
+    starts[:, 0] = True
+    metrics = evaluate_dictionary(toy().eval(), text(lm, rows, 4, 8, starts=starts)).metrics()
+    x_n, _ = toy().eval().norm(lm.capture(rows, SITE).flatten(0, 1))
+    l0 = (toy().eval().encode(x_n).values > 0).sum(-1).double()
+    assert (rows == BOS).any() and not (rows[:, 0] == BOS).any()
+    assert metrics["l0_bos_mean"] == pytest.approx(l0[starts.flatten()].mean().item())
+    assert metrics["l0_mean_without_bos"] == pytest.approx(l0[~starts.flatten()].mean().item())
 
 
 def test_a_batchtopk_dictionary_is_scored_by_both_of_its_rules(lm, rows):
@@ -261,13 +275,14 @@ def test_activations_and_reference_made_before_change_no_figure(tiny_model, word
     from core.text.rows import RowStream
 
     lm, site = load_language_model(tiny_model), "resid_pre.1"
-    rows = RowStream(words, lm.tokenizer, "heldout", 0, 16, "concat", 64).next_rows(10)
+    text = RowStream(words, lm.tokenizer, "heldout", 0, 16, "concat", 64).rows_of_one_pass(10)
+    rows = text.tokens
     method = TopK(
         d_model=32, dict_size=64, k=4, use_enc_bias=False, aux="none", aux_coefficient=0.0, k_aux=1, path="auto",
         lr=1e-3, betas=(0.9, 0.99), input_norm="token_std", seed=0, decoder_norm="before_step", dead_after_tokens=100,
         grad_clip=1.0, warmup_steps=0, decay_fraction=0.0,
     )  # fmt: skip
-    held_out = HeldOut(lm=lm, site=site, rows=rows, n_downstream_rows=4, rows_per_batch=3)
+    held_out = HeldOut(lm=lm, site=site, rows=rows, starts=text.starts, n_downstream_rows=4, rows_per_batch=3)
     plain = evaluate_dictionary(method, held_out).metrics()
     plain_compat = evaluate_compat(method, held_out.one_batch(64))
     captured = torch.cat([lm.capture(part, site) for part in rows.split(3)])

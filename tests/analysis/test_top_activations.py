@@ -14,6 +14,7 @@ from core.analysis.held_out import HeldOut
 from core.kernels.codes import DenseCodes, SparseCodes
 from core.methods.topk import TopK
 from core.models.language_model import LanguageModel, load_language_model
+from core.text.tokenizing import bos_token_id
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def lm(tiny_model: dict[str, Any]) -> LanguageModel:
 @pytest.fixture(scope="module")
 def rows(lm: LanguageModel) -> torch.Tensor:
     tokens = torch.randint(1, 250, (12, 16), generator=torch.Generator().manual_seed(0))
-    tokens[:, 0] = lm.bos_token_id
+    tokens[:, 0] = bos_token_id(lm.tokenizer)
     return tokens
 
 
@@ -41,11 +42,13 @@ def test_the_strongest_activations_are_those_of_a_sort_of_all(
     lm: LanguageModel, rows: torch.Tensor, rows_per_batch: int
 ):
     method = dictionary()
-    text = HeldOut(lm=lm, site="resid_pre.1", rows=rows, n_downstream_rows=0, rows_per_batch=rows_per_batch)
+    starts = rows == bos_token_id(lm.tokenizer)
+    places = {"site": "resid_pre.1", "rows": rows, "starts": starts}
+    text = HeldOut(lm=lm, **places, n_downstream_rows=0, rows_per_batch=rows_per_batch)
     found = top.strongest_activations(method, text, n=6)
     x = lm.capture(rows, "resid_pre.1").flatten(0, 1)
     codes = method.encode(method.norm(x)[0]).dense().detach()
-    codes[rows.flatten() == lm.bos_token_id] = 0
+    codes[starts.flatten()] = 0
     assert found.n_tokens == 12 * 15 and found.counts.tolist() == (codes > 0).sum(0).tolist()
     for latent in range(20):
         values, places = codes[:, latent].sort(descending=True, stable=True)

@@ -101,7 +101,7 @@ def identity(x):
 
 
 def test_a_loaded_model_knows_its_sizes_and_is_frozen(lm):
-    assert (lm.d_model, lm.n_layers, lm.n_ctx, lm.vocab_size, lm.bos_token_id) == (D, N_LAYERS, N_CTX, V, 0)
+    assert (lm.d_model, lm.n_layers, lm.n_ctx, lm.vocab_size) == (D, N_LAYERS, N_CTX, V)
     ids = lm.tokenizer("d = 24", add_special_tokens=False)["input_ids"]
     assert len(ids) == 6 and lm.tokenizer.decode(ids) == "d = 24"
     assert not lm.model.training and not any(p.requires_grad for p in lm.model.parameters())

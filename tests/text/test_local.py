@@ -134,7 +134,7 @@ def test_a_wrong_path_is_reported_at_once(tmp_path):
     for name, message in {
         "none.txt": "data.path: there is no file .*none.txt.*data=bundled",
         "empty.txt": "data.path: .*empty.txt is empty",
-        "page.pdf": r"data.path: .*page.pdf ends in .pdf, not in .txt, .jsonl, .json, .parquet",
+        "page.pdf": r"data.path: .*page.pdf ends in .pdf, not in .txt, .jsonl, .ndjson, .json, .parquet",
         "folder": "data.path: the folder .* has no file that ends in .txt",
         "*.nothing": "data.path: there is no file",
     }.items():
@@ -165,6 +165,6 @@ def test_content_that_is_not_json_or_parquet_is_located(tmp_path):
     (tmp_path / "b.json").write_text('[{"text": "fine"},\n {"text": }]')
     fails("b.json, line 2, column 11: not JSON", tmp_path / "b.json")
     (tmp_path / "c.jsonl").write_text('["a list"]\n')
-    fails("c.jsonl, line 1 is list, not a JSON object", tmp_path / "c.jsonl")
+    fails("c.jsonl, line 1 is a list, not a JSON object", tmp_path / "c.jsonl")
     (tmp_path / "d.parquet").write_text("not parquet at all")
     fails("data.path: .*d.parquet cannot be read as Parquet", tmp_path / "d.parquet")

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from core.errors import UserError
-from core.text.documents import CountedDocuments, Document
+from core.text.documents import CountedDocuments, Document, SpecialTokens
 from core.text.rows import RowStream
 
 LETTERS = string.ascii_lowercase  # each letter is a token; its id is its place in the alphabet; BOS is 26
@@ -23,6 +23,7 @@ class Listed:
     """A source with a list of documents. If `mark_epochs`, every epoch starts with a letter for the epoch's seed."""
 
     name = "listed"
+    special_tokens: SpecialTokens = "plain"
 
     def __init__(self, texts: list[str], mark_epochs: bool = False) -> None:
         self.texts, self.mark_epochs = texts, mark_epochs

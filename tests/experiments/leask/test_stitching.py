@@ -22,6 +22,7 @@ from core.errors import UserError
 from core.methods.base import DictionaryMethod
 from core.methods.pretrained import Pretrained
 from core.models.language_model import load_language_model
+from core.text.tokenizing import bos_token_id
 from experiments.bench import stitching as bench_stitching
 from experiments.common import held_out, held_out_rows, trained
 from experiments.leask import stitching as leask_stitching
@@ -208,10 +209,11 @@ def test_a_family_is_grown_and_compared(tiny, tmp_path: Path):
 
 def test_beginnings_of_text_and_first_positions_are_not_scored(tiny, tmp_path: Path):
     cfg = tiny(tmp_path, "method=batchtopk", "method.k=4")
-    lm, rows = load_language_model(cfg.model), held_out_rows(cfg)
+    lm, rows, starts = load_language_model(cfg.model), held_out_rows(cfg), held_out(cfg).starts
+    assert torch.equal(starts, rows == bos_token_id(lm.tokenizer)) and starts.any()
     found = torch.cat(list(activations(cfg)))
     x = lm.capture(rows, cfg.stream.site)
-    expected = torch.cat([x[i, t][None] for i in range(32) for t in range(1, 16) if rows[i, t] != lm.bos_token_id])
+    expected = torch.cat([x[i, t][None] for i in range(32) for t in range(1, 16) if not starts[i, t]])
     torch.testing.assert_close(found, expected)
 
 
