@@ -6,7 +6,6 @@ branch has moved is judged by what this machine last fetched, so no network is n
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,7 +16,8 @@ from typing import ClassVar, Protocol
 from core.artifacts import sha256
 
 HUB, VERSION = "hub:", "version:"
-Inputs = dict[str, str]  # by name, a path, `hub:<repo>@<revision>` or `version:<class>`: its hash, commit or version
+DATASETS = "datasets/"  # before the name of a data set, after `hub:`
+Inputs = dict[str, str]  # by name (a path, `hub:<repo>@<revision>` or `version:<class>`): its hash, commit or version
 
 
 class Versioned(Protocol):
@@ -44,13 +44,19 @@ def noting() -> Iterator[Inputs]:
 def note_file(path: Path) -> None:
     """Record that the running cell's results depend on this file."""
     if (noted := _noted.get()) is not None:
-        noted[str(path.absolute())] = _hash(path)
+        noted[str(path.absolute())] = file_hash(path)
 
 
-def note_commit(repo: str, revision: str, commit: str) -> None:
-    """Record that the running cell's results depend on a hub repository, read at this commit."""
-    if (noted := _noted.get()) is not None and not re.fullmatch("[0-9a-f]{40}", revision):
-        noted[f"{HUB}{repo}@{revision}"] = commit
+def note_commit(repo: str, revision: str, commit: str, kind: str = "model") -> None:
+    """Record that the running cell's results depend on a hub repository (`model` or `dataset`), read at this commit."""
+    if (noted := _noted.get()) is not None:
+        noted[f"{HUB}{DATASETS if kind == 'dataset' else ''}{repo}@{revision}"] = commit
+
+
+def note_all(inputs: Inputs) -> None:
+    """Record what was noted while something was made that the running cell uses again."""
+    if (noted := _noted.get()) is not None:
+        noted.update(inputs)
 
 
 def note_version(kind: type[Versioned]) -> None:
@@ -59,13 +65,13 @@ def note_version(kind: type[Versioned]) -> None:
         noted[f"{VERSION}{kind.__module__}.{kind.__qualname__}"] = str(kind.version)
 
 
-def cached_commit(repo: str, revision: str) -> str | None:
+def cached_commit(repo: str, revision: str, kind: str = "model") -> str | None:
     """The commit of a revision when this machine last fetched it; None if it never did. Needs no network."""
     from huggingface_hub import HfApi  # slow to import, rarely needed
     from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 
     try:
-        return HfApi().resolve_revision(repo, revision=revision, local_files_only=True).resolved
+        return HfApi().resolve_revision(repo, revision=revision, repo_type=kind, local_files_only=True).resolved
     except (RevisionResolutionError, HFValidationError):
         return None
 
@@ -77,18 +83,20 @@ def changed(inputs: Mapping[str, str]) -> list[str]:
 
 def _current(name: str) -> str | None:
     if name.startswith(HUB):
-        repo, _, revision = name.removeprefix(HUB).rpartition("@")
-        return cached_commit(repo, revision)
+        repo, _, revision = name.removeprefix(HUB).partition("@")
+        kind = "dataset" if repo.startswith(DATASETS) else "model"
+        return cached_commit(repo.removeprefix(DATASETS), revision, kind)
     if name.startswith(VERSION):
         module, _, kind = name.removeprefix(VERSION).rpartition(".")
         try:
             return str(getattr(import_module(module), kind).version)
         except (ImportError, AttributeError):
             return None
-    return _hash(Path(name)) if Path(name).is_file() else None
+    return file_hash(Path(name)) if Path(name).is_file() else None
 
 
-def _hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """The SHA-256 of a file, computed once in a process unless its size or time of modification changes."""
     stat = path.stat()
     key = str(path.absolute()), stat.st_size, stat.st_mtime_ns
     if key not in _hashes:
