@@ -1,4 +1,4 @@
-"""Tokenizers are accepted only whole: from nothing the library would make one up that has two tokens and gives no text."""
+"""Tokenizers are accepted only whole: from nothing, the library makes one up that has two tokens and gives no text."""
 
 from __future__ import annotations
 
