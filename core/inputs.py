@@ -24,6 +24,7 @@ from core.artifacts import sha256
 from core.reading import parse_json
 
 HUB, VERSION, FILES = "hub:", "version:", "files:"
+DATASETS = "datasets/"  # before the name of a data set, after `hub:`
 FINDER = ("core.text.finding", "find_files")  # the function that finds the files of `data.path`
 OURS = re.compile(r"(core|experiments)(\.\w+)+")  # modules that a results.json may have imported
 Inputs = dict[str, str]  # by name: a path, `hub:<repo>@<revision>`, `version:<class>`, `files:<path>` (which there are)
@@ -70,10 +71,10 @@ def note_listing(path: Any) -> None:
         noted[name] = _listing(name) or ""
 
 
-def note_commit(repo: str, revision: str, commit: str) -> None:
-    """Record that the running cell's results depend on a hub repository, read at this commit."""
-    if (noted := _noted.get()) is not None and not re.fullmatch("[0-9a-f]{40}", revision):
-        noted[f"{HUB}{repo}@{revision}"] = commit
+def note_commit(repo: str, revision: str, commit: str, kind: str = "model") -> None:
+    """Record that the running cell's results depend on a hub repository (`model` or `dataset`), read at this commit."""
+    if (noted := _noted.get()) is not None:
+        noted[f"{HUB}{DATASETS if kind == 'dataset' else ''}{repo}@{revision}"] = commit
 
 
 def note_version(kind: type[Versioned]) -> None:
@@ -82,13 +83,13 @@ def note_version(kind: type[Versioned]) -> None:
         noted[f"{VERSION}{kind.__module__}.{kind.__qualname__}"] = str(kind.version)
 
 
-def cached_commit(repo: str, revision: str) -> str | None:
+def cached_commit(repo: str, revision: str, kind: str = "model") -> str | None:
     """The commit of a revision when this machine last fetched it; None if it never did. Needs no network."""
     from huggingface_hub import HfApi  # slow to import, rarely needed
     from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 
     try:
-        return HfApi().resolve_revision(repo, revision=revision, local_files_only=True).resolved
+        return HfApi().resolve_revision(repo, revision=revision, repo_type=kind, local_files_only=True).resolved
     except (RevisionResolutionError, HFValidationError):
         return None
 
@@ -104,8 +105,9 @@ def changed(inputs: Mapping[str, str]) -> tuple[list[str], list[str]]:
 
 def _current(name: str) -> str | None:
     if name.startswith(HUB):
-        repo, _, revision = name.removeprefix(HUB).rpartition("@")
-        return cached_commit(repo, revision)
+        repo, _, revision = name.removeprefix(HUB).partition("@")
+        kind = "dataset" if repo.startswith(DATASETS) else "model"
+        return cached_commit(repo.removeprefix(DATASETS), revision, kind)
     if name.startswith(VERSION):
         module, _, kind = name.removeprefix(VERSION).rpartition(".")
         version = getattr(_ours(module, kind), "version", None)

@@ -164,11 +164,15 @@ def artifacts(tmp_path: Path, bundled_text: Path) -> Path:
 
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
-    """Sets the address of the Hugging Face hub (see `tests/fake_hub.py`); the cache is empty."""
+    """Sets the address of the Hugging Face hub (see `tests/hub_server.py`); the cache is empty, no branch is known."""
     import transformers
     from huggingface_hub import constants
 
+    from core import hub
+
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "_known", {})
+    monkeypatch.setattr(hub, "_kept", {})
     for proxy in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(proxy, raising=False)
 

@@ -136,12 +136,18 @@ def test_a_branch_on_the_hub_is_identified_by_the_commit_that_was_last_fetched(t
     (refs / "main").write_text(COMMIT)
     with inputs.noting() as noted:
         inputs.note_commit("lab/sae", "main", COMMIT)
-        inputs.note_commit("lab/sae", COMMIT, COMMIT)  # cannot move
+        inputs.note_commit("lab/sae", COMMIT, COMMIT)  # cannot move, but is said
+        inputs.note_commit("lab/text", "refs/convert/parquet", COMMIT, "dataset")
         inputs.note_commit("lab/never_fetched", "main", COMMIT)
-    assert noted == {"hub:lab/sae@main": COMMIT, "hub:lab/never_fetched@main": COMMIT}
+    names = ["lab/sae@main", f"lab/sae@{COMMIT}", "datasets/lab/text@refs/convert/parquet", "lab/never_fetched@main"]
+    assert noted == {f"hub:{name}": COMMIT for name in names}
     assert inputs.cached_commit("lab/sae", "main") == COMMIT and inputs.changed(noted) == ([], [])
     (refs / "main").write_text(COMMIT[::-1])
     assert inputs.changed(noted) == (["hub:lab/sae@main"], [])
+    refs = tmp_path / "cache/datasets--lab--text/refs/refs/convert"
+    refs.mkdir(parents=True)
+    (refs / "parquet").write_text(COMMIT[::-1])
+    assert inputs.changed(noted) == (["hub:lab/sae@main", "hub:datasets/lab/text@refs/convert/parquet"], [])
 
 
 def test_a_cell_that_loads_a_dictionary_trained_here_depends_on_its_weights_and_on_the_file_that_points_to_it(tmp_path):

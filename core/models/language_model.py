@@ -186,8 +186,12 @@ class LanguageModel:
             raise UserError(
                 f"n_ctx: the rows have {tokens.shape[1]} tokens, but {self.name} reads at most {self.n_ctx}."
             )
-        if tokens.numel() and int(tokens.max()) >= self.vocab_size:
-            raise ValueError(f"tokens: id {int(tokens.max())} is not in {self.name}'s vocabulary of {self.vocab_size}.")
+        worst = [n for n in (tokens.min(), tokens.max()) if not 0 <= n < self.vocab_size] if tokens.numel() else []
+        if worst:
+            raise UserError(
+                f"tokens: id {int(worst[-1])} is not in the vocabulary of {self.name}, which has {self.vocab_size:,}. "
+                "Is the tokenizer that of another model?"
+            )
         return tokens.to(self.device)
 
 

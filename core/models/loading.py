@@ -1,208 +1,267 @@
 """From the configuration group `model` to a Hugging Face model and tokenizer on their device.
 
-Only safetensors are read, and no code from a repository is run. Wrong settings are detected from `config.json`, before
-the weights are read, with one request that fails at once without a network.
+Only safetensors are read, and GGUF files where the packages for them are installed. No code from a repository is run.
+What is wrong is found in the order of its cost: settings, list of files, `config.json`, tokenizer, heads of the files
+with weights, weights. Nothing that the library makes up is accepted.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, ClassVar, Literal
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    RevisionResolutionError,
-)
 from omegaconf import OmegaConf
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
+from core.checked import Checked, positive, require
 from core.errors import UserError
-from core.models.sites import FAMILIES
+from core.interrupts import raise_if_interrupted
+from core.models.files import (
+    CONFIG,
+    OFFLINE,
+    SHIPPED,
+    ModelFiles,
+    cause_of,
+    check_content,
+    check_file,
+    model_files,
+    read_part,
+    weight_names,
+)
+from core.models.sites import FAMILIES, width_of
+from core.models.tokenizer import check_ids, load_tokenizer, tokenizer_names
+from core.models.weights import check_loaded, check_weights
+from core.reading import kind_of
 
-SHIPPED = {"bundled": Path(__file__).parent / "bundled"}  # by `model.source`: models that come with the code
+__all__ = ["DTYPES", "SHIPPED", "Settings", "chosen_device", "family_of", "load_pretrained", "site_width", "used_names"]
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HUB_TIMEOUT_S = 10
-OFFLINE = "model=bundled needs no network."
+GGUF_PACKAGES = ("gguf", "accelerate")
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(Checked):
     """The keys of the group `model`.
 
-    source    a name on the hub, a folder in Hugging Face's format, or `bundled`
+    source    a name on the hub, a folder in Hugging Face's format, a GGUF file, or `bundled`
     revision  a commit, branch or tag on the hub; ignored for a folder
-    d_model, n_layers  checked against the model; n_layers may be null
+    d_model, n_layers  may be null; checked against the model where they are given
     device    `auto` is the GPU if there is one
     """
 
+    node: ClassVar[str] = "model"
     name: str
     source: str
     revision: str | None
-    dtype: str
-    d_model: int | None
-    n_layers: int | None
-    attn_implementation: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    d_model: int | None = positive()
+    n_layers: int | None = positive()
+    attn_implementation: Attention
     device: str
 
+    def check(self) -> None:
+        require(bool(self.source.strip()), "model.source", self.source, f"name a model. {OFFLINE}")
+        require(self.revision != "", "model.revision", self.revision, "be a commit, branch or tag, or null")
+
     @classmethod
-    def of(cls, cfg: Any) -> Settings:
-        values = {str(key): _value(cfg, str(key)) for key in cfg}
-        names = {field.name for field in fields(cls)}
-        if values.keys() != names:
-            wrong = ", ".join(f"model.{key}" for key in sorted(values.keys() ^ names))
-            raise UserError(f"{wrong}: unknown or missing. The keys of model are {', '.join(sorted(names))}.")
-        if values["source"] is None:
+    def of(cls, values: Mapping[str, Any]) -> Settings:
+        given = {str(key): _value(values, str(key)) for key in values}
+        if "source" in given and given["source"] is None:
             raise UserError(
                 "model.source is not set: set it to a name on the Hugging Face hub or a folder, or use model=bundled."
             )
-        return cls(**values)
+        return super().of(given)
 
 
 def _value(cfg: Any, key: str) -> Any:
     """A key's value; None if it is still `???`, so that a check can raise a more helpful error."""
-    return None if OmegaConf.is_config(cfg) and OmegaConf.is_missing(cfg, key) else cfg[key]
+    value = None if OmegaConf.is_config(cfg) and OmegaConf.is_missing(cfg, key) else cfg[key]
+    return None if value == "???" else value
 
 
 def load_pretrained(settings: Settings) -> tuple[Any, Any, str, str | None]:
-    """(model, tokenizer, name, commit)."""
-    source, commit = _resolved(settings, _place(settings.source))
-    # A commit, not a branch, so that configuration, weights and tokenizer are from the same state of the repository.
-    where = {"revision": commit or "main", "trust_remote_code": False}
-    config = _checked_config(settings, source, where)
+    """(model, tokenizer, name, commit). Raises UserError for a model that is not whole or does not fit the settings."""
+    files = model_files(settings.source, settings.revision)
     device = chosen_device(settings.device)
+    config = _checked_config(settings, files)
+    names = tokenizer_names(files, config.model_type)
+    tokenizer = load_tokenizer(files, names)
+    model = _model(settings, files, config)
+    check_ids(settings.source, tokenizer, model.get_input_embeddings().num_embeddings)
+    files.note(used_names(files))
+    return model.to(device), tokenizer, settings.name, files.commit
+
+
+def used_names(files: ModelFiles) -> list[str]:
+    """All files that decide what the model computes: configuration, tokenizer and weights."""
+    own = [] if files.gguf is not None else [CONFIG]
+    return list(dict.fromkeys([*own, *tokenizer_names(files, family_of(files)), *weight_names(files)]))
+
+
+def family_of(files: ModelFiles) -> str:
+    """The model type that config.json names; empty for a GGUF file, which says it itself."""
+    return "" if files.gguf is not None else str(_config_dict(files).get("model_type"))
+
+
+def site_width(cfg: Mapping[str, Any], site: str) -> int:
+    """The size of an activation at a site of the model that the group `model` describes. Reads its configuration only.
+
+    Raises UserError for a site that does not exist, and for `d_model` and `n_layers` that are not the model's.
+    """
+    settings = Settings.of(cfg)
+    return width_of(_checked_config(settings, model_files(settings.source, settings.revision)), site)
+
+
+def _model(settings: Settings, files: ModelFiles, config: Any) -> Any:
+    names = weight_names(files)
+    paths = files.get(names)
+    check_weights(settings.source, paths)
+    check_content(files, names)
     if not sys.stderr.isatty():
         hf_logging.disable_progress_bar()
+    gguf = {} if files.gguf is None else {"gguf_file": files.gguf}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=DTYPES[settings.dtype],
-            attn_implementation=settings.attn_implementation,
-            use_safetensors=True,
-            **where,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        with _quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                files.folder,
+                config=config,
+                dtype=DTYPES[settings.dtype],
+                attn_implementation=settings.attn_implementation,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are named below
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                **gguf,
+            )
     except ImportError as error:
         raise UserError(f"model.attn_implementation={settings.attn_implementation}: {error}") from error
-    except OSError as error:
-        raise UserError(_reason(settings, error, from_cache=commit is not None and Path(source).is_dir())) from error
-    return model.to(device), tokenizer, settings.name, commit
+    except MemoryError:
+        raise
+    except Exception as error:  # the library raises what its parts raise
+        raise_if_interrupted(error)
+        if "attn_implementation" in str(error):
+            raise UserError(f"model.attn_implementation={settings.attn_implementation}: {cause_of(error)}") from error
+        raise UserError(f"model.source: {settings.source} cannot be loaded: {cause_of(error)}") from error
+    check_loaded(settings.source, model, info)
+    return model
 
 
-def _place(source: str) -> str:
-    """The folder or hub name behind `model.source`."""
-    folder = SHIPPED.get(source, Path(source).expanduser())
-    if folder.is_dir():
-        return str(folder)
-    if source in SHIPPED:
-        raise UserError(f"model={source}: {folder} is missing. It is part of the repository: git checkout {folder}")
-    if source.startswith(("/", "~", ".")) or source.count("/") > 1:
-        raise UserError(f"model.source: there is no folder {folder}. {OFFLINE}")
-    return source
-
-
-def _resolved(settings: Settings, source: str) -> tuple[str, str | None]:
-    """Where to load from, and the commit of `model.revision` (None for a folder).
-
-    The hub is asked once, because transformers would try six times, over minutes. If it does not answer, the folder of
-    the local cache is used.
-    """
-    if Path(source).is_dir():
-        return source, None
-    api, revision = HfApi(), settings.revision or "main"
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's table of missing tensors: `check_loaded` says what matters of it."""
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
     try:
-        api.model_info(source, revision=revision, timeout=HUB_TIMEOUT_S)
-        return source, api.resolve_revision(source, revision=revision).resolved
-    except Exception as error:  # errors of the hub, of its HTTP client and of the system have no common base class
-        folder = _cached(api, source, revision)
-        if folder is None:
-            raise UserError(_reason(settings, error)) from error
-        return str(folder), folder.name
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
 
 
-def _cached(api: HfApi, source: str, revision: str) -> Path | None:
-    """The folder in the local cache, which is named after its commit, or None."""
-    try:
-        commit = api.resolve_revision(source, revision=revision, local_files_only=True)
-        config = try_to_load_from_cache(source, "config.json", revision=commit.resolved)
-    except (RevisionResolutionError, HFValidationError):
-        return None
-    return Path(config).parent if isinstance(config, str) else None
-
-
-def _checked_config(settings: Settings, source: str, where: dict[str, Any]) -> Any:
-    """The model's configuration. Raises UserError if it contradicts `settings`."""
+def _checked_config(settings: Settings, files: ModelFiles) -> Any:
+    """The model's configuration. Raises UserError for one that is not read here, or that contradicts `settings`."""
     given = settings.source
-    model_type = _config_dict(settings, source, where).get("model_type")
-    if model_type not in FAMILIES:
-        families = ", ".join(FAMILIES)
-        raise UserError(f"model.source: {given} is of the family {model_type!r}; supported: {families}. {OFFLINE}")
-    if settings.dtype not in DTYPES:
-        raise UserError(f"model.dtype: {settings.dtype!r} is not one of {', '.join(DTYPES)}.")
-    if FAMILIES[model_type].needs_eager and settings.attn_implementation == "sdpa":
+    config = _gguf_config(files) if files.gguf is not None else _config(files)
+    if FAMILIES[config.model_type].needs_eager and settings.attn_implementation != "eager":
         raise UserError(
-            f"model.attn_implementation=sdpa: {model_type} soft-caps its attention scores, which sdpa cannot do. "
-            "Set model.attn_implementation=eager."
+            f"model.attn_implementation={settings.attn_implementation}: {config.model_type} soft-caps its attention "
+            "scores, which only eager does here. Set model.attn_implementation=eager."
         )
-    config = AutoConfig.from_pretrained(source, **where)
     if getattr(config, "activation_function", None) == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel instead of eight
     for key, stated, actual in (
         ("d_model", settings.d_model, config.hidden_size),
         ("n_layers", settings.n_layers, config.num_hidden_layers),
     ):
-        if stated != actual and (key, stated) != ("n_layers", None):
-            shown = "not set" if stated is None else stated
-            raise UserError(f"model.{key} is {shown}, but {given} has {actual}. Set model.{key}={actual}.")
+        if stated not in (None, actual):
+            raise UserError(f"model.{key} is {stated}, but {given} has {actual}. Set model.{key}={actual}.")
     return config
 
 
-def _config_dict(settings: Settings, source: str, where: dict[str, Any]) -> Mapping[str, Any]:
-    try:
-        config, _ = PretrainedConfig.get_config_dict(source, **where)
-    except OSError as error:
-        raise UserError(_reason(settings, error)) from error
-    if not config:
+def _config(files: ModelFiles) -> Any:
+    """What config.json says, as the library's object."""
+    content, path = _config_dict(files), files.folder / CONFIG
+    _check_family(files, content.get("model_type"))
+    if (quantised := content.get("quantization_config")) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        how = f" ({method})" if method else ""
         raise UserError(
-            f"model.source: {settings.source} has no config.json, so it is not a Hugging Face model. {OFFLINE}"
+            f"model.source: {files.source} is quantised{how}, see quantization_config in {path}. Quantised weights are "
+            "not "
+            "read here; use the model that they were made from."
         )
+    if content.get("transformers_weights") is not None:
+        raise UserError(
+            f"model.source: {path} names other files of weights (transformers_weights). Only {', '.join(PLAIN)} are "
+            "read."
+        )
+    if "adapter_config.json" in files:
+        raise UserError(
+            f"model.source: {files.source} has an adapter (adapter_config.json), which is not read. Merge it into the "
+            "model "
+            "(`merge_and_unload`) and save that, or remove the adapter's files."
+        )
+    try:
+        config = AutoConfig.from_pretrained(files.folder, local_files_only=True, trust_remote_code=False)
+        sizes = [getattr(config, name) for name in SIZES]
+    except Exception as error:  # the library checks values in many ways
+        raise_if_interrupted(error)
+        raise UserError(f"model.source: {path} cannot be used: {cause_of(error)}") from error
+    for name, size in zip(SIZES, sizes, strict=True):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise UserError(f"model.source: {path}: {name} is {size!r:.60}, not a whole number above 0.")
     return config
 
 
-def _reason(settings: Settings, error: BaseException, from_cache: bool = False) -> str:
-    """One sentence on why a model could not be read, with a way out."""
-    causes, source = _causes(error), settings.source
-    if any(isinstance(cause, GatedRepoError) for cause in causes):
-        url = f"https://huggingface.co/{source}"
-        return f"model.source: {source} is gated. Accept its licence at {url} and set HF_TOKEN, or use model=bundled."
-    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
-        return f"model.revision: {source} has no revision {settings.revision!r} on the hub."
-    if any(isinstance(cause, RepositoryNotFoundError | HFValidationError) for cause in causes):
-        return f"model.source: {source} is neither a local folder nor a readable model on the hub. {OFFLINE}"
-    if "safetensors" in str(error) and not from_cache:
-        return (
-            f"model.source: {source} has no weights as safetensors, and pickled weights are not read, since they can "
-            "run code. Convert them (`model.save_pretrained`), or use model=bundled."
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+PLAIN = ("model.safetensors", "the shards of model.safetensors.index.json")
+
+
+def _check_family(files: ModelFiles, model_type: object) -> None:
+    if model_type not in FAMILIES:
+        families = ", ".join(FAMILIES)
+        kind = "of no family that config.json names" if model_type is None else f"of the family {model_type!r}"
+        raise UserError(f"model.source: {files.source} is {kind}; supported: {families}. {OFFLINE}")
+
+
+def _config_dict(files: ModelFiles) -> dict[str, Any]:
+    if CONFIG not in files:
+        if any(name.endswith(".gguf") for name in files.sizes):
+            weight_names(files)  # raises the error that names the GGUF files
+        raise files.missing(f"has no {CONFIG}, so it is not a Hugging Face model. {OFFLINE}")
+    [path] = files.get([CONFIG])
+    content = read_part(path)
+    if not isinstance(content.get("model_type", ""), str):
+        raise UserError(f"model.source: {path}: model_type is {kind_of(content['model_type'])}, not a text.")
+    return content
+
+
+def _gguf_config(files: ModelFiles) -> Any:
+    """The configuration in a GGUF file, which transformers reads with the packages `gguf` and `accelerate`."""
+    absent = [name for name in GGUF_PACKAGES if find_spec(name) is None]
+    if absent:
+        raise UserError(
+            f"model.source: {files.source} is a GGUF file. It is read where the packages {' and '.join(GGUF_PACKAGES)} "
+            "are "
+            f"installed; missing here: {', '.join(absent)} (pip install {' '.join(absent)}). Or convert it to "
+            "safetensors."
         )
-    cause = str(error).strip().partition("\n")[0] or type(error).__name__
-    return f"model.source: {source} could not be reached, and is not complete in the local cache ({cause}). {OFFLINE}"
-
-
-def _causes(error: BaseException | None) -> list[BaseException]:
-    chain = []
-    while error is not None:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    return chain
+    [path] = files.get(weight_names(files))
+    check_file(path)
+    try:
+        config = AutoConfig.from_pretrained(files.folder, gguf_file=files.gguf, local_files_only=True)
+    except Exception as error:  # the packages raise what they find
+        raise_if_interrupted(error)
+        raise UserError(f"model.source: {path} cannot be read as GGUF: {cause_of(error)}") from error
+    _check_family(files, config.model_type)
+    return config
 
 
 def chosen_device(name: str) -> torch.device:

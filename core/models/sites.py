@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -29,17 +29,19 @@ class Family:
     mlp_out      within a block, the module whose output is added to the residual stream; in Gemma 2 that is the RMSNorm
                  after the MLP
     mlp_down     within a block, the MLP's down projection
+    mlp_size     the size of the MLP's hidden layer in the configuration; None there means 4 d_model
     needs_eager  whether attention scores are soft-capped, which PyTorch's fused attention (sdpa) cannot do
     """
 
     blocks: str
     mlp_out: str
     mlp_down: str
+    mlp_size: str = "intermediate_size"
     needs_eager: bool = False
 
 
 FAMILIES = {  # by `model_type` of a Hugging Face configuration
-    "gpt2": Family("transformer.h", "mlp", "mlp.c_proj"),
+    "gpt2": Family("transformer.h", "mlp", "mlp.c_proj", mlp_size="n_inner"),
     "gpt_neox": Family("gpt_neox.layers", "mlp", "mlp.dense_4h_to_h"),
     "llama": Family("model.layers", "mlp", "mlp.down_proj"),
     "gemma2": Family("model.layers", "post_feedforward_layernorm", "mlp.down_proj", needs_eager=True),
@@ -77,6 +79,15 @@ def parse_site(site: str, n_layers: int | None = None) -> Site:
             f"Valid: {', '.join(f'{kind}.L' for kind in SITE_KINDS)}."
         )
     return parsed
+
+
+def width_of(config: Any, site: str) -> int:
+    """The size of an activation at a site, from a model's configuration. The site must lie within the model."""
+    parsed = parse_site(site, config.num_hidden_layers)
+    if parsed.kind != "mlp_hidden":
+        return int(config.hidden_size)
+    hidden = getattr(config, FAMILIES[config.model_type].mlp_size)
+    return 4 * int(config.hidden_size) if hidden is None else int(hidden)
 
 
 @contextmanager

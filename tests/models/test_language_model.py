@@ -323,7 +323,7 @@ def test_sites_beyond_the_model_and_bad_tokens_are_errors(lm, tokens):
         lm.logits(tokens, Edit("attn.1", identity))
     with pytest.raises(UserError, match=r"n_ctx: the rows have 17 tokens, but .* reads at most 16"):
         lm.logits(torch.zeros(1, 17, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"id 261 is not in"):
+    with pytest.raises(UserError, match=r"id 261 is not in the vocabulary"):
         lm.capture(torch.tensor([[261]]), "resid_pre.0")
     with pytest.raises(ValueError, match=r"rows"):
         lm.capture(tokens[0], "resid_pre.0")
@@ -338,13 +338,13 @@ def test_gemma_with_fused_attention_is_an_error(folders):
     ("changed", "message"),
     [
         ({"d_model": 32}, "model.d_model is 32, but .* has 24. Set model.d_model=24"),
-        ({"d_model": "???"}, "model.d_model is not set, but .* has 24"),
+        ({"d_model": 23.5}, "model.d_model: 23.5 must be a whole number"),
         ({"n_layers": 12}, "model.n_layers is 12, but .* has 3"),
-        ({"dtype": "int8"}, "model.dtype: 'int8' is not one of float32, bfloat16"),
+        ({"dtype": "int8"}, "model.dtype: 'int8' must be one of float32, bfloat16"),
         ({"device": "gpu"}, "model.device: 'gpu' is not a device"),
         ({"source": "???"}, "model.source is not set.*model=bundled"),
         ({"source": "/no/such/folder"}, "model.source: there is no folder /no/such/folder. model=bundled"),
-        ({"attention": "sdpa"}, "model.attention: unknown or missing"),
+        ({"attention": "sdpa"}, "model.attention: there is no such setting here. There are: name, source"),
     ],
 )
 def test_the_error_for_a_wrong_setting_names_it_with_a_way_out(gpt2_folder, changed, message):
@@ -352,8 +352,10 @@ def test_the_error_for_a_wrong_setting_names_it_with_a_way_out(gpt2_folder, chan
         load_language_model(settings("gpt2", gpt2_folder, **changed))
 
 
-def test_the_number_of_layers_may_be_null(gpt2_folder):
-    assert load_language_model(settings("gpt2", gpt2_folder, n_layers=None)).n_layers == N_LAYERS
+@pytest.mark.parametrize("given", [None, "???"])
+def test_width_and_number_of_layers_may_be_left_to_the_model(gpt2_folder, given):
+    lm = load_language_model(settings("gpt2", gpt2_folder, n_layers=None, d_model=given))
+    assert (lm.n_layers, lm.d_model) == (N_LAYERS, D)
 
 
 def test_the_error_for_an_unsupported_family_lists_the_supported_ones(tmp_path):
