@@ -41,8 +41,11 @@ class FleetLauncher(BasicLauncher):
     """Runs the cells after a prefetch. Raises CellsFailedError at the end if some cells failed."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from core import preflight
+
         setup_globals()
         cells = self._compose(job_overrides, initial_job_idx)
+        preflight.check(cells)
         pending = {index: cell for index, cell in enumerate(map(self._pending, cells)) if cell is not None}
         n_processes = _n_processes([cell.cfg for cell in pending.values()])
         at_a_time = f", {n_processes} at a time" if n_processes > 1 else ""
