@@ -46,8 +46,9 @@ def run_cell(cfg: DictConfig, folder: Path) -> None:
 
     import torch
 
-    from core import results
+    from core import preflight, results
 
+    preflight.check([cfg])
     if not cfg.force and results.is_finished(folder, cfg):
         print(f"already finished, skipped: {folder}", file=sys.stderr)
         return

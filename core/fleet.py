@@ -27,11 +27,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-
 from core import distributed
 from core.artifacts import Store, content_key
+from core.building import build
 from core.counts import count
 from core.digest import digest
 from core.errors import UserError
@@ -115,12 +113,7 @@ class Request:
 
     def build(self) -> DictionaryMethod:
         """The dictionary before training. Raises UserError for settings that do not fit together."""
-        try:
-            method: DictionaryMethod = instantiate(self.method)
-        except InstantiationException as error:
-            if isinstance(error.__cause__, UserError):
-                raise error.__cause__ from None
-            raise
+        method: DictionaryMethod = build(self.method)
         method.n_steps = self.source.n_batches
         if self.start is not None:
             self.start.apply(method)

@@ -5,21 +5,13 @@ Only `precision` decides numbers; it is part of every request (`core.fleet.Reque
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-
-@dataclass(frozen=True, kw_only=True)
-class Cache:
-    """The group `cache`: where activations are kept on disk, and how much space they may take."""
-
-    dir: str
-    max_gb: float
-    keep_free_gb: float
+from core.settings import GPUS, Cache, Logging, Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +38,19 @@ class Runtime:
     @classmethod
     def of(cls, cfg: Any) -> Runtime:
         """Read from a whole configuration."""
-        trainer: Mapping[str, Any] = cfg.trainer
-        cache = None if cfg.cache.dir is None else Cache(**{str(key): value for key, value in cfg.cache.items()})
+        trainer, logging, cache = Trainer.of(cfg.trainer), Logging.of(cfg.logging), Cache.of(cfg.cache)
         return cls(
             name=cfg.name,
             artifacts_dir=str(cfg.artifacts_dir),
             output_dir=str(cfg.output_dir),
-            accelerator=trainer["accelerator"],
-            precision=trainer["precision"],
-            checkpoint_every_seconds=trainer["checkpoint_every_seconds"],
-            processes=trainer["processes"],
-            logger=cfg.logging.logger,
-            log_every_steps=cfg.logging.log_every_steps,
-            quiet_seconds=cfg.logging.quiet_seconds,
-            cache=cache,
+            accelerator=trainer.accelerator,
+            precision=trainer.precision,
+            checkpoint_every_seconds=trainer.checkpoint_every_seconds,
+            processes=trainer.processes,
+            logger=logging.logger,
+            log_every_steps=logging.log_every_steps,
+            quiet_seconds=logging.quiet_seconds,
+            cache=None if cache.dir is None else cache,
         )
 
     @property
@@ -73,6 +64,6 @@ class Runtime:
 
 def resolve_device(accelerator: str) -> torch.device:
     """The device that Lightning's accelerator name means (`auto`, `cpu`, `gpu`, `cuda`)."""
-    if accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available()):
+    if accelerator in GPUS or (accelerator == "auto" and torch.cuda.is_available()):
         return torch.device("cuda")
     return torch.device("cpu")

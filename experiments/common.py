@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from core.analysis.held_out import DownstreamReference, HeldOut, downstream_reference
 from core.artifacts import Store, content_key
 from core.atomic import write_atomically
+from core.building import build, plain
 from core.counts import Counts, count, counting
 from core.errors import UserError
 from core.fleet import KIND, Request, load_or_train
@@ -96,21 +95,6 @@ def _loaded(method: dict[str, Any]) -> tuple[Dictionary, dict[str, Any]]:
         raise UserError("method.repo is not set: a name on the Hugging Face hub, or a folder with a dictionary.")
     dictionary = build({key: value for key, value in method.items() if key not in TRAINING_ONLY})
     return dictionary, {**dictionary.description(), "loaded": method}
-
-
-def build(node: Any) -> Any:
-    """The object that a node of the configuration describes. UserErrors raised while it is built are passed on."""
-    try:
-        return instantiate(plain(node))
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from error.__cause__.__cause__
-        raise
-
-
-def plain(node: Any) -> Any:
-    """A part of the configuration without interpolations, as JSON can hold it."""
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
 def once_per(*keys: str) -> Callable[[Callable[[DictConfig], Result]], Callable[[DictConfig], Result]]:

@@ -51,7 +51,7 @@ class KSparseSettings(Settings):
     path: ProductPath
 
     def check(self) -> None:
-        require_k(self.k, self.dict_size)
+        require_k(self.k, self.dict_size, self.node)
 
 
 class KSparse(Protocol):

@@ -34,6 +34,10 @@ class BatchTopKSettings(KSparseSettings):
     threshold_rule: ThresholdRule
     threshold_ema_rate: float = rule(lambda rate: 0 < rate <= 1, "lie in (0, 1]")
 
+    @property
+    def needs_calibration(self) -> bool:
+        return self.threshold_rule == "posthoc_mean"
+
 
 class BatchTopK(DictionaryMethod[BatchTopKSettings]):
     """BatchTopK sparse autoencoder (Bussmann et al. 2024; used by Leask et al. 2025).

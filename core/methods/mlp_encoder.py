@@ -42,7 +42,7 @@ class MLPEncoderSettings(Settings):
 
     def check(self) -> None:
         words = f"give a hidden unit or more for {self.dict_size} latents"
-        require(self.n_hidden >= 1, "method.hidden_per_latent", self.hidden_per_latent, words)
+        require(self.n_hidden >= 1, self.named("hidden_per_latent"), self.hidden_per_latent, words)
 
 
 class MLPEncoder(DictionaryMethod[MLPEncoderSettings]):

@@ -53,17 +53,22 @@ class Settings(Checked):
     decay_fraction: float = between(0, 1)
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether inference needs something that is measured on batches after the training."""
+        return False
+
+    @property
     def cost_per_row(self) -> int:
         """Of a step, against other methods': entries of the encoder's matrix, which each row is multiplied with."""
         return self.d_model * self.dict_size
 
 
-def require_k(k: int, dict_size: int) -> None:
+def require_k(k: int, dict_size: int, node: str = "method") -> None:
     """`UserError` unless k latents can be chosen from `dict_size`."""
     if k > dict_size:
         raise UserError(
-            f"method.k is {k}, but a dictionary has only method.dict_size = {dict_size} latents: "
-            "lower method.k or raise method.dict_size."
+            f"{node}.k: {k} is too much for a dictionary with only {node}.dict_size = {dict_size} latents: "
+            f"lower {node}.k or raise {node}.dict_size."
         )
 
 
@@ -86,13 +91,14 @@ def rebuilt(description: Mapping[str, Any]) -> Dictionary:
     return method_class(description["class"])(**description["hyperparameters"])
 
 
-def settings_of(node: Mapping[str, Any]) -> Settings:
+def settings_of(values: Mapping[str, Any], node: str = "method") -> Settings:
     """The checked settings of a configuration as in conf/method, by the class that `_target_` names.
 
+    node  where they stand in the configuration
     Raises UserError for a class that is not trained, and for values that `Settings` refuses."""
-    values = dict(node)
-    name = values.pop("_target_")
+    own = dict(values)
+    name = own.pop("_target_")
     settings_class = getattr(method_class(name), "settings_class", None)
     if settings_class is None:
-        raise UserError(f"method._target_: {name} is not trained, so it has no settings.")
-    return settings_class.of(values)
+        raise UserError(f"{node}._target_: {name} is not trained, so it has no settings.")
+    return settings_class.of(own, node)

@@ -71,13 +71,13 @@ class Settings(Checked):
         require(self.revision != "", "model.revision", self.revision, "be a commit, branch or tag, or null")
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Settings:
+    def of(cls, values: Mapping[str, Any], node: str | None = None) -> Settings:
         given = {str(key): _value(values, str(key)) for key in values}
         if "source" in given and given["source"] is None:
             raise UserError(
                 "model.source is not set: set it to a name on the Hugging Face hub or a folder, or use model=bundled."
             )
-        return super().of(given)
+        return super().of(given, node)
 
 
 def _value(cfg: Any, key: str) -> Any:

@@ -7,18 +7,19 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from core import distributed
-from core.checked import at_least, positive
+from core.building import build
+from core.checked import at_least, not_empty, positive
 from core.errors import UserError
 from core.models.identity import model_identity
 from core.models.language_model import load_language_model
 from core.models.loading import chosen_device
+from core.models.sites import parse_site
 from core.runtime import Runtime
 from core.seeding import derived_seed
-from core.streams.activations import ActivationStream
+from core.streams.activations import ActivationStream, check_sizes
 from core.streams.cache import CachedStream, Shards, fill_spec
 from core.streams.source import Source, Stream
 from core.text.rows import Packing, RowStream
@@ -44,7 +45,7 @@ class ActivationSource(Source):
     groups = ("model", "data")
     can_share = True
 
-    site: str
+    site: str = not_empty()
     n_tokens: int = positive()
     n_ctx: int = at_least(2)
     packing: Packing
@@ -56,6 +57,10 @@ class ActivationSource(Source):
     model: dict[str, Any]
     data: dict[str, Any]
 
+    def check(self) -> None:
+        parse_site(self.site)
+        check_sizes(self.batch_size, self.buffer_tokens, self.n_ctx)
+
     @property
     def n_batches(self) -> int:
         return -(-self.n_tokens // self.batch_size)
@@ -65,14 +70,14 @@ class ActivationSource(Source):
         return {
             "stream": {name: value for name, value in self.plain().items() if name not in BESIDE_THE_STREAM},
             "model": model_identity(self.model),
-            "data": instantiate(self.data).spec,
+            "data": build(self.data).spec,
             "seed": self.seed,
             **({"devices": self.devices} if self.devices > 1 else {}),
         }
 
     def open(self, run: Runtime) -> Stream:
         """The stream from the language model. With a cache, shards on disk are read, and missing ones are written."""
-        if run.cache is None:
+        if run.cache is None or run.cache.dir is None:
             return self.live()
         fill = fill_spec({"version": self.version, **self.batches_spec})
         shards = Shards(run.cache.dir, fill, run.cache.max_gb, run.cache.keep_free_gb)
@@ -89,7 +94,7 @@ class ActivationSource(Source):
         seed = self.seed if n == 1 else derived_seed(self.seed, "rank", rank)
         lm = load_language_model(DictConfig(self.model))
         rows = RowStream(
-            instantiate(self.data),
+            build(self.data),
             lm.tokenizer,
             "train",
             self.seed,

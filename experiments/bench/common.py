@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 
 from core.batch import Batch
+from core.building import build
 from core.methods.base import DictionaryMethod
 from core.runtime import Runtime
 from core.streams.module import StreamData
@@ -44,7 +44,7 @@ class RepeatedBatches:
 
 def built(settings: Mapping[str, Any], device: torch.device, **changes: Any) -> DictionaryMethod:
     """A method from its configuration, ready for steps."""
-    method: DictionaryMethod = instantiate(settings, **changes)
+    method: DictionaryMethod = build(settings, **changes)
     method.n_steps = 10**6
     return method.to(device)
 

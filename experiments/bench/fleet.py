@@ -16,17 +16,20 @@ from pathlib import Path
 
 import torch
 from hydra import compose
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from core.artifacts import Store
 from core.bench import Entry, hardware, save_table, threads
+from core.building import build
 from core.fleet import KIND, Request, load_or_train, prefetch
 from core.methods.saved import load_dictionary
 from core.models.language_model import load_language_model
 from core.runtime import Runtime, resolve_device
 from core.streams.activation_source import ActivationSource
+from experiments.bench.settings import FleetSettings
 from hydra_plugins.blocks_sweeper.sweeper import cells_of
+
+SETTINGS = FleetSettings
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
@@ -76,7 +79,7 @@ def warm_up(request: Request) -> None:
     """Harvest the text and load the model once, so that neither way pays for it."""
     assert isinstance(request.source, ActivationSource)
     load_language_model(request.source.model)
-    next(instantiate(request.source.data).documents("train", request.source.seed))
+    next(build(request.source.data).documents("train", request.source.seed))
 
 
 def wall_seconds(task: Callable[[], object]) -> float:

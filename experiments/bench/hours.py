@@ -23,6 +23,9 @@ from core import results
 from core.bench import hardware, save_table
 from core.errors import UserError
 from core.shares import number_of_cell_processes
+from experiments.bench.settings import HoursSettings
+
+SETTINGS = HoursSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 

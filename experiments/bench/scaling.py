@@ -23,6 +23,9 @@ from core.bench import Clock, Task, alternate, hardware, save_table, threads
 from core.runtime import resolve_device
 from experiments.bench.common import built, fit_fleet
 from experiments.bench.peers import product, structured_rows
+from experiments.bench.settings import ScalingSettings
+
+SETTINGS = ScalingSettings
 
 CURVES = "scaling.parquet"
 AXES = ("dict_size", "k", "batch_size")

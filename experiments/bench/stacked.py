@@ -21,6 +21,9 @@ from core.stacked.adam import stepper
 from core.stacked.coders import Coder, LinearCoder, LogCodes, MLPCoder
 from core.stacked.objectives import Reconstruction, normalise_, random_dictionary
 from core.synthetic.sparse_codes import SparseCodeLaw
+from experiments.bench.settings import StackedSettings
+
+SETTINGS = StackedSettings
 
 CPU = torch.device("cpu")
 

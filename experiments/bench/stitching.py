@@ -19,6 +19,9 @@ from core.bench import Clock, PeakMemory, alternate, hardware, save_table, threa
 from core.methods.pretrained import Pretrained
 from core.runtime import resolve_device
 from core.seeding import generator
+from experiments.bench.settings import StitchingSettings
+
+SETTINGS = StitchingSettings
 
 
 def run(cfg: DictConfig) -> dict[str, float]:

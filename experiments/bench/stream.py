@@ -12,18 +12,21 @@ import sys
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from core.bench import alternate, hardware, save_table, threads
+from core.building import build, plain
 from core.models.language_model import LanguageModel
 from core.models.loading import SHIPPED
 from core.models.sites import FAMILIES, parse_site
 from core.streams.activations import ActivationStream
 from core.text.rows import RowStream
-from experiments.common import language_model, plain
+from experiments.bench.settings import StreamSettings
+from experiments.common import language_model
+
+SETTINGS = StreamSettings
 
 WHAT = {
     "bare": "bare forward pass of the same layers",
@@ -77,7 +80,7 @@ def random_model(cfg: DictConfig) -> LanguageModel:
 
 def row_stream(cfg: DictConfig, lm: LanguageModel) -> RowStream:
     s = cfg.stream
-    return RowStream(instantiate(cfg.data), lm.tokenizer, "train", cfg.seed, s.n_ctx, s.packing, s.max_document_tokens)
+    return RowStream(build(cfg.data), lm.tokenizer, "train", cfg.seed, s.n_ctx, s.packing, s.max_document_tokens)
 
 
 def open_stream(cfg: DictConfig, lm: LanguageModel) -> ActivationStream:

@@ -32,12 +32,15 @@ from core.bench import (
     seconds_of,
     threads,
 )
+from core.building import plain
 from core.methods.base import DictionaryMethod
 from core.optimizer import ClippingAdam
 from core.runtime import resolve_device
 from experiments.bench import peers
 from experiments.bench.common import built, fit_fleet
-from experiments.common import plain
+from experiments.bench.settings import TrainStepSettings
+
+SETTINGS = TrainStepSettings
 
 TRAFFIC_BYTES = 36  # per parameter and step, fp32: Adam reads 4 tensors and writes 3, a product reads the weights, the
 #                     backward pass writes their gradient

@@ -16,10 +16,13 @@ from core.fleet import Request
 from experiments.common import compat_held_out, held_out, requests, trained
 
 
+def check(cfg: DictConfig) -> None:
+    """Raises UserError for figures in the authors' way on more tokens than there are."""
+    n_compat_rows(cfg.evaluation.compat_tokens, cfg.evaluation.n_rows, cfg.stream.n_ctx)
+
+
 def dictionaries(cfg: DictConfig) -> list[Request]:
     """What the fleet trains for this cell."""
-    # Fails here rather than after hours of training.
-    n_compat_rows(cfg.evaluation.compat_tokens, cfg.evaluation.n_rows, cfg.stream.n_ctx)
     return requests(cfg)
 
 

@@ -29,6 +29,7 @@ from core.analysis.editing import (
 )
 from core.analysis.meta_sae import decompose, meta_request, trained_metas
 from core.atomic import write_table
+from core.building import build, plain
 from core.errors import UserError
 from core.fleet import Request
 from core.methods.batchtopk import BatchTopK
@@ -41,11 +42,22 @@ from core.runtime import Runtime
 from core.seeding import generator
 from core.streams.decoder_rows import directions
 from core.text.facts import Facts
-from experiments.common import build, language_model, plain, requests, trained
+from experiments.common import language_model, requests, trained
+from experiments.leask.settings import EditingSettings
+
+SETTINGS = EditingSettings
 
 Asked = Mapping[str, Mapping[str, Sequence[Question]]]
 CONTROLS = ("random", "third")  # what the meta-latents' edits are compared with, of as many edits
 KINDS = ("meta", *CONTROLS, "swap", "swap_at_entity")
+
+
+def check(cfg: DictConfig) -> None:
+    """Raises UserError for a dictionary of decoder rows that is not made of all rows alike."""
+    if cfg.meta.min_firing_rate is not None or cfg.meta.sampling == "frequency":
+        raise UserError(
+            "leask_editing takes all decoder rows alike: meta.min_firing_rate=null and meta.sampling=shuffled."
+        )
 
 
 def dictionaries(cfg: DictConfig) -> list[Request]:
@@ -107,13 +119,7 @@ def planted(cfg: DictConfig) -> DictConfig:
 
 def meta_dictionary(cfg: DictConfig, method: Dictionary) -> Request:
     """One trained on the directions of all decoder rows except those of dead latents, which are random."""
-    m = cfg.meta
-    if m.min_firing_rate is not None or m.sampling == "frequency":
-        raise UserError(
-            "leask_editing takes all decoder rows alike: meta.min_firing_rate=null and meta.sampling=shuffled."
-        )
-    rows = learned_rows(method)
-    return meta_request(plain(m), rows, cfg.trainer.precision)
+    return meta_request(plain(cfg.meta), learned_rows(method), cfg.trainer.precision)
 
 
 def learned_rows(method: Dictionary) -> Tensor:

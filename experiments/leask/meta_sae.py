@@ -25,42 +25,52 @@ from core.analysis.meta_sae import (
     trained_metas,
 )
 from core.atomic import write_table
+from core.building import plain
 from core.errors import UserError
 from core.fleet import Request
 from core.methods.batchtopk import BatchTopK
 from core.methods.dictionary import Dictionary
 from core.metrics.reconstruction import VarianceExplained
+from core.preflight import check_method
 from core.runtime import Runtime
 from core.streams.decoder_rows import directions, random_directions
-from experiments.common import plain, requests, stored, trained, write_record
+from experiments.common import requests, stored, trained, write_record
 from experiments.leask.meta_rows import Rows, family_rows, rows_of, strongest
 from experiments.leask.meta_words import in_words
+from experiments.leask.settings import MetaSaeSettings
 
+SETTINGS = MetaSaeSettings
 COSINES = "cosines.parquet"
 BINS = np.linspace(-0.2, 1.0, 61)  # of the histograms of cosines
 
 
 def dictionaries(cfg: DictConfig) -> list[Request]:
     """What the fleet trains for this cell: the base dictionary, or the family where others are looked at."""
-    check(cfg)
     return requests(cfg, *(member(cfg, i) for i in needed(cfg)))
 
 
 def check(cfg: DictConfig) -> None:
-    """Raises UserError for a family and places in it that do not fit."""
+    """Raises UserError for a family and places in it that do not fit, and for a dictionary of rows that cannot be."""
     n = len(cfg.family)
-    if cfg.rows not in ("base", "family"):
-        raise UserError(f"rows={cfg.rows!r} is neither base nor family.")
-    if not 0 <= cfg.base < n:
+    if cfg.base >= n:
         raise UserError(f"base={cfg.base} is no place in the family of {n} dictionaries.")
     if cfg.detail or cfg.rows == "family":
-        if n < 2 or not 0 <= cfg.small < cfg.base:
+        if n < 2 or cfg.small >= cfg.base:
             raise UserError(
                 f"family has {n} dictionaries, small={cfg.small}, base={cfg.base}: the small one comes before. "
                 "detail=false rows=base needs the base alone."
             )
-        if not 1 <= cfg.n_replacing <= cfg.base:
+        if cfg.n_replacing > cfg.base:
             raise UserError(f"n_replacing={cfg.n_replacing} must be 1 to {cfg.base}, the dictionaries before the base.")
+
+    for place in needed(cfg):
+        check_method(member(cfg, place), f"family[{place}]")
+    sizes = [member(cfg, place)["dict_size"] for place in needed(cfg)]
+    if cfg.meta.sampling == "shuffled" and None not in sizes and cfg.meta.batch_size > sum(sizes):
+        raise UserError(
+            f"meta.batch_size={cfg.meta.batch_size}: there are at most {sum(sizes)} rows in an epoch. Lower it, or "
+            "choose meta.sampling=replacement."
+        )
 
 
 def check_family(family: Mapping[int, Dictionary]) -> None:
@@ -94,7 +104,6 @@ def later_dictionaries(cfg: DictConfig) -> Iterator[list[Request]]:
 
 def family_of(cfg: DictConfig) -> tuple[dict[int, Dictionary], Rows]:
     """The dictionaries that the cell looks at, by their place, and the rows that a meta-dictionary is trained on."""
-    check(cfg)
     family = {place: trained(cfg, member(cfg, place)) for place in needed(cfg)}
     check_family(family)
     return family, rows_of(cfg, cfg.base, family[cfg.base]) if cfg.rows == "base" else family_rows(cfg, family)

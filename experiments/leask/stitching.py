@@ -44,36 +44,48 @@ from core.analysis.stitching import (
     score_latents,
 )
 from core.atomic import write_table
+from core.building import plain
 from core.errors import UserError
 from core.fleet import Request
 from core.methods.dictionary import Dictionary
 from core.methods.stitched import Stitched
-from experiments.common import held_out, plain, reference_losses, requests, trained
+from core.preflight import check_method
+from experiments.common import held_out, reference_losses, requests, trained
+from experiments.leask.settings import StitchingSettings
 
+SETTINGS = StitchingSettings
 LATENTS, INTERPOLATION, INSERTION, FRANKENSTEIN = (
     f"{name}.parquet" for name in ("latents", "interpolation", "insertion", "frankenstein")
 )
 
 
+def check(cfg: DictConfig) -> None:
+    """Raises UserError for members that cannot be, and without rows to measure the loss on."""
+    for name, node in members(cfg).items():
+        check_method(node, name)
+    if cfg.evaluation.n_downstream_rows < 1:
+        raise UserError("evaluation.n_downstream_rows: 0 must be 1 or more: stitching measures losses along its paths.")
+
+
 def dictionaries(cfg: DictConfig) -> list[Request]:
     """What the fleet trains for this cell: the two of a pair, or the family."""
-    return requests(cfg, *members(cfg))
+    return requests(cfg, *members(cfg).values())
 
 
-def members(cfg: DictConfig) -> list[dict[str, Any]]:
-    """The `method` nodes of the cell: for each member of the pair or family, `method` with the member's settings.
+def members(cfg: DictConfig) -> dict[str, dict[str, Any]]:
+    """The `method` nodes of the cell by name: for each member of the pair or family, `method` with its settings.
     Raises UserError unless there are two or more, all different."""
-    if cfg.part not in ("pair", "frankenstein"):
-        raise UserError(f"part={cfg.part!r} is neither pair nor frankenstein.")
     chosen = [("small", cfg.small), ("large", cfg.large)] if cfg.part == "pair" else []
     chosen += [(f"family[{i}]", node) for i, node in enumerate(cfg.family[: cfg.family_size] if not chosen else ())]
-    method, nodes = plain(cfg.method), []
+    method = plain(cfg.method)
+    nodes: dict[str, dict[str, Any]] = {}
     for name, settings in chosen:
         own = {key: value for key, value in plain(settings).items() if value is not None}
         if unknown := own.keys() - method.keys():
             raise UserError(f"{name}.{sorted(unknown)[0]}: the method has no such setting.")
-        nodes.append({**method, **own})
-    if len(nodes) < 2 or any(node in nodes[:i] for i, node in enumerate(nodes)):
+        nodes[name] = {**method, **own}
+    made = list(nodes.values())
+    if len(made) < 2 or any(node in made[:i] for i, node in enumerate(made)):
         keys = "small and large" if cfg.part == "pair" else "family"
         raise UserError(f"{keys}: stitching needs two dictionaries or more, each different from the others.")
     return nodes
@@ -84,7 +96,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
     Claims: leask/stitching-1 to -4.
     """
-    family = [trained(cfg, node) for node in members(cfg)]
+    family = [trained(cfg, node) for node in members(cfg).values()]
     Path(cfg.cell_folder).mkdir(parents=True, exist_ok=True)
     return run_pair(cfg, family[0], family[1]) if cfg.part == "pair" else run_frankenstein(cfg, family)
 

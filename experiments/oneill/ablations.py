@@ -8,6 +8,9 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from experiments.oneill.common import TASKS
+from experiments.oneill.settings import AblationSettings
+
+SETTINGS = AblationSettings
 
 
 def run(cfg: DictConfig) -> dict[str, float]:

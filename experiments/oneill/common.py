@@ -14,11 +14,10 @@ from itertools import product
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
-from core.errors import UserError
+from core.building import build
 from core.metrics import recovery
 from core.seeding import derived_seed
 from core.stacked.coders import Coder
@@ -47,8 +46,6 @@ class Stack:
         s = cfg.source
         swept = product(cfg.seeds, cfg.coder.l1, cfg.coder.k or [None])
         rows = [{"seed": seed, "coder.l1": float(l1), "coder.k": k} for seed, l1, k in swept]
-        if cfg.coder.k and max(cfg.coder.k) > s.N:
-            raise UserError(f"coder.k={max(cfg.coder.k)} is more than the source.N={s.N} codes.")
         source = SparseCodeLaw(s.N, s.M, s.K, s.zipf_alpha)
         seeds = [derived_seed(s.seed, "run", row["seed"]) if s.per_run else s.seed for row in rows]
         drawn = {seed: source.draw(s.n_train, s.n_test, seed) for seed in set(seeds)}
@@ -172,7 +169,7 @@ def unknown(cfg: DictConfig) -> dict[str, float]:
 def coder_of(cfg: DictConfig, stack: Stack) -> Coder:
     """The encoder (or free codes) of every run."""
     N, M = cfg.coder.N or cfg.source.N, cfg.source.M
-    coder: Coder = instantiate(cfg.coder.encoder, seeds=stack.seeds, M=M, N=N, k=stack.k)
+    coder: Coder = build(cfg.coder.encoder, seeds=stack.seeds, M=M, N=N, k=stack.k)
     return coder
 
 
@@ -185,10 +182,8 @@ def _solve(cfg: DictConfig, stack: Stack) -> Curve:
         S_hat = fista(p.X_test, p.D, stack.l1, solver.iterations)
     elif solver.kind == "nnls":
         S_hat = nnls(p.X_test, p.D)
-    elif solver.kind == "l0_oracle":
-        S_hat = l0_oracle(p.X_test, p.D, cfg.source.K)
     else:
-        raise UserError(f"coder.solver.kind={solver.kind!r} is none of ito, fista, nnls, l0_oracle.")
+        S_hat = l0_oracle(p.X_test, p.D, cfg.source.K)
     return {0: _latent_scores(stack, S_hat, p.D)}
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from experiments.oneill.common import known_codes
+from experiments.oneill.settings import StackSettings
+
+SETTINGS = StackSettings
 
 
 def run(cfg: DictConfig) -> dict[str, float]:

@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
 from core.bench import PeakMemory
+from core.building import build
 from core.errors import UserError
 from core.metrics.recovery import UnmatchedCorrelationSums
 from core.stacked.coders import Coder
@@ -28,8 +28,10 @@ from core.synthetic.sparse_codes import SparseCodeLaw
 from experiments.oneill import costs
 from experiments.oneill.common import ACTIVE, recovered
 from experiments.oneill.outcome import Outcome, Scores, timed, write_outcome
+from experiments.oneill.settings import LargeScaleSettings
 from experiments.oneill.training import train
 
+SETTINGS = LargeScaleSettings
 GB = 1e9
 
 
@@ -38,7 +40,6 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
     `peak_extra_gb` is the peak memory of the process beyond what it used when the cell began.
     """
-    check(cfg)
     memory = PeakMemory(torch.device("cpu"))
     memory.restart()
     with timed(cfg) as clock:
@@ -56,10 +57,14 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"coder={cfg.coder.name}: this experiment runs sae, mlp and fista only.")
     if cfg.objective != "cosine":
         raise UserError(f"objective={cfg.objective}: this experiment has cosine only.")
-    if not 1 <= cfg.batch_size <= s.n_train:
-        raise UserError(f"batch_size={cfg.batch_size} must be between 1 and source.n_train={s.n_train}.")
-    if not 2 <= cfg.n_oracle <= s.n_test:
-        raise UserError(f"n_oracle={cfg.n_oracle} must be between 2 and source.n_test={s.n_test}.")
+    if cfg.batch_size > s.n_train:
+        raise UserError(f"batch_size={cfg.batch_size} must be at most source.n_train={s.n_train}.")
+    if cfg.n_oracle > s.n_test:
+        raise UserError(f"n_oracle={cfg.n_oracle} must be at most source.n_test={s.n_test}.")
+    if cfg.coder.k is not None:
+        raise UserError("coder.k: encoders of this experiment keep all codes; set it to null.")
+    if len(cfg.coder.l1) != 1:
+        raise UserError(f"coder.l1={list(cfg.coder.l1)}: this experiment has one penalty, as in coder.l1=[0.01].")
 
 
 def samples(cfg: DictConfig, purpose: str) -> LargeSparseCodes:
@@ -72,7 +77,7 @@ def samples(cfg: DictConfig, purpose: str) -> LargeSparseCodes:
 def encoders(cfg: DictConfig) -> Outcome:
     """All seeds' encoders, trained on the same minibatches in the same order."""
     training, test = samples(cfg, "train"), samples(cfg, "test")
-    coder: Coder = instantiate(cfg.coder.encoder, seeds=list(cfg.seeds), M=cfg.source.M, N=cfg.source.N)
+    coder: Coder = build(cfg.coder.encoder, seeds=list(cfg.seeds), M=cfg.source.M, N=cfg.source.N)
 
     def batches(step: int) -> tuple[Tensor, Tensor, Tensor]:
         indices, values = training.batch(step, cfg.batch_size)

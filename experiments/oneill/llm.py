@@ -8,6 +8,9 @@ from core.analysis.evaluate import evaluate_dictionary
 from core.fleet import Request
 from core.methods.dictionary import Dictionary
 from experiments.common import held_out, requests, trained
+from experiments.oneill.settings import LLMSettings
+
+SETTINGS = LLMSettings
 
 
 def dictionaries(cfg: DictConfig) -> list[Request]:

@@ -8,6 +8,9 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from experiments.oneill.common import unknown
+from experiments.oneill.settings import StackSettings
+
+SETTINGS = StackSettings
 
 
 def run(cfg: DictConfig) -> dict[str, float]:

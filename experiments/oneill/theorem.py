@@ -44,7 +44,9 @@ from core.seeding import derived_seed
 from core.stacked.inference import nnls
 from core.stacked.l0 import l0_oracle
 from core.synthetic.sparse_codes import Problem, SparseCodeLaw
+from experiments.oneill.settings import TheoremSettings
 
+SETTINGS = TheoremSettings
 RUNS, ILLUSTRATION = "runs.parquet", "illustration.parquet"
 LNL, ORACLE, NNLS, PURSUIT, TRANSPOSE = "L-NL", "L0 oracle", "NNLS", "basis pursuit", "D transposed"
 CLOSE = 1e-2  # a sample counts as exact if no code is farther off
@@ -54,7 +56,7 @@ Row = dict[str, Any]
 
 def run(cfg: DictConfig) -> dict[str, float]:
     """All checks for all seeds, a dictionary for each. Claims: oneill/theorem-*."""
-    check_shapes(cfg)
+    Path(cfg.cell_folder).mkdir(parents=True, exist_ok=True)
     with threads(cfg.threads):
         rows = [*illustration(cfg)]
         for shape in cfg.shapes:
@@ -64,9 +66,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
     return flat(table, cfg.M)
 
 
-def check_shapes(cfg: DictConfig) -> None:
+def check(cfg: DictConfig) -> None:
     """Raises UserError unless N >= M, and K is recoverable in the sense of the theorem."""
-    Path(cfg.cell_folder).mkdir(parents=True, exist_ok=True)
     for N, K in ((shape.N, shape.K) for shape in cfg.shapes):
         if cfg.M > N or K * math.log(N / K) > cfg.M:
             raise UserError(f"shapes: N={N}, K={K} with M={cfg.M} must have K log(N / K) <= M <= N.")

@@ -10,6 +10,9 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from experiments.oneill.common import unknown
+from experiments.oneill.settings import UnknownSettings
+
+SETTINGS = UnknownSettings
 
 
 def run(cfg: DictConfig) -> dict[str, float]:

@@ -7,12 +7,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.artifacts import Store, content_key
 from core.atomic import files_atomically, note_outside, write_atomically
+from core.building import build, plain
 from core.errors import UserError
 from core.metrics.language import Trigram, by_tag, score_texts, total, xz_bits_per_byte
 from core.models.pretrain import Pretraining, RowData, token_stream, train_tokenizer
@@ -21,12 +21,14 @@ from core.text.bundled import BundledText
 from core.text.harvest import TAGS
 from core.text.tokenizing import bos_token_id, token_ids
 from core.training import Work, fit
-from experiments.common import plain
+from experiments.tools.settings import BundledLMSettings
+
+SETTINGS = BundledLMSettings
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
     """Tokenizer, training, export, and bits per byte on held-out documents beside `xz -9e` and a token trigram."""
-    source, store = instantiate(cfg.data), Store(cfg.artifacts_dir)
+    source, store = build(cfg.data), Store(cfg.artifacts_dir)
     texts = (document.text for document in islice(source.documents("train", seed=1), cfg.lm.tokenizer_documents))
     tokenizer = train_tokenizer(texts, cfg.lm.architecture.vocab_size)
     tokens = token_stream(source, source.spec, tokenizer, "train", store)

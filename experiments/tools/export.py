@@ -13,6 +13,9 @@ from core.errors import UserError
 from core.fleet import Request
 from core.interop import saelens
 from experiments.common import held_out, is_loaded, requests, trained
+from experiments.tools.settings import ExportSettings
+
+SETTINGS = ExportSettings
 
 SCORES = ("l0_mean", "nmse_raw_energy", "nmse_token_std", "ce_degradation")
 

@@ -42,10 +42,13 @@ class FleetLauncher(BasicLauncher):
     """Runs the cells after a prefetch. Raises CellsFailedError at the end if some cells failed."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from core import preflight
+
         setup_globals()
         cells = self._compose(job_overrides, initial_job_idx)
         folders = [_folder(cell) for cell in cells]
         refuse_shared_folders(folders, job_overrides)
+        preflight.check(cells)
         found = enumerate(map(_pending, cells, folders))
         pending = {index: cell for index, cell in found if cell is not None}
         n_processes = _n_processes([cell.cfg for cell in pending.values()])

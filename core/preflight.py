@@ -1,0 +1,389 @@
+"""All settings of all cells, checked once: when a run starts, before anything is read or trained.
+
+`check` compares every cell's configuration with its schema: what experiments share (`core.settings`), what the module
+of the experiment adds (`SETTINGS`, a `Checked` for the top of the configuration), and the class of every node that is
+built from one (`_target_`). Then it asks whether the settings fit together, the module's own `check(cfg)` last. Numbers
+that are written as text or as 1e8 become numbers, so that the rest of a run sees one spelling.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+from inspect import Parameter, signature
+from types import ModuleType
+from typing import Any, get_type_hints
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_object
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from core.building import build
+from core.checked import Checked, converted, nearest, refuse
+from core.errors import UserError
+from core.methods.base import DictionaryMethod
+from core.methods.dictionary import Dictionary
+from core.methods.settings import Settings, settings_of
+from core.models import loading
+from core.settings import Shared
+from core.streams.source import Source, source_of
+
+TABLES = ("at", "grid")  # checked where their values are used, and by the sweeper
+NOT_SETTINGS = ("hydra",)
+LOADERS = "core.interop."  # below it are functions that read a dictionary made elsewhere
+OF_HYDRA = ("_target_", "_convert_", "_recursive_", "_partial_")
+WIDTH = "model.d_model"
+BUILT = {"method", "data", "facts", "stream"}  # groups that are built from a class
+_NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+PARTS = re.compile(r"[^.\[\]]+")  # of a dotted name
+INNER = re.compile(r"\$\{([\w.]+)\}")
+WHOLE = re.compile(r"\$\{(\.*)([\w.\[\]]+)\}")
+
+Plain = dict[str, Any]
+
+
+def check(cells: Sequence[DictConfig]) -> None:
+    """Raises UserError that lists what is wrong with the settings of these cells. Otherwise writes each number into the
+    configurations as a number."""
+    lines: Counter[str] = Counter()
+    for cfg in cells:
+        lines.update(dict.fromkeys(problems(cfg)))
+    if not lines:
+        return
+    shown = [line if n == len(cells) else f"{line} (In {n} of {len(cells)} cells.)" for line, n in lines.items()]
+    head = [] if len(shown) == 1 else [f"{len(shown)} settings will not do:"]
+    raise UserError("\n  ".join([*head, *shown]))
+
+
+def problems(cfg: DictConfig) -> list[str]:
+    """What is wrong with one cell's settings, a line for each. If nothing is, its numbers are written as numbers."""
+    cell = Cell(cfg)
+    module = cell.check_parts()
+    if not cell.problems:
+        cell.check_together(module)
+    if not cell.problems:
+        cell.write_numbers()
+    return cell.lines()
+
+
+@dataclass
+class Cell:
+    """One configuration, and what is found wrong with it."""
+
+    cfg: DictConfig
+    values: Plain = field(default_factory=dict)  # all of it, without interpolations
+    problems: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)  # settings whose value is not there
+    checked: dict[str, Plain] = field(default_factory=dict)  # node -> its settings, converted
+    methods: dict[str, Settings] = field(default_factory=dict)  # by node: the methods that are trained
+
+    def check_parts(self) -> ModuleType | None:
+        """Every setting by itself. Returns the experiment's module if there is one."""
+        self.values = {str(key): self._value(self.cfg, key, str(key)) for key in self.cfg if key not in NOT_SETTINGS}
+        module = self._module(self.values.get("module"))
+        own: type[Checked] | None = getattr(module, "SETTINGS", None)
+        names = {entry.name for entry in fields(own)} if own else set()
+        shared = {entry.name for entry in fields(Shared)} - names
+        for name in self.values.keys() - names - shared if own else ():  # without a schema the YAML's word stands
+            self.problems.append(f"{name}: there is no such setting.{nearest(name, sorted(names | shared))}")
+        for kind, chosen in ((own, names), (Shared, shared)):
+            if kind is not None:
+                others = {entry.name: None for entry in fields(kind) if entry.name not in chosen}
+                self._settings(kind, {n: value for n, value in self.values.items() if n in chosen} | others)
+        for name in BUILT - names:
+            if isinstance(node := self.values.get(name), dict) and "_target_" not in node:
+                self.problems.append(f"{name}._target_: this setting is missing.")
+        self._model(self.values.get("model"))
+        for path, node in targets(self.values):
+            self.check_target(path, node, path.rpartition(".")[2])
+        return module
+
+    def check_together(self, module: ModuleType | None) -> None:
+        """What is right alone and does not fit together."""
+        values = self.values
+        batches: dict[str, int | None] = {}
+        if isinstance(stream := values.get("stream"), dict) and "_target_" in stream:
+            source = source_of(stream, values, values["trainer"]["devices"])
+            batches["method"] = source.calibration_batches
+            if source.devices > 1 and values["cache"]["dir"] is not None:
+                words = f"the cache serves one device, not trainer.devices={source.devices}. Add cache=none."
+                self.problems.append(f"cache.dir: {words}")
+            self._try(source.check_devices)
+        if isinstance(meta := values.get("meta"), dict):
+            batches["meta.method"] = meta.get("calibration_batches")
+        for path, n in batches.items():
+            if n == 0 and path in self.methods and self.methods[path].needs_calibration:
+                where = "stream" if path == "method" else "meta"
+                words = f"0 must be 1 or more: {path} measures its threshold of inference on these batches."
+                self.problems.append(f"{where}.calibration_batches: {words}")
+        own = getattr(module, "check", None)
+        if own is not None and not self.problems:
+            self._try(lambda: own(self.cfg))
+
+    def write_numbers(self) -> None:
+        """Numbers that were written as texts, or as floats where whole numbers are meant, become numbers."""
+        for node, plain in self.checked.items():
+            for path, value in numbers(plain, value_at(self.values, node), node):
+                OmegaConf.update(self.cfg, path, value, merge=False)
+
+    def lines(self) -> list[str]:
+        """The problems, each once: where a value is taken from another setting, at that setting, or saying so."""
+        named = {line.partition(":")[0] for line in self.problems}
+        kept = [self._absence(path) for path in self.absent]
+        for line in self.problems:
+            name = line.partition(":")[0]
+            origin = origin_of(self.cfg, name)
+            if origin not in named and not any(is_within(name, path) for path in self.absent):
+                kept.append(line if origin is None else f"{line} The value comes from {origin}.")
+        return list(dict.fromkeys(kept))
+
+    # ---- values
+
+    def _value(self, parent: DictConfig | ListConfig, key: Any, path: str) -> Any:
+        """The value of a setting, without interpolations. One that is not there is noted, and None."""
+        try:
+            if not OmegaConf.is_missing(parent, key):
+                value: Any = parent[key]
+                if isinstance(value, DictConfig):
+                    return {str(name): self._value(value, name, f"{path}.{name!s}") for name in value}
+                if isinstance(value, ListConfig):
+                    return [self._value(value, index, f"{path}[{index}]") for index in range(len(value))]
+                return value
+        except OmegaConfBaseException:
+            pass
+        if path.partition(".")[0] not in TABLES:
+            self.absent.append(path)
+        return None
+
+    def _absence(self, path: str) -> str:
+        """What is wrong with a setting whose value is not there."""
+        raw, origin = raw_of(self.cfg, path), origin_of(self.cfg, path)
+        if raw is None or origin in self.absent:
+            name = origin or path
+            return f"{name}: this setting must be given: {name}=<value>."
+        return f"{path}: its value {raw} cannot be found."
+
+    # ---- parts
+
+    def _settings(self, kind: type[Checked], values: Plain, node: str = "") -> None:
+        """The settings of a node by their schema."""
+        try:
+            made = kind.of(values, node)
+        except UserError as error:
+            self.problems += str(error).splitlines()
+        else:
+            self.checked[node] = self.checked.get(node, {}) | made.plain()
+
+    def _try(self, step: Callable[[], object]) -> None:
+        try:
+            step()
+        except UserError as error:
+            self.problems += str(error).splitlines()
+
+    def _module(self, name: Any) -> ModuleType | None:
+        if not isinstance(name, str) or not name:
+            return None  # the schema says it
+        try:
+            module = import_module(name)
+        except (ImportError, ValueError, TypeError) as error:
+            if isinstance(error, ImportError) and error.name and not name.startswith(error.name):
+                raise  # the module is there, and what it imports is not
+            self.problems.append(f"module: {name!r} must be a module of this project, such as experiments.oneill.llm.")
+            return None
+        if not hasattr(module, "run"):
+            self.problems.append(f"module: {name!r} must have a function run(cfg).")
+        return module
+
+    def _model(self, node: Any) -> None:
+        if not isinstance(node, dict):
+            return
+        kind: Any = loading.Settings
+        if issubclass(kind, Checked):
+            self._settings(kind, node, "model")
+        else:
+            self._call("model", kind, node, "model", complete=True)
+        device = node.get("device")
+        if isinstance(device, str):
+            self._try(lambda: loading.chosen_device(device))
+
+    def check_target(self, path: str, node: Plain, role: str) -> None:
+        """A node that is built from a class, by that class's own rules. `role`: what it is for, such as method."""
+        name = node["_target_"]
+        try:
+            kind = get_object(name)
+        except Exception as error:  # whatever a wrong name makes of an import
+            reason = str(error).partition("\n")[0]
+            self.problems.append(f"{path}._target_: {name!r} must be the full name of a class or function ({reason}).")
+            return
+        is_dictionary = isinstance(kind, type) and issubclass(kind, Dictionary)
+        if role == "method" and not is_dictionary and not str(name).startswith(LOADERS):
+            self.problems.append(f"{path}._target_: {name!r} must be a dictionary-learning method (core.methods).")
+            return
+        if isinstance(kind, type) and issubclass(kind, DictionaryMethod):
+            self._method(path, node)
+        elif role == "stream" or (isinstance(kind, type) and issubclass(kind, Source)):
+            self._source(path, node)
+        else:
+            before = len(self.problems)
+            self._call(path, kind, node, role, complete=role in ("data", "facts", "method"))
+            if role in ("data", "facts") and len(self.problems) == before:
+                self._build(path, node)
+
+    def _method(self, path: str, node: Plain) -> None:
+        try:
+            made = settings_of(self._with_width(path, node), path)
+        except UserError as error:
+            self.problems += str(error).splitlines()
+            return
+        self.methods[path] = made
+        self.checked[path] = made.plain()
+
+    def _with_width(self, path: str, node: Plain) -> Plain:
+        """The node of a method. Its width may be left to the model, which knows it when it is loaded."""
+        left = node.get("d_model") is None and origin_of(self.cfg, f"{path}.d_model") == WIDTH
+        return node | {"d_model": 1} if left else node
+
+    def _source(self, path: str, node: Plain) -> None:
+        trainer = self.values.get("trainer")
+        devices = trainer.get("devices") if isinstance(trainer, dict) else None
+        try:
+            made = source_of(node, self.values, devices if type(devices) is int else 1)
+        except UserError as error:
+            self.problems += str(error).splitlines()
+            return
+        self.checked[path] = {name: value for name, value in made.plain().items() if name in node}
+
+    def _call(self, path: str, kind: Any, node: Plain, role: str, complete: bool) -> None:
+        """The arguments of a class or function, by its annotations. `complete`: none may be missing."""
+        try:
+            parameters = signature(kind).parameters
+            hints = get_type_hints(getattr(kind, "__init__") if isinstance(kind, type) else kind)  # noqa: B009
+        except (TypeError, ValueError):
+            self.problems.append(f"{path}._target_: {node.get('_target_')!r} must be a class or function of core.")
+            return
+        names = [name for name, parameter in parameters.items() if parameter.kind in _NAMED]
+        of_training = {entry.name for entry in fields(Settings)} if role == "method" else set()
+        plain: Plain = {}
+        before = len(self.problems)
+        for key, value in node.items():
+            if key in OF_HYDRA or (key not in names and key in of_training):
+                continue  # experiments set the learning rate and its like for every method
+            where = f"{path}.{key}"
+            if key not in names:
+                self.problems.append(f"{where}: there is no such setting here.{nearest(key, names)}")
+            elif isinstance(value, dict) and "_target_" in value:
+                self.check_target(where, value, key)
+            else:
+                value = plain[key] = converted(value, hints.get(key, Any), where, self.problems)
+        required = [name for name in names if parameters[name].default is Parameter.empty] if complete else []
+        self.problems += [f"{path}.{name}: this setting is missing." for name in required if name not in node]
+        if len(self.problems) == before:
+            self.checked[path] = plain
+
+    def _build(self, path: str, node: Plain) -> None:
+        """Build what costs nothing to build: its class knows more rules."""
+        try:
+            build(node)
+        except UserError as error:
+            self.problems += str(error).splitlines()
+        except InstantiationException as error:
+            cause = str(error.__cause__ or error).partition("\n")[0]
+            self.problems.append(f"{path}: these settings do not fit together ({cause}).")
+
+
+def check_method(node: Plain, path: str) -> None:
+    """Raises UserError for wrong settings of a method, whose names in the configuration begin with `path`."""
+    cell = Cell(DictConfig({}))
+    cell.check_target(path, node, "method")
+    refuse(cell.problems)
+
+
+def targets(node: Any, path: str = "") -> Iterator[tuple[str, Plain]]:
+    """The nodes that are built from a class, with their names; not those inside another."""
+    if isinstance(node, list):
+        for index, item in enumerate(node):
+            yield from targets(item, f"{path}[{index}]")
+    if isinstance(node, dict) and "_target_" in node:
+        yield path, node
+    elif isinstance(node, dict):
+        for name, item in node.items():
+            if path or name not in TABLES:
+                yield from targets(item, f"{path}.{name}" if path else name)
+
+
+def numbers(plain: Any, raw: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """(name, value) of each setting of `raw` whose numbers `plain` has in another spelling."""
+    if isinstance(plain, dict) and isinstance(raw, dict):
+        for name in plain.keys() & raw.keys():
+            yield from numbers(plain[name], raw[name], f"{path}.{name}" if path else name)
+    elif repr(new := respelled(plain, raw)) != repr(raw):
+        yield path, new
+
+
+def respelled(plain: Any, raw: Any) -> Any:
+    """`raw` with the numbers of `plain`, where it has texts, or floats for whole numbers."""
+    if isinstance(plain, dict) and isinstance(raw, dict):
+        return {name: respelled(plain.get(name, value), value) for name, value in raw.items()}
+    if isinstance(plain, list) and isinstance(raw, list):
+        return [respelled(*pair) for pair in zip(plain, raw, strict=True)]
+    written_otherwise = isinstance(raw, str) or (isinstance(raw, float) and isinstance(plain, int))
+    return plain if written_otherwise and isinstance(plain, int | float) else raw
+
+
+def value_at(values: Plain, path: str) -> Any:
+    """The part of plain values at a dotted name."""
+    for name in path.split(".") if path else ():
+        values = values[name]
+    return values
+
+
+def raw_of(cfg: DictConfig, path: str) -> str | None:
+    """The interpolation that stands at a dotted name, such as `${at.n_rows.${scale}}`; None if there is none."""
+    node: Any = cfg
+    for name in PARTS.findall(path):
+        if not isinstance(node, DictConfig | ListConfig) or node._is_none() or node._is_missing():
+            return None
+        if node._is_interpolation():
+            return None
+        key: Any = int(name) if isinstance(node, ListConfig) else name
+        if isinstance(node, ListConfig) and not name.isdecimal():
+            return None
+        if isinstance(node, DictConfig):
+            node = node._get_node(key, validate_access=False)
+        else:
+            node = node._get_node(key) if key < len(node) else None
+        if node is None:
+            return None
+    raw = node._value()
+    return raw if isinstance(raw, str) and "${" in raw else None
+
+
+def origin_of(cfg: DictConfig, path: str) -> str | None:
+    """The setting whose value another one takes; None if it has its own."""
+    parts = PARTS.findall(path)
+    for n in range(1, len(parts) + 1):
+        here = ".".join(parts[:n])
+        raw = raw_of(cfg, here)
+        if raw is None:
+            continue
+        while raw.count("${") > 1:  # ${at.n_rows.${scale}}: the inner one is a plain value
+            inner = INNER.search(raw)
+            value = OmegaConf.select(cfg, inner[1], default=None, throw_on_missing=False) if inner else None
+            if inner is None or not isinstance(value, str):
+                return None
+            raw = raw[: inner.start()] + value + raw[inner.end() :]
+        whole = WHOLE.fullmatch(raw)
+        if whole is None:
+            return None
+        above = parts[: n - len(whole[1])] if whole[1] else []
+        found = ".".join([*above, whole[2], *parts[n:]])
+        return origin_of(cfg, found) or found
+    return None
+
+
+def is_within(name: str, path: str) -> bool:
+    return name == path or name.startswith((f"{path}.", f"{path}["))
