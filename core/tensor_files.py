@@ -142,10 +142,7 @@ def declared_in(path: Path) -> dict[str, Declared]:
     with path.open("rb") as file:
         (n_header,) = struct.unpack("<Q", file.read(8)) if size >= 8 else (0,)
         if not 2 <= n_header <= min(MAX_HEADER_BYTES, size - 8):
-            words = (
-                "its header would be longer than the file" if n_header > size - 8 else f"{n_header:,} bytes of header"
-            )
-            raise UserError(f"{path} is not a complete safetensors file: {words}.")
+            raise UserError(f"{path} is not a complete safetensors file: a header of {n_header:,} bytes in {size:,}.")
         header = parse_json(file.read(n_header), f"{path}, header")
     if not isinstance(header, dict):
         raise UserError(f"{path}, header: {kind_of(header)}, not an object with keys.")

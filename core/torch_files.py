@@ -38,6 +38,7 @@ DTYPES = {
     "BoolStorage": torch.bool,
 }
 UNPLAIN = {  # what stands for a tensor that is not plain numbers in order
+    "_get_layout": "a sparse tensor",
     "_rebuild_sparse_tensor": "a sparse tensor",
     "_rebuild_sparse_csr_tensor": "a sparse tensor",
     "_rebuild_nested_tensor": "a nested tensor",
@@ -199,9 +200,7 @@ def _checked(content: Any, path: Path) -> dict[str, _Placed | int | float]:
     held = sum(storage.n_bytes for storage in storages.values())
     declared = sum(tensor.n_bytes for tensor in tensors.values())
     if declared > SHARED * held:
-        raise UserError(
-            f"{path} declares tensors of {declared:,} bytes in storages of {held:,}: more than it can hold."
-        )
+        raise UserError(f"{path} declares tensors of {declared:,} bytes, but holds {held:,} bytes of numbers.")
     return content
 
 
@@ -265,7 +264,10 @@ def _described(file: IO[bytes], path: Path) -> Any:
         elif name == "GLOBAL":
             stack.append(_Name(*argument.split(" ", 1)))
         elif name == "STACK_GLOBAL":
-            stack[-2:] = [_Name(*map(str, stack[-2:]))]
+            module, named = stack[-2:]
+            if not isinstance(module, str) or not isinstance(named, str):
+                raise ValueError("a name that is no text")
+            stack[-2:] = [_Name(module, named)]
         elif name == "BINPERSID":
             stack.append(_storage(stack.pop(), path))
         elif name == "REDUCE":
@@ -303,7 +305,9 @@ def _storage(identity: Any, path: Path) -> _Storage:
         raise UserError(f"{path} has a storage that is a view of another. Save it again with a current PyTorch.")
     if name == _Name("torch.storage", "UntypedStorage"):
         return _Storage(key, None, n)
-    dtype = DTYPES.get(name.name) if isinstance(name, _Name) and name.module in ("torch", "torch.cuda") else None
+    if not isinstance(name, _Name):
+        raise ValueError("a storage of no kind")
+    dtype = DTYPES.get(name.name) if name.module in ("torch", "torch.cuda") else None
     if dtype is None:
         raise UserError(f"{path} contains numbers of the kind {name}, which are not read.")
     return _Storage(key, dtype, n * dtype.itemsize)

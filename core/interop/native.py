@@ -2,46 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+import torch
 
 from core.errors import UserError
 from core.methods.dictionary import Dictionary
 from core.methods.saved import MANIFEST, WEIGHTS, load_dictionary
-from core.reading import read_object
+from core.reading import optional_field, read_object
 
-POINTER = "dictionary.json"
+POINTER, ARTIFACT = "dictionary.json", "artifact.json"
 __all__ = ["MANIFEST", "POINTER", "WEIGHTS", "read", "site", "stored"]
 
 
 def stored(folder: Path) -> Path:
     """The folder in the store that a cell's folder points to, or the folder itself."""
-    if not (folder / POINTER).is_file():
+    pointer = folder / POINTER
+    if not pointer.is_file():
         return folder
-    target = read_object(folder / POINTER).get("folder")
+    target = optional_field(read_object(pointer), "folder", str, pointer)
     if target is None:
-        raise UserError(f"{folder / POINTER}: this cell used a dictionary that was loaded as well. Load that one.")
-    return Path(target)
+        raise UserError(f"{pointer}: this cell used a dictionary that was loaded as well. Load that one.")
+    try:
+        if Path(target).is_dir():
+            return Path(target)
+    except (OSError, ValueError):  # such as a name that is too long
+        pass
+    raise UserError(
+        f"{pointer} names {target!r:.200}, which is no folder here. Set artifacts_dir as the cell had it, or give the "
+        "dictionary's own folder as method.repo."
+    )
 
 
 def read(folder: Path) -> Dictionary:
-    """The dictionary as it was trained. Raises UserError if it is missing or damaged."""
-    try:
-        return load_dictionary(stored(folder))
-    except (SafetensorError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        cause = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"{stored(folder)} contains no readable dictionary: it is damaged, or from an earlier version of this code "
-            f"({type(error).__name__}: {cause})."
-        ) from error
+    """The dictionary as it was trained. Raises UserError if it is missing or damaged, or was never finished."""
+    method = load_dictionary(stored(folder))
+    threshold = getattr(method, "threshold", None)
+    if isinstance(threshold, torch.Tensor) and threshold.isnan().any():
+        raise UserError(f"{stored(folder)}: the threshold that inference needs was never measured in training.")
+    return method
 
 
 def site(folder: Path) -> str | None:
     """Our name of the site where it was trained; None if the store does not have it, or its source has no site."""
-    artifact = stored(folder) / "artifact.json"
-    spec = read_object(artifact).get("spec", {}) if artifact.is_file() else {}
-    batches = spec.get("source", {}).get("batches", spec)  # `stream` stood at the top in stores of version 0.1
-    return batches.get("stream", {}).get("site")
+    stream = _stream(folder)
+    return optional_field(stream, "site", str, stored(folder) / ARTIFACT)
+
+
+def _stream(folder: Path) -> Mapping[str, Any]:
+    """The settings of the stream that it was trained on; none if the store does not have them."""
+    path = stored(folder) / ARTIFACT
+    if not path.is_file():
+        return {}
+    node: dict[str, Any] = optional_field(read_object(path), "spec", dict, path) or {}
+    if source := optional_field(node, "source", dict, path):
+        node = optional_field(source, "batches", dict, path) or node
+    return optional_field(node, "stream", dict, path) or {}  # at the top in stores of version 0.1

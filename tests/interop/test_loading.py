@@ -203,14 +203,14 @@ def test_dictionaries_trained_here_load_as_their_own_class(tmp_path, dictionary,
     artifact = tmp_path / "store/artifact.json"
     stream = {"stream": {"site": "resid_pre.4"}}
     for spec in ({"source": {"batches": stream}}, stream):  # today's store, and that of version 0.1
-        artifact.write_text(json.dumps({"spec": spec}))
+        artifact.write_text(json.dumps({"spec": spec, "files": {}}))
         with pytest.raises(UserError, match=r"Set stream\.site=resid_pre\.4"):
             load(24, str(tmp_path / "cell"), site="resid_pre.0")
-    artifact.write_text(json.dumps({"spec": {"rows": "of a decoder"}}))
+    artifact.write_text(json.dumps({"spec": {"rows": "of a decoder"}, "files": {}}))
     load(24, str(tmp_path / "cell"), site="resid_pre.0")
     weights = tmp_path / "store/weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
-    with pytest.raises(UserError, match="contains no readable dictionary: it is damaged, or"):
+    with pytest.raises(UserError, match="is not a complete safetensors file"):
         load(24, str(tmp_path / "cell"))
 
 
