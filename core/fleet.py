@@ -67,6 +67,7 @@ class Start:
         """Copy the parameters into a new dictionary of the same shape."""
         initial = {name: parameter.detach().cpu() for name, parameter in self.dictionary.named_parameters()}
         method.load_state_dict(method.state_dict() | initial)
+        method.has_start = True
         for name in self.fixed:
             method.get_parameter(name).requires_grad_(False)
 

@@ -49,6 +49,25 @@ def test_every_method_builds_from_its_yaml(method: str):
     assert built.dict_size == 64 and built.d_model == cfg.model.d_model
 
 
+@pytest.mark.parametrize("method", ["batchtopk", "topk"])
+def test_the_preset_of_the_authors_differs_where_it_trains_worse_and_the_paper_grid_uses_it(method: str):
+    ours, authors = (
+        composed("experiment=leask_batchtopk", f"method={name}").method for name in (method, f"{method}_authors")
+    )
+    differing = {name: (ours[name], authors[name]) for name in ours if ours[name] != authors[name]}
+    assert differing == {
+        "use_enc_bias": (True, False),
+        "enc_init_norm": (0.3, None),
+        "aux": ("normalized", "r1"),
+        "k_aux": (None, 512),
+        "b_dec_init": ("mean", "zeros"),
+        "grad_clip": (0.005, 100000.0),
+    }
+    blocks = composed("experiment=leask_batchtopk", "scale=paper").grid.paper
+    trained = {name for block in blocks for name in block["method"].split(",")}
+    assert f"{method}_authors" in trained and method not in trained
+
+
 @pytest.mark.parametrize("data", [name for name in DATA if name != "local"])
 def test_every_text_source_builds_without_a_network(data: str):
     from hydra.utils import instantiate
@@ -73,7 +92,7 @@ def test_the_paper_grid_of_leask_batchtopk_has_the_papers_24_cells():
     assert {model: len(group) for model, group in by_model.items()} == {"gpt2_small": 15, "gemma2_2b": 9}
     jumprelu = [c["method.l0_coefficient"] for c in by_model["gemma2_2b"] if c["method"] == "jumprelu"]
     assert jumprelu == ["0.02", "0.005", "0.001"]
-    sizes = {(c["method.dict_size"], c["method.k"]) for c in by_model["gpt2_small"] if c["method"] == "topk"}
+    sizes = {(c["method.dict_size"], c["method.k"]) for c in by_model["gpt2_small"] if c["method"] == "topk_authors"}
     assert sizes == {("12288", "16"), ("12288", "32"), ("12288", "64"), ("3072", "32"), ("6144", "32"), ("24576", "32")}
 
 

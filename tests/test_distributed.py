@@ -27,9 +27,18 @@ from core.workers import Task, run_tasks
 
 COMMON = {
     "d_model": 32, "dict_size": 64, "lr": 1e-3, "betas": [0.9, 0.99], "input_norm": "token_std", "seed": 0,
-    "decoder_norm": "before_step", "dead_after_tokens": 64, "grad_clip": 0.5, "warmup_steps": 4, "decay_fraction": 0.5,
+    "decoder_norm": "before_step", "dead_after_tokens": 64, "grad_clip": 0.5,
+    "b_dec_init": "mean", "warmup_steps": 4, "decay_fraction": 0.5,
 }  # fmt: skip
-K_SPARSE = {"k": 4, "use_enc_bias": True, "aux": "r1", "aux_coefficient": 1 / 32, "k_aux": 16, "path": "auto"}
+K_SPARSE = {
+    "k": 4,
+    "use_enc_bias": True,
+    "enc_init_norm": None,
+    "aux": "r1",
+    "aux_coefficient": 1 / 32,
+    "k_aux": 16,
+    "path": "auto",
+}
 TOPK = {"_target_": "core.methods.topk.TopK", **K_SPARSE, **COMMON}
 BATCHTOPK = {
     "_target_": "core.methods.batchtopk.BatchTopK", "threshold_rule": "posthoc_mean", "threshold_ema_rate": 0.1,
@@ -41,8 +50,8 @@ JUMPRELU = {
 }  # fmt: skip
 RELU_L1 = {
     "_target_": "core.methods.relu_l1.ReluL1", "l1_coefficient": 0.01, "l1_warmup_steps": 0,
-    "reconstruction": "squared_error", "subtract_b_dec": True, "b_dec_init": "geometric_median", "resample_every": 0,
-    "path": "auto", **COMMON,
+    "reconstruction": "squared_error", "subtract_b_dec": True, "resample_every": 0, "path": "auto",
+    **COMMON, "b_dec_init": "geometric_median",
 }  # fmt: skip
 METHODS = {
     "topk": TOPK,

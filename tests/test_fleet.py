@@ -21,9 +21,17 @@ from core.streams.activation_source import ActivationSource
 
 COMMON = {
     "d_model": 32, "dict_size": 64, "lr": 1e-3, "betas": [0.9, 0.99], "input_norm": "token_std", "seed": 0,
-    "decoder_norm": "before_step", "dead_after_tokens": 256, "grad_clip": 1e5, "warmup_steps": 0, "decay_fraction": 0.5,
+    "decoder_norm": "before_step", "dead_after_tokens": 256, "grad_clip": 1e5,
+    "b_dec_init": "mean", "warmup_steps": 0, "decay_fraction": 0.5,
 }  # fmt: skip
-AUX = {"use_enc_bias": False, "aux": "r1", "aux_coefficient": 1 / 32, "k_aux": 16, "path": "auto"}
+AUX = {
+    "use_enc_bias": False,
+    "enc_init_norm": None,
+    "aux": "r1",
+    "aux_coefficient": 1 / 32,
+    "k_aux": 16,
+    "path": "auto",
+}
 METHODS: dict[str, dict[str, Any]] = {
     "topk": {"_target_": "core.methods.topk.TopK", "k": 4, **AUX, **COMMON},
     "batchtopk": {

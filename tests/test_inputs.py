@@ -183,8 +183,10 @@ def test_a_cell_is_not_finished_once_the_version_of_a_method_or_source_has_chang
 
     method = {
         "_target_": "core.methods.topk.TopK", "d_model": 32, "dict_size": 16, "k": 2, "use_enc_bias": False,
+        "enc_init_norm": None,
         "aux": "none", "aux_coefficient": 0.0, "k_aux": 1, "lr": 1e-3, "betas": [0.9, 0.99], "input_norm": "none",
-        "seed": 0, "decoder_norm": "none", "dead_after_tokens": 64, "grad_clip": 1.0, "warmup_steps": 0,
+        "seed": 0, "decoder_norm": "none", "dead_after_tokens": 64, "grad_clip": 1.0,
+        "b_dec_init": "zeros", "warmup_steps": 0,
         "decay_fraction": 0.0, "path": "auto",
     }  # fmt: skip
     cfg = OmegaConf.create({"name": "test", "scale": "smoke", "seed": 0})

@@ -22,11 +22,12 @@ from typing import Literal, Protocol
 from torch import Tensor
 from torch.nn import Parameter
 
-from core.checked import at_least
+from core.checked import at_least, positive
 from core.kernels import sparse
 from core.kernels.codes import Codes
 from core.kernels.mean_square import mse, normalised_mse
 from core.kernels.sparse import ProductPath
+from core.methods.decoder import initial_weights, unit_rows_
 from core.methods.settings import Settings, require_k
 
 Aux = Literal["r1", "normalized", "r2_compat", "none"]
@@ -38,16 +39,18 @@ class KSparseSettings(Settings):
 
     k                     active latents per row, in BatchTopK on average over the batch
     use_enc_bias          whether b_enc takes part
+    enc_init_norm         norm of W_enc's rows at the start; None: as they are drawn, about sqrt(2 d / m)
     aux, aux_coefficient  which L_aux is added to the mean of (x - x_hat)^2 over entries, and how much of it
-    k_aux                 dead latents per row that L_aux uses
+    k_aux                 dead latents per row that L_aux uses; None: half of d_model, as Gao et al. 2024 advise
     path                  how products with codes are made, see `core.kernels.sparse.ProductPath`
     """
 
     k: int = at_least(1)
     use_enc_bias: bool
+    enc_init_norm: float | None = positive()
     aux: Aux
     aux_coefficient: float = at_least(0)
-    k_aux: int = at_least(1)
+    k_aux: int | None = at_least(1)
     path: ProductPath
 
     def check(self) -> None:
@@ -69,6 +72,15 @@ class KSparse(Protocol):
     def decode(self, codes: Codes) -> Tensor: ...
 
 
+def k_sparse_weights(s: KSparseSettings) -> tuple[Parameter, ...]:
+    """W_enc, W_dec, b_enc and b_dec of `initial_weights`, with the encoder's rows at their norm and b_enc fixed unless
+    it takes part."""
+    W_enc, W_dec, b_enc, b_dec = initial_weights(s)
+    if s.enc_init_norm is not None:
+        unit_rows_(W_enc.data).mul_(s.enc_init_norm)
+    return W_enc, W_dec, b_enc.requires_grad_(s.use_enc_bias), b_dec
+
+
 def used_bias(method: KSparse) -> Tensor | None:
     """b_enc, where it takes part."""
     return method.b_enc if method.settings.use_enc_bias else None
@@ -88,7 +100,7 @@ def aux_loss(method: KSparse, x: Tensor, x_hat: Tensor) -> Tensor:
         return x.new_zeros(())
     if s.aux == "r2_compat":
         return mse(x, x_hat)
-    b_dead, k = None if b_enc is None else b_enc[dead], min(s.k_aux, dead.numel())
+    b_dead, k = None if b_enc is None else b_enc[dead], min(s.k_aux or max(1, s.d_model // 2), dead.numel())
     codes = sparse.encode_topk(x, method.W_enc[dead], b_dead, k, centre=method.b_dec, path="auto")
     e, e_hat = x - x_hat, sparse.decode(codes, method.W_dec[dead])
     return mse(e, e_hat) if s.aux == "r1" else normalised_mse(e.detach(), e_hat)

@@ -22,6 +22,7 @@ from core.errors import NonFiniteLoss, UserError
 from core.input_norm import InputNorm
 from core.kernels.codes import Codes
 from core.kernels.device import products_in_bf16
+from core.methods.centre import centre
 from core.methods.decoder import project_gradient, unit_columns_, unit_rows_
 from core.methods.dictionary import Dictionary
 from core.methods.settings import Settings
@@ -57,6 +58,7 @@ class DictionaryMethod(Dictionary, pl.LightningModule, Generic[S]):
         self.automatic_optimization = False
         self.n_steps: int | None = None  # optimiser steps of the whole training
         self.n_updates = 0  # optimiser steps made so far
+        self.has_start = False  # the parameters were given (`core.fleet.Start`), `start` must leave them
         self.register_buffer("tokens_since_fired", torch.zeros(self.settings.dict_size, dtype=torch.int64))
         self.declare_weights()
         self.norm = InputNorm(self.settings.input_norm, self.input_shape[:-1])
@@ -72,7 +74,11 @@ class DictionaryMethod(Dictionary, pl.LightningModule, Generic[S]):
         """The terms whose sum is minimised, as scalars, from normalised activations and their codes."""
 
     def start(self, x: Tensor) -> None:
-        """Called once, before the first step, with the first batch of normalised activations `[B, d]`."""
+        """Called once, before the first step, with the first batch of normalised activations `[B, d]` of all ranks, but
+        not where the parameters were given. Here b_dec gets its start; one that is not finite changes nothing."""
+        if self.settings.b_dec_init != "zeros":
+            start = centre(x, self.settings.b_dec_init)
+            self.b_dec.data.copy_(start.where(start.isfinite().all(), self.b_dec))
 
     def observe(self, codes: Codes) -> None:
         """Called in every training step, before the losses: counts how long every latent has not fired."""
@@ -116,7 +122,8 @@ class DictionaryMethod(Dictionary, pl.LightningModule, Generic[S]):
             if self.n_updates == 0:
                 first = distributed.all_rows(batch.x)
                 self.norm.fit(first)
-                self.start(self.norm(first)[0])
+                if not self.has_start:
+                    self.start(self.norm(first)[0])
             x = batch.normalised(self.norm)
             codes = self.encode(x)
             self.observe(codes)

@@ -15,9 +15,8 @@ from core.checked import rule
 from core.errors import UserError
 from core.kernels import sparse
 from core.kernels.codes import Codes, SparseCodes
-from core.methods.auxiliary import KSparseSettings, k_sparse_losses, used_bias
+from core.methods.auxiliary import KSparseSettings, k_sparse_losses, k_sparse_weights, used_bias
 from core.methods.base import DictionaryMethod
-from core.methods.decoder import initial_weights
 from core.methods.dictionary import Inference
 
 ThresholdRule = Literal["posthoc_mean", "ema"]
@@ -51,8 +50,7 @@ class BatchTopK(DictionaryMethod[BatchTopKSettings]):
     threshold_ema: Tensor
 
     def declare_weights(self) -> None:
-        self.W_enc, self.W_dec, self.b_enc, self.b_dec = initial_weights(self.settings)
-        self.b_enc.requires_grad_(self.settings.use_enc_bias)
+        self.W_enc, self.W_dec, self.b_enc, self.b_dec = k_sparse_weights(self.settings)
         for name in ("threshold", "threshold_ema"):
             self.register_buffer(name, torch.tensor(torch.nan))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from core.batch import Batch
-from core.checked import at_least
+from core.checked import at_least, require
 from core.kernels.codes import Codes, DenseCodes
 from core.kernels.mean_square import normalised_mse
 from core.methods.base import DictionaryMethod
@@ -49,6 +49,9 @@ class LCASettings(Settings):
     tolerance: float = at_least(0)
     rows_per_step: int = at_least(1)
     rows_at_once: int = at_least(1)
+
+    def check(self) -> None:
+        require(self.b_dec_init == "zeros", "method.b_dec_init", self.b_dec_init, "be zeros: there is no bias here")
 
 
 class LCA(DictionaryMethod[LCASettings]):

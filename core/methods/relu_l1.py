@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from core.checked import at_least
@@ -22,7 +21,6 @@ from core.methods.sparsity import l1_penalty
 from core.metrics.flops import sae_train_step
 from core.optimizer import ClippingAdam
 
-BDecInit = Literal["zero", "geometric_median"]
 Reconstruction = Literal["squared_error", "normalised_mse"]
 
 
@@ -35,7 +33,6 @@ class ReluL1Settings(Settings):
                      ReLU family), unlike in the k-sparse methods; `normalised_mse`: the mean square over that of
                      predicting the batch's mean (O'Neill et al. 2025, authors' code)
     subtract_b_dec   whether the encoder sees x - b_dec (not in O'Neill et al.)
-    b_dec_init       `geometric_median`: b_dec starts at the geometric median of the first batch
     resample_every   steps between resets of dead latents, see `core.methods.resampling`; 0: never
     path             how products with codes are made, see `core.kernels.sparse.ProductPath`
     """
@@ -44,7 +41,6 @@ class ReluL1Settings(Settings):
     l1_warmup_steps: int = at_least(0)
     reconstruction: Reconstruction
     subtract_b_dec: bool
-    b_dec_init: BDecInit
     resample_every: int = at_least(0)
     path: ProductPath
 
@@ -54,10 +50,6 @@ class ReluL1(DictionaryMethod[ReluL1Settings]):
 
     def declare_weights(self) -> None:
         self.W_enc, self.W_dec, self.b_enc, self.b_dec = initial_weights(self.settings)
-
-    def start(self, x: Tensor) -> None:
-        if self.settings.b_dec_init == "geometric_median":
-            self.b_dec.data.copy_(geometric_median(x))
 
     def encode(self, x: Tensor) -> Codes:
         centre = self.b_dec if self.settings.subtract_b_dec else None
@@ -78,14 +70,3 @@ class ReluL1(DictionaryMethod[ReluL1Settings]):
 
     def train_step_flops(self, batch_size: int) -> float:
         return sae_train_step(self.dict_size, self.d_model, batch_size, True, "corrected", bias=True)
-
-
-@torch.no_grad()
-def geometric_median(x: Tensor, n_iterations: int = 50) -> Tensor:
-    """The point `[d]` whose distances to the rows of `[N, d]` have the smallest sum, by Weiszfeld's iteration from the
-    mean; approximate."""
-    median = x.mean(0)
-    for _ in range(n_iterations):
-        weights = 1 / (x - median).norm(dim=1).clamp(min=1e-6)
-        median = (weights @ x) / weights.sum()
-    return median

@@ -6,15 +6,17 @@ A method's constructor, its hyperparameters and the key of a stored dictionary c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any, ClassVar, Literal
 
 from core.checked import Checked, at_least, between, positive, rule
 from core.errors import UserError
 from core.input_norm import Normalisation
+from core.methods.centre import BDecInit
 from core.methods.dictionary import Dictionary
 
+BEFORE = {"b_dec_init": "zeros", "enc_init_norm": None}  # what was done before these settings existed
 DecoderNorm = Literal["before_step", "after_step", "rows_compat", "none"]
 
 
@@ -28,6 +30,8 @@ class Settings(Checked):
     input_norm         how activations are normalised first (`core.input_norm`); losses are in that space.
                        `scalar` is measured on the first batch
     seed               of the initialisation, which depends on the shape as well: sizes share no rows
+    b_dec_init         where b_dec starts (`core.methods.centre`): `zeros`, or `mean` or `geometric_median` of the first
+                       batch, over all ranks. Parameters that a training starts from (`core.fleet.Start`) go before it
     decoder_norm       keep decoder rows at unit norm and take the gradient's part along them away: rescaled before the
                        optimiser's step (then saved rows are off by O(lr), as in the BatchTopK authors' code) or after.
                        `rows_compat`: instead the columns of W_dec, one for each coordinate, get unit norm after the
@@ -46,6 +50,7 @@ class Settings(Checked):
     betas: tuple[float, float] = rule(lambda betas: all(0 <= beta < 1 for beta in betas), "be two numbers in [0, 1)")
     input_norm: Normalisation
     seed: int
+    b_dec_init: BDecInit
     decoder_norm: DecoderNorm
     dead_after_tokens: int = positive()
     grad_clip: float = positive()
@@ -87,8 +92,15 @@ def method_class(name: str) -> type[Dictionary]:
 
 
 def rebuilt(description: Mapping[str, Any]) -> Dictionary:
-    """The dictionary of a `Dictionary.description`, before training."""
-    return method_class(description["class"])(**description["hyperparameters"])
+    """The dictionary of a `Dictionary.description`, before training; the description may be an earlier version's."""
+    cls, values = method_class(description["class"]), dict(description["hyperparameters"])
+    settings_class = getattr(cls, "settings_class", None)
+    if settings_class is not None:
+        names = [entry.name for entry in fields(settings_class)]
+        values = {name: value for name, value in BEFORE.items() if name in names} | values
+    if values.get("b_dec_init") == "zero":  # its name in one method, before all had it
+        values["b_dec_init"] = "zeros"
+    return cls(**values)
 
 
 def settings_of(values: Mapping[str, Any], node: str = "method") -> Settings:

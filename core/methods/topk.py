@@ -6,9 +6,8 @@ from torch import Tensor
 
 from core.kernels import sparse
 from core.kernels.codes import Codes
-from core.methods.auxiliary import KSparseSettings, k_sparse_losses, used_bias
+from core.methods.auxiliary import KSparseSettings, k_sparse_losses, k_sparse_weights, used_bias
 from core.methods.base import DictionaryMethod
-from core.methods.decoder import initial_weights
 from core.methods.dictionary import Inference
 
 
@@ -20,8 +19,7 @@ class TopK(DictionaryMethod[KSparseSettings]):
     """
 
     def declare_weights(self) -> None:
-        self.W_enc, self.W_dec, self.b_enc, self.b_dec = initial_weights(self.settings)
-        self.b_enc.requires_grad_(self.settings.use_enc_bias)
+        self.W_enc, self.W_dec, self.b_enc, self.b_dec = k_sparse_weights(self.settings)
 
     def encode(self, x: Tensor) -> Codes:
         s = self.settings

@@ -247,9 +247,11 @@ def lm(tiny_model) -> LanguageModel:
 @pytest.fixture(scope="module")
 def dictionary(lm: LanguageModel) -> BatchTopK:
     method = BatchTopK(
-        d_model=32, dict_size=64, k=4, use_enc_bias=False, threshold_rule="ema", threshold_ema_rate=0.1, aux="none",
+        d_model=32, dict_size=64, k=4, use_enc_bias=False,
+        enc_init_norm=None, threshold_rule="ema", threshold_ema_rate=0.1, aux="none",
         aux_coefficient=0.0, k_aux=4, lr=1e-3, betas=(0.9, 0.99), input_norm="token_std", seed=0,
-        decoder_norm="before_step", dead_after_tokens=100, grad_clip=1.0, warmup_steps=0, decay_fraction=0.0,
+        decoder_norm="before_step", dead_after_tokens=100, grad_clip=1.0,
+        b_dec_init="zeros", warmup_steps=0, decay_fraction=0.0,
         path="auto",
     )  # fmt: skip
     method.threshold.fill_(0.5)

@@ -241,6 +241,7 @@ def test_a_batchtopk_dictionary_is_scored_by_both_of_its_rules(lm, rows):
         dict_size=32,
         k=3,
         use_enc_bias=False,
+        enc_init_norm=None,
         threshold_rule="posthoc_mean",
         threshold_ema_rate=0.1,
         aux="none",
@@ -253,6 +254,7 @@ def test_a_batchtopk_dictionary_is_scored_by_both_of_its_rules(lm, rows):
         decoder_norm="after_step",
         dead_after_tokens=100,
         grad_clip=1.0,
+        b_dec_init="zeros",
         warmup_steps=0,
         decay_fraction=0.0,
         path="auto",
@@ -278,9 +280,10 @@ def test_activations_and_reference_made_before_change_no_figure(tiny_model, word
     text = RowStream(words, lm.tokenizer, "heldout", 0, 16, "concat", 64).rows_of_one_pass(10)
     rows = text.tokens
     method = TopK(
-        d_model=32, dict_size=64, k=4, use_enc_bias=False, aux="none", aux_coefficient=0.0, k_aux=1, path="auto",
+        d_model=32, dict_size=64, k=4, use_enc_bias=False,
+        enc_init_norm=None, aux="none", aux_coefficient=0.0, k_aux=1, path="auto",
         lr=1e-3, betas=(0.9, 0.99), input_norm="token_std", seed=0, decoder_norm="before_step", dead_after_tokens=100,
-        grad_clip=1.0, warmup_steps=0, decay_fraction=0.0,
+        grad_clip=1.0, b_dec_init="zeros", warmup_steps=0, decay_fraction=0.0,
     )  # fmt: skip
     held_out = HeldOut(lm=lm, site=site, rows=rows, starts=text.starts, n_downstream_rows=4, rows_per_batch=3)
     plain = evaluate_dictionary(method, held_out).metrics()

@@ -34,9 +34,11 @@ from tests.composing import CONF, composed
 
 METHOD: dict[str, Any] = {
     "_target_": "core.methods.batchtopk.BatchTopK", "d_model": 64, "dict_size": 40, "k": 4, "use_enc_bias": False,
+    "enc_init_norm": None,
     "threshold_rule": "posthoc_mean", "threshold_ema_rate": 0.01, "aux": "r1", "aux_coefficient": 1 / 16,
     "k_aux": 512, "lr": 1e-3, "betas": [0.9, 0.99], "input_norm": "none", "seed": 0, "decoder_norm": "before_step",
-    "dead_after_tokens": 6400, "grad_clip": 1e5, "warmup_steps": 0, "decay_fraction": 0.0, "path": "auto",
+    "dead_after_tokens": 6400, "grad_clip": 1e5,
+    "b_dec_init": "zeros", "warmup_steps": 0, "decay_fraction": 0.0, "path": "auto",
 }  # fmt: skip
 
 

@@ -38,7 +38,7 @@ from core.seeding import generator
 
 COMMON: dict[str, Any] = {
     "lr": 1e-3, "betas": [0.9, 0.99], "decoder_norm": "none", "dead_after_tokens": 1000, "grad_clip": 1e5,
-    "warmup_steps": 0, "decay_fraction": 0.0, "path": "auto",
+    "b_dec_init": "zeros", "warmup_steps": 0, "decay_fraction": 0.0, "path": "auto",
 }  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def relu(dict_size: int, d: int = 12, seed: int = 0, norm: str = "none", sparse:
     """A ReLU dictionary with random weights, of which about one latent in ten (or in two) fires."""
     method = ReluL1(
         d_model=d, dict_size=dict_size, l1_coefficient=0.1, l1_warmup_steps=0, reconstruction="squared_error",
-        subtract_b_dec=True, b_dec_init="zero", resample_every=0, input_norm=norm, seed=seed, **COMMON,
+        subtract_b_dec=True, resample_every=0, input_norm=norm, seed=seed, **COMMON,
     )  # fmt: skip
     g = generator(seed, "weights", dict_size)
     with torch.no_grad():
@@ -59,7 +59,8 @@ def relu(dict_size: int, d: int = 12, seed: int = 0, norm: str = "none", sparse:
 
 def batchtopk(dict_size: int, d: int = 12, seed: int = 0, k: int = 3, **changes: Any) -> BatchTopK:
     options = {
-        "d_model": d, "dict_size": dict_size, "k": k, "use_enc_bias": False, "threshold_rule": "posthoc_mean",
+        "d_model": d, "dict_size": dict_size, "k": k, "use_enc_bias": False,
+        "enc_init_norm": None, "threshold_rule": "posthoc_mean",
         "threshold_ema_rate": 0.01, "aux": "r1", "aux_coefficient": 1 / 32, "k_aux": 512, "input_norm": "none",
         "seed": seed, **COMMON, **changes,
     }  # fmt: skip

@@ -26,7 +26,8 @@ from core.seeding import generator
 from core.synthetic.planted import PlantedEntities
 
 OPTIONS = {
-    "betas": [0.9, 0.99], "input_norm": "none", "dead_after_tokens": 20480, "grad_clip": 1e5, "warmup_steps": 0,
+    "betas": [0.9, 0.99], "input_norm": "none", "dead_after_tokens": 20480, "grad_clip": 1e5,
+    "b_dec_init": "zeros", "warmup_steps": 0,
     "decay_fraction": 0.0, "path": "auto",
 }  # fmt: skip
 
@@ -45,7 +46,7 @@ def knowing(directions: Tensor, seed: int = 0) -> ReluL1:
     """Finds the weight of each of its directions `[m, D]`, up to the 0.05 that its bias takes."""
     method = ReluL1(
         d_model=D, dict_size=len(directions), l1_coefficient=0.1, l1_warmup_steps=0, reconstruction="squared_error",
-        subtract_b_dec=True, b_dec_init="zero", resample_every=0, lr=1e-3, seed=seed, decoder_norm="none", **OPTIONS,
+        subtract_b_dec=True, resample_every=0, lr=1e-3, seed=seed, decoder_norm="none", **OPTIONS,
     )  # fmt: skip
     with torch.no_grad():
         method.W_enc.copy_(directions)
@@ -111,7 +112,8 @@ def family() -> tuple[list[BatchTopK], list[Tensor], Tensor]:
     source = PlantedEntities(seed=0)
     methods = [
         BatchTopK(
-            d_model=64, dict_size=m, k=4, use_enc_bias=False, threshold_rule="posthoc_mean", threshold_ema_rate=0.01,
+            d_model=64, dict_size=m, k=4, use_enc_bias=False,
+            enc_init_norm=None, threshold_rule="posthoc_mean", threshold_ema_rate=0.01,
             aux="r1", aux_coefficient=1 / 32, k_aux=512, lr=3e-3, seed=m, decoder_norm="before_step", **OPTIONS,
         )
         for m in (32, 64, 128, 256)

@@ -31,9 +31,10 @@ def rows(lm: LanguageModel) -> torch.Tensor:
 
 def dictionary() -> TopK:
     return TopK(
-        d_model=32, dict_size=20, k=5, use_enc_bias=False, aux="none", aux_coefficient=0.0, k_aux=1, lr=1e-3,
+        d_model=32, dict_size=20, k=5, use_enc_bias=False,
+        enc_init_norm=None, aux="none", aux_coefficient=0.0, k_aux=1, lr=1e-3,
         betas=[0.9, 0.99], input_norm="token_std", seed=0, decoder_norm="none", dead_after_tokens=1, grad_clip=1.0,
-        warmup_steps=0, decay_fraction=0.0, path="sparse",
+        b_dec_init="zeros", warmup_steps=0, decay_fraction=0.0, path="sparse",
     ).eval()  # fmt: skip
 
 

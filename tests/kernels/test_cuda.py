@@ -299,9 +299,11 @@ def test_training_with_the_kernels_is_close_to_training_on_the_cpu(precision: st
 
     def losses(on: str, bf16: bool) -> list[float]:
         method = BatchTopK(
-            d_model=16, dict_size=40, k=3, use_enc_bias=False, threshold_rule="ema", threshold_ema_rate=0.1, aux="r1",
+            d_model=16, dict_size=40, k=3, use_enc_bias=False,
+            enc_init_norm=None, threshold_rule="ema", threshold_ema_rate=0.1, aux="r1",
             aux_coefficient=0.1, k_aux=8, lr=1e-2, betas=(0.9, 0.99), input_norm="token_std", seed=0,
-            decoder_norm="before_step", dead_after_tokens=64, grad_clip=1.0, warmup_steps=0, decay_fraction=0.0,
+            decoder_norm="before_step", dead_after_tokens=64, grad_clip=1.0,
+            b_dec_init="zeros", warmup_steps=0, decay_fraction=0.0,
             path="sparse",
         ).to(on)  # fmt: skip
         optimizer = method.configure_optimizers()

@@ -15,6 +15,7 @@ SETTINGS = {
     "dict_size": M,
     "k": 2,
     "use_enc_bias": False,
+    "enc_init_norm": None,
     "aux_coefficient": 1 / 32,
     "lr": 1e-3,
     "betas": [0.9, 0.999],
@@ -23,6 +24,7 @@ SETTINGS = {
     "decoder_norm": "none",
     "dead_after_tokens": 100,
     "grad_clip": 1.0,
+    "b_dec_init": "zeros",
     "warmup_steps": 0,
     "decay_fraction": 0.0,
     "path": "auto",
@@ -46,7 +48,7 @@ class Problem(NamedTuple):
         return (error - kept @ m.W_dec).square().mean()
 
 
-def problem(aux: str, k_aux: int = 3, **changed: bool) -> Problem:
+def problem(aux: str, k_aux: int | None = 3, **changed: bool) -> Problem:
     g, method = torch.Generator().manual_seed(0), TopK(aux=aux, k_aux=k_aux, **SETTINGS | changed)
     W, x, x_hat = (torch.randn(n, D, generator=g) for n in (M, 20, 20))
     with torch.no_grad():
@@ -58,10 +60,10 @@ def problem(aux: str, k_aux: int = 3, **changed: bool) -> Problem:
 
 
 @pytest.mark.parametrize("use_enc_bias", [False, True])
-@pytest.mark.parametrize("k_aux", [1, 2, 512])
-def test_r1_is_the_mean_squared_rest_that_dead_latents_leave(k_aux: int, use_enc_bias: bool):
+@pytest.mark.parametrize("k_aux", [1, 2, 512, None])
+def test_r1_is_the_mean_squared_rest_that_dead_latents_leave(k_aux: int | None, use_enc_bias: bool):
     p = problem("r1", k_aux, use_enc_bias=use_enc_bias)
-    torch.testing.assert_close(p.loss(), p.by_hand(min(k_aux, 3), p.x - p.x_hat))
+    torch.testing.assert_close(p.loss(), p.by_hand(min(k_aux or D // 2, 3), p.x - p.x_hat))
 
 
 def test_normalized_divides_by_the_variance_of_the_error_and_detaches_it():

@@ -46,7 +46,8 @@ class Crosscoder(DictionaryMethod[PairSettings]):
 
 SETTINGS: dict[str, Any] = {
     "d_model": D, "dict_size": M, "k": 2, "norm": "per_model", "lr": 1e-2, "betas": [0.9, 0.99], "input_norm": "scalar",
-    "seed": 0, "decoder_norm": "after_step", "dead_after_tokens": 1000, "grad_clip": 1e5, "warmup_steps": 0,
+    "seed": 0, "decoder_norm": "after_step", "dead_after_tokens": 1000, "grad_clip": 1e5,
+    "b_dec_init": "zeros", "warmup_steps": 0,
     "decay_fraction": 0.0,
 }  # fmt: skip
 

@@ -39,6 +39,7 @@ SETTINGS: dict[str, Any] = {
     "decoder_norm": "after_step",
     "dead_after_tokens": 640,
     "grad_clip": 1e5,
+    "b_dec_init": "zeros",
     "warmup_steps": 0,
     "decay_fraction": 0.0,
 }

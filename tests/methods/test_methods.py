@@ -19,7 +19,7 @@ from core.errors import NonFiniteLoss, UserError
 from core.methods.base import DictionaryMethod
 from core.methods.batchtopk import BatchTopK
 from core.methods.jumprelu import JumpReLU
-from core.methods.relu_l1 import ReluL1, geometric_median
+from core.methods.relu_l1 import ReluL1
 from core.methods.topk import TopK
 from core.synthetic.planted import PlantedEntities
 
@@ -33,12 +33,14 @@ COMMON: dict[str, Any] = {
     "decoder_norm": "before_step",
     "dead_after_tokens": 5 * 128,
     "grad_clip": 1e5,
+    "b_dec_init": "zeros",
     "warmup_steps": 0,
     "decay_fraction": 0.0,
 }
 AUX: dict[str, Any] = {
     "k": 4,
     "use_enc_bias": False,
+    "enc_init_norm": None,
     "aux": "r1",
     "aux_coefficient": 1 / 32,
     "k_aux": 16,
@@ -349,15 +351,6 @@ def test_relu_l1_loss_by_hand():
     assert terms["reconstruction"] == (1 + 4 + 0 + 1) / 2 and terms["l1"] == 0.5 * (2 + 0) / 2
 
 
-def test_the_geometric_median_is_not_moved_by_an_outlier():
-    x = torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [1e6, 0.0]])
-    assert geometric_median(x).norm() < 0.5 and x.mean(0).norm() > 1e5
-    method = build(ReluL1, input_norm="none")
-    first = next(batches())
-    method.start(first.x)
-    assert (first.x - method.b_dec).norm(dim=1).sum() <= (first.x - first.x.mean(0)).norm(dim=1).sum()
-
-
 @METHODS
 def test_nan_in_the_activations_stops_the_training_and_leaves_the_parameters_finite(cls: type[DictionaryMethod]):
     method = build(cls)
@@ -371,6 +364,17 @@ def test_nan_in_the_activations_stops_the_training_and_leaves_the_parameters_fin
 
 
 @K_SPARSE
+@pytest.mark.parametrize("norm", [None, 0.3, 2.0])
+def test_rows_of_the_encoder_start_along_those_of_the_decoder_at_their_norm(
+    cls: type[DictionaryMethod], norm: float | None
+):
+    method, drawn = build(cls, enc_init_norm=norm), build(cls)
+    assert torch.equal(method.W_dec, drawn.W_dec)
+    expected = drawn.W_enc if norm is None else norm * method.W_dec
+    torch.testing.assert_close(method.W_enc, expected)
+
+
+@K_SPARSE
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -378,6 +382,8 @@ def test_nan_in_the_activations_stops_the_training_and_leaves_the_parameters_fin
         ({"k": 0}, "method.k"),
         ({"aux": "ghost"}, "method.aux"),
         ({"k_aux": 0}, "method.k_aux"),
+        ({"enc_init_norm": 0}, "method.enc_init_norm"),
+        ({"b_dec_init": "median"}, "method.b_dec_init"),
         ({"path": "fast"}, "method.path"),
         ({"lr": 0.0}, "method.lr"),
         ({"decoder_norm": "sometimes"}, "method.decoder_norm"),
@@ -399,7 +405,7 @@ def test_a_bad_setting_is_named(cls: type[DictionaryMethod], changes: dict, name
         (JumpReLU, {"ste": "exact"}, "method.ste"),
         (JumpReLU, {"bandwidth": 0}, "method.bandwidth"),
         (JumpReLU, {"initial_threshold": 0}, "method.initial_threshold"),
-        (ReluL1, {"b_dec_init": "mean"}, "method.b_dec_init"),
+        (ReluL1, {"b_dec_init": "median"}, "method.b_dec_init"),
         (ReluL1, {"l1_coefficient": -1}, "method.l1_coefficient"),
     ],
 )

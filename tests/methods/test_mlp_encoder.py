@@ -32,6 +32,7 @@ COMMON: dict[str, Any] = {
     "decoder_norm": "after_step",
     "dead_after_tokens": 4 * 128,
     "grad_clip": 1e5,
+    "b_dec_init": "zeros",
     "warmup_steps": 0,
     "decay_fraction": 0.0,
     "path": "auto",
@@ -42,7 +43,6 @@ OWN: dict[type[DictionaryMethod], dict[str, Any]] = {
         "l1_warmup_steps": 0,
         "reconstruction": "normalised_mse",
         "subtract_b_dec": False,
-        "b_dec_init": "zero",
     },
 }
 BOTH = pytest.mark.parametrize("cls", list(OWN))

@@ -16,6 +16,7 @@ from core.synthetic.planted import PlantedEntities
 SHARED = {
     "d_model": 64,
     "use_enc_bias": False,
+    "enc_init_norm": None,
     "aux": "r1",
     "aux_coefficient": 1 / 32,
     "k_aux": 512,
@@ -25,6 +26,7 @@ SHARED = {
     "decoder_norm": "before_step",
     "dead_after_tokens": 20480,
     "grad_clip": 1e5,
+    "b_dec_init": "zeros",
     "warmup_steps": 0,
     "decay_fraction": 0.0,
     "path": "auto",

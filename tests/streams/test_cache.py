@@ -362,9 +362,11 @@ def test_the_cache_changes_neither_the_name_nor_the_identity_of_a_cell():
 
 METHOD = {
     "_target_": "core.methods.batchtopk.BatchTopK", "k": 4, "threshold_rule": "posthoc_mean",
-    "threshold_ema_rate": 0.01, "use_enc_bias": False, "aux": "r1", "aux_coefficient": 1 / 32, "k_aux": 16,
+    "threshold_ema_rate": 0.01, "use_enc_bias": False,
+    "enc_init_norm": None, "aux": "r1", "aux_coefficient": 1 / 32, "k_aux": 16,
     "path": "auto", "d_model": 32, "dict_size": 64, "lr": 1e-3, "betas": [0.9, 0.99], "input_norm": "token_std",
-    "seed": 0, "decoder_norm": "before_step", "dead_after_tokens": 256, "grad_clip": 1e5, "warmup_steps": 0,
+    "seed": 0, "decoder_norm": "before_step", "dead_after_tokens": 256, "grad_clip": 1e5,
+    "b_dec_init": "zeros", "warmup_steps": 0,
     "decay_fraction": 0.5,
 }  # fmt: skip
 

@@ -33,9 +33,11 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 METHOD: dict[str, Any] = {
     "_target_": "core.methods.batchtopk.BatchTopK", "d_model": 16, "dict_size": 32, "k": 2, "use_enc_bias": False,
+    "enc_init_norm": None,
     "threshold_rule": "posthoc_mean", "threshold_ema_rate": 0.01, "aux": "r1", "aux_coefficient": 1 / 32, "k_aux": 16,
     "lr": 1e-2, "betas": [0.9, 0.99], "input_norm": "none", "seed": 0, "decoder_norm": "before_step",
-    "dead_after_tokens": 640, "grad_clip": 1e5, "warmup_steps": 0, "decay_fraction": 0.0, "path": "auto",
+    "dead_after_tokens": 640, "grad_clip": 1e5,
+    "b_dec_init": "zeros", "warmup_steps": 0, "decay_fraction": 0.0, "path": "auto",
 }  # fmt: skip
 
 
