@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from core.checked import Checked, at_least, between, each_at_least, not_empty, require, rule
+from core.input_norm import Normalisation
 from core.streams.activation_source import BufferDtype
 from core.streams.activations import check_sizes
 from core.text.rows import Packing
@@ -234,3 +235,25 @@ class TrainStepSettings(Timed):
     def check(self) -> None:
         smallest = min(self.dict_sizes)
         require(self.k <= smallest, "k", self.k, f"be at most {smallest}, the size of the smallest dictionary")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualitySettings(Checked):
+    """One setting of the comparison: a method, a dictionary, a training, and other libraries."""
+
+    node: ClassVar[str] = ""
+    threads: int = between(1, MAX_THREADS)
+    kind: Literal["batchtopk", "topk"]
+    dict_size: int = at_least(1)
+    k: int = at_least(1)
+    n_steps: int = at_least(1)
+    lr: float = rule(lambda lr: lr > 0, "be positive")
+    decay_fraction: float = between(0, 1)
+    seeds: tuple[int, ...] = not_empty()
+    input_norm: Normalisation
+    methods: Mapping[str, Any] = not_empty()
+    peers_python: str | None = not_empty()
+    peers: tuple[Literal["dictionary_learning", "saelens"], ...]
+
+    def check(self) -> None:
+        require(self.k <= self.dict_size, self.named("k"), self.k, f"be at most dict_size = {self.dict_size}")
