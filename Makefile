@@ -9,7 +9,7 @@ TESTS := .venv/.tests
 WORKERS ?= auto
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
 PAPERS := leask oneill minder paulo song
-BENCHMARKS := bench_train_step bench_stream bench_fleet bench_scaling bench_stacked bench_stitching
+BENCHMARKS := bench_train_step bench_stream bench_fleet bench_scaling bench_stacked bench_stitching bench_quality
 ALL := $(basename $(notdir $(foreach paper,$(PAPERS),$(sort $(wildcard conf/experiment/$(paper)_*.yaml)))))
 EXPERIMENTS := $(filter-out $(WITHOUT),$(ALL))
 

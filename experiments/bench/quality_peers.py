@@ -1,9 +1,9 @@
 """Dictionaries as other libraries train them, on activations that lie in a file, in a process of their own.
 
 `python -m experiments.bench.quality_peers '<a Case as JSON>'` runs with the interpreter of the peers' environment,
-which has torch but not this project's other packages. A library keeps its own method, initialisation, optimiser, clipping and
-treatment of dead latents, with its own defaults. Equal for all are the batches and their order, their number, the
-learning rate and its decay.
+which has torch but not this project's other packages. A library keeps its own method, initialisation, optimiser,
+clipping and treatment of dead latents, with its own defaults. Equal for all are the batches and their order, their
+number, the learning rate and its decay.
 
 Shapes: B rows in the batch, d = d_model, m = dict_size.
 """
