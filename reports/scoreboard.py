@@ -28,10 +28,12 @@ HEADER = ("paper", "claims", *COLUMNS, ONE_VALUE, "from")
 
 
 def scoreboard(kept: Path = KEPT) -> str:
-    """The table in Markdown: the papers that are built, then those that are planned."""
+    """The table in Markdown: the papers that are built, then one row of those that are planned."""
     report = Report.read(folder_of(kept, "--kept"), None)
     in_order = sorted(report.papers, key=lambda paper: (not paper.claims, paper.name))
-    rows = [row for paper in in_order for row in _rows(report, paper)]
+    rows = [row for paper in in_order if paper.claims for row in _rows(report, paper)]
+    if planned := [paper.short for paper in in_order if not paper.claims]:
+        rows.append([", ".join(planned), "planned", *[""] * (len(HEADER) - 2)])
     return markdown([Table(HEADER, rows)], kept).strip()
 
 
@@ -41,14 +43,13 @@ def _rows(report: Report, paper: Paper) -> list[list[str]]:
     linked = (README.parent / page).is_file()
     name = Markup(f"[{paper.short}]({page.as_posix()})") if linked else paper.short
     blank = [""] * (len(HEADER) - 2)
-    if not paper.claims:
-        return [[name, "planned", *blank]]
     rows = []
     for scale in SCALES:
         if n_kept := sum(bool(report.cells(experiment, scale)) for experiment in paper.experiments):
             judged = [(claim, report.judgements[claim.id][scale]) for claim in paper.claims]
             source = f"{scale} scale, {n_kept} of {len(paper.experiments)} experiments"
-            rows += [[name, *row, source] for row in counts(judged)]
+            first, *others = counts(judged) or [blank]
+            rows += [[name, *first, source], *(["", *row, ""] for row in others)]
     return rows or [[name, "no results kept", *blank]]
 
 

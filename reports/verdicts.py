@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from core.metrics.statistics import least_p, sign_test
 from reports.checks import Check, Comparison, Near, compare
 from reports.checks.base import over_settings
-from reports.checks.outcomes import FAILS, HOLDS, INCONCLUSIVE, Finding
+from reports.checks.outcomes import FAILS, HOLDS, INCONCLUSIVE, Finding, spread
 from reports.checks.sizes import LISTED
 from reports.claims import Claim, Paper, Scale
 from reports.collect import Cell
@@ -216,6 +216,6 @@ def _sign_test(check: Check, paper: Paper, claim: Claim, judged: Judged) -> str:
     rows = paper.experiments[claim.experiment]
     averaged = over_settings(check, [one for one, _ in judged], rows.draws, paper.ranges)
     values = averaged[1] if averaged else _weakest(judged)[1].values
-    if len(set(values)) < 2 or least_p(len(values)) >= ALPHA:
+    if not spread(values) or least_p(len(values)) >= ALPHA:
         return ""
     return f"sign test p = {sign_test(values):.2g} ({len(values)} draws)"
