@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from core.errors import UserError
 from reports import compare, figures, papers
 from reports.checks.outcomes import ROUNDING, range_of
 from reports.claims import PAPERS, load_paper, load_papers, with_derived
-from reports.collect import CONF, KEPT, _flat, read_cells
+from reports.collect import CONF, KEPT, read_cells
 from tests.composing import composed
 
 ROW = "{id: toy/1, origin: own, statement: s, where: w, source: s, confidence: high, paper_note: lower, check: {CHECK}}"
@@ -179,6 +180,13 @@ def test_every_metric_that_is_read_has_a_range_and_kept_results_lie_in_it():
                 assert all(low - ROUNDING <= value <= high + ROUNDING for value in values), (experiment, metric)
 
 
+def dotted(config: Any, prefix: str = "") -> set[str]:
+    """Every key of nested settings, `a.b`."""
+    if not isinstance(config, dict):
+        return {prefix.removesuffix(".")}
+    return {key for name, value in config.items() for key in dotted(value, f"{prefix}{name}.")}
+
+
 def test_the_settings_that_claims_name_are_settings_of_their_experiments():
     """A condition on a setting that no cell has would let every cell pass."""
     cells = read_cells(KEPT)
@@ -186,7 +194,7 @@ def test_the_settings_that_claims_name_are_settings_of_their_experiments():
         for experiment, rows in paper.experiments.items():
             known = {key for cell in cells if cell.experiment == experiment for key in cell.settings}
             if not known:
-                known = set(dict(_flat(OmegaConf.to_container(composed(f"experiment={experiment}"), resolve=False))))
+                known = dotted(OmegaConf.to_container(composed(f"experiment={experiment}"), resolve=False))
             claims = [claim for claim in paper.claims if claim.experiment == experiment]
             asked = {
                 key
