@@ -3,7 +3,8 @@
 A row for each paper and group of claims (the paper's, the authors' numbers, own checks, sanity checks, and those made
 or changed after the result was seen), from the kept results: how many have which verdict. Verdicts that rest on one
 value stand in a column of their own. The table replaces what is between the lines `<!-- scoreboard -->` and
-`<!-- /scoreboard -->` of the page.
+`<!-- /scoreboard -->` of the page. Without `--page`, the tables in `docs/results-*.md` are written as well
+(`reports/pages.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from reports.claims import SCALES, Paper
 from reports.collect import KEPT, folder_of
 from reports.compare import Report
 from reports.left_out import nothing_left_out
+from reports.pages import filled, result_pages
 from reports.render import Markup, Table, markdown
 from reports.tables import COLUMNS, ONE_VALUE, counts
 
@@ -27,9 +29,13 @@ README = Path(__file__).parents[1] / "README.md"
 HEADER = ("paper", "claims", *COLUMNS, ONE_VALUE, "from")
 
 
-def scoreboard(kept: Path = KEPT) -> str:
+def read(kept: Path = KEPT) -> Report:
+    """The kept results and the claims."""
+    return Report.read(folder_of(kept, "--kept"), None)
+
+
+def scoreboard(report: Report, kept: Path = KEPT) -> str:
     """The table in Markdown: the papers that are built, then one row of those that are planned."""
-    report = Report.read(folder_of(kept, "--kept"), None)
     in_order = sorted(report.papers, key=lambda paper: (not paper.claims, paper.name))
     rows = [row for paper in in_order if paper.claims for row in _rows(report, paper)]
     if planned := [paper.short for paper in in_order if not paper.claims]:
@@ -64,17 +70,23 @@ def updated(page: str, table: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--page", type=Path, default=README, help="page to write into (default: README.md)")
+    parser.add_argument("--page", type=Path, help="page to write into (default: README.md, and docs/results-*.md)")
     parser.add_argument("--kept", type=Path, default=KEPT, help="folder with kept results (default: reports/results)")
     options = parser.parse_args(arguments)
+    page = options.page or README
     try:
         with nothing_left_out():
-            table = scoreboard(options.kept)
-        write_atomically(options.page, updated(options.page.read_text(), table))
+            report = read(options.kept)
+            table = scoreboard(report, options.kept)
+        written = {page: updated(page.read_text(), table)}
+        for page in [] if options.page else result_pages():
+            written[page] = filled(page.read_text(), report)
+        for page, text in written.items():
+            write_atomically(page, text)
+            print(f"scoreboard: {page}")
     except (UserError, OSError, UnicodeDecodeError) as error:
-        print(f"error: {options.page}: {error}", file=sys.stderr)
+        print(f"error: {page}: {error}", file=sys.stderr)
         return 1
-    print(f"scoreboard: {options.page}")
     return 0
 
 

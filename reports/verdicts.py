@@ -17,8 +17,8 @@ The rule:
   decide only what is far from the bound.
 - A sign test counts independent draws, each with its mean over settings. With fewer than six draws its p cannot be
   below .05, so it is not given. It never decides.
-- Comparisons that share a side (`ordered`, `monotone`, `peak`) are judged one by one and have no mean. The one that is
-  nearest to failing is named.
+- Comparisons that share a side (links of a chain, a peak and its neighbours) are judged one by one and have no mean.
+  The one that is nearest to failing is named.
 - A claim agrees if all its comparisons hold. It is partly so if some hold and some fail, disagrees if some fail and
   none holds, and is inconclusive if none fails but not all hold. At demo scale "direction agrees" stands for a check of
   a direction.

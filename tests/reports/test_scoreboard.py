@@ -7,12 +7,19 @@ import pytest
 
 from core.errors import UserError
 from reports import scoreboard as module
-from reports.scoreboard import BEGIN, END, README, main, scoreboard, updated
+from reports.compare import Report
+from reports.pages import filled, result_pages
+from reports.scoreboard import BEGIN, END, README, main, read, scoreboard, updated
 
 
 @pytest.fixture(scope="module")
-def table() -> str:
-    return scoreboard()
+def report() -> Report:
+    return read()
+
+
+@pytest.fixture(scope="module")
+def table(report: Report) -> str:
+    return scoreboard(report)
 
 
 def numbers_in(text: str) -> list[int]:
@@ -50,7 +57,8 @@ def test_papers_without_claims_share_a_row_without_numbers(table: str):
 def test_only_the_text_between_the_markers_changes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(module, "scoreboard", lambda kept: f"| kept in | {kept.name} |")
+    monkeypatch.setattr(module, "read", lambda kept: None)
+    monkeypatch.setattr(module, "scoreboard", lambda report, kept: f"| kept in | {kept.name} |")
     page = tmp_path / "page.md"
     page.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
     assert main(["--page", str(page)]) == 0
@@ -66,3 +74,34 @@ def test_only_the_text_between_the_markers_changes(
 def test_the_readmes_scoreboard_is_up_to_date(table: str):
     page = README.read_text()
     assert updated(page, table) == page, "after a change of claims or kept results: python -m reports.scoreboard"
+
+
+def test_the_tables_in_the_pages_of_results_are_up_to_date(report: Report):
+    pages = result_pages()
+    assert [page.name for page in pages] == ["results-leask.md", "results-oneill.md"]
+    for page in pages:
+        text = page.read_text()
+        assert text.count("<!-- claims: ") >= 2 and text.count("<!-- counts: ") == 1
+        assert filled(text, report) == text, "after a change of claims or kept results: python -m reports.scoreboard"
+
+
+def test_a_marked_table_is_written_anew_and_nothing_else(report: Report):
+    page = "a\n<!-- claims: oneill/unknown-16 -->\nold\n<!-- /claims -->\nb\n"
+    written = filled(page, report)
+    assert written.startswith("a\n<!-- claims: oneill/unknown-16 -->\n| claim | here | verdict |")
+    assert written.endswith("\n<!-- /claims -->\nb\n") and "old" not in written
+    assert "disagrees (one value)" in written and "7.1e+11" in written and filled(written, report) == written
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<!-- claims: oneill/no-such -->\n<!-- /claims -->",
+        "<!-- counts: nobody -->\n<!-- /counts -->",
+        "<!-- claims: oneill/unknown-16 -->\n",
+        "<!-- claims: oneill/unknown-16 -->\n<!-- /counts -->",
+    ],
+)
+def test_a_wrong_mark_is_refused(page: str, report: Report):
+    with pytest.raises(UserError, match=r"There is no claim or paper|needs its end"):
+        filled(page, report)
