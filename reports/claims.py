@@ -7,9 +7,10 @@ declared in `metrics` or in the paper's module `derived`. The suite's smoke runs
 `draws` says what a seed draws anew (`reports/draws.py`). `clustered` names metrics whose outcomes come in clusters,
 with the reason: their runs are shown one by one. The paper's `ranges` are the values that metrics can have.
 
-A claim's `origin` says whose it is: `paper`, `authors` (numbers of their result files), `own` (a check of this
-reproduction) or `sanity` (what can hardly fail unless something is broken). `after_results` says why a claim was made
-or changed after its result had been seen. Such claims are counted by themselves (`Claim.group`).
+A claim's `origin` says whose it is: `paper` (what the paper, or its authors' posts, say or show), `authors` (numbers of
+their result files), `own` (a check of this reproduction) or `sanity` (what can hardly fail unless something is broken).
+`after_results` says why a claim was made or changed after its result had been seen. Such claims are counted by
+themselves (`Claim.group`).
 
 A claim's `cells` says at which scales it can be judged and on which cells, for example
 `{paper: {model.name: gpt2_small}}`. A cell passes a condition if it does not have the setting, or has one of the
@@ -54,7 +55,6 @@ ORIGINS: Mapping[str, str] = {
 }
 AFTER = "after"
 GROUPS: Mapping[str, str] = {**ORIGINS, AFTER: "made or changed after the result"}
-EVERY_SEED = Draws("seed", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class ExperimentRows:
     """
 
     match: Sequence[str]
-    draws: Draws = EVERY_SEED
+    draws: Draws
     metrics: Sequence[str] = ()
     derived: Sequence[str] = ()
     columns: Sequence[str] = ()
@@ -198,7 +198,7 @@ def _load_claims(path: Path, derived: Sequence[str]) -> tuple[ExperimentRows, li
         except TypeError as error:
             errors.append(f"{path}: {row.get('id', f'claim {i}')}: {_plain(error)}")
     try:
-        content["draws"] = Draws(**content.get("draws", {}))
+        content["draws"] = _draws(content.get("draws"))
         rows = ExperimentRows(derived=derived, **content)
         _validate_rows(rows)
     except (TypeError, ValueError) as error:
@@ -253,6 +253,13 @@ def _read(path: Path) -> dict[str, Any]:
 def _plain(error: Exception) -> str:
     """`Claim.__init__() got an unexpected keyword argument 'x'` without the name of the class."""
     return str(error).replace("Claim.__init__()", "claim").replace("ExperimentRows.__init__()", "the file")
+
+
+def _draws(rules: Any) -> Draws:
+    names = ("data", "initialisation")
+    if not isinstance(rules, dict) or sorted(rules) != sorted(names):
+        raise ValueError(f"draws: {rules!r} does not say what a seed draws: {{data: ..., initialisation: ...}}")
+    return Draws(**rules)
 
 
 def _validate_rows(rows: ExperimentRows) -> None:

@@ -3,7 +3,8 @@
 A row for each paper and group of claims (the paper's, the authors' numbers, own checks, sanity checks, and those made
 or changed after the result was seen), from the kept results: how many have which verdict. Verdicts that rest on one
 value stand in a column of their own. The table replaces what is between the lines `<!-- scoreboard -->` and
-`<!-- /scoreboard -->` of the page.
+`<!-- /scoreboard -->` of the page. Without `--page`, the tables in `docs/results-*.md` are written as well
+(`reports/pages.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from reports.claims import SCALES, Paper
 from reports.collect import KEPT, folder_of
 from reports.compare import Report
 from reports.left_out import nothing_left_out
+from reports.pages import filled, result_pages
 from reports.render import Markup, Table, markdown
 from reports.tables import COLUMNS, ONE_VALUE, counts
 
@@ -27,11 +29,17 @@ README = Path(__file__).parents[1] / "README.md"
 HEADER = ("paper", "claims", *COLUMNS, ONE_VALUE, "from")
 
 
-def scoreboard(kept: Path = KEPT) -> str:
-    """The table in Markdown: the papers that are built, then those that are planned."""
-    report = Report.read(folder_of(kept, "--kept"), None)
+def read(kept: Path = KEPT) -> Report:
+    """The kept results and the claims."""
+    return Report.read(folder_of(kept, "--kept"), None)
+
+
+def scoreboard(report: Report, kept: Path = KEPT) -> str:
+    """The table in Markdown: the papers that are built, then one row of those that are planned."""
     in_order = sorted(report.papers, key=lambda paper: (not paper.claims, paper.name))
-    rows = [row for paper in in_order for row in _rows(report, paper)]
+    rows = [row for paper in in_order if paper.claims for row in _rows(report, paper)]
+    if planned := [paper.short for paper in in_order if not paper.claims]:
+        rows.append([", ".join(planned), "planned", *[""] * (len(HEADER) - 2)])
     return markdown([Table(HEADER, rows)], kept).strip()
 
 
@@ -41,14 +49,13 @@ def _rows(report: Report, paper: Paper) -> list[list[str]]:
     linked = (README.parent / page).is_file()
     name = Markup(f"[{paper.short}]({page.as_posix()})") if linked else paper.short
     blank = [""] * (len(HEADER) - 2)
-    if not paper.claims:
-        return [[name, "planned", *blank]]
     rows = []
     for scale in SCALES:
         if n_kept := sum(bool(report.cells(experiment, scale)) for experiment in paper.experiments):
             judged = [(claim, report.judgements[claim.id][scale]) for claim in paper.claims]
             source = f"{scale} scale, {n_kept} of {len(paper.experiments)} experiments"
-            rows += [[name, *row, source] for row in counts(judged)]
+            first, *others = counts(judged) or [blank]
+            rows += [[name, *first, source], *(["", *row, ""] for row in others)]
     return rows or [[name, "no results kept", *blank]]
 
 
@@ -63,17 +70,23 @@ def updated(page: str, table: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--page", type=Path, default=README, help="page to write into (default: README.md)")
+    parser.add_argument("--page", type=Path, help="page to write into (default: README.md, and docs/results-*.md)")
     parser.add_argument("--kept", type=Path, default=KEPT, help="folder with kept results (default: reports/results)")
     options = parser.parse_args(arguments)
+    page = options.page or README
     try:
         with nothing_left_out():
-            table = scoreboard(options.kept)
-        write_atomically(options.page, updated(options.page.read_text(), table))
+            report = read(options.kept)
+            table = scoreboard(report, options.kept)
+        written = {page: updated(page.read_text(), table)}
+        for page in [] if options.page else result_pages():
+            written[page] = filled(page.read_text(), report)
+        for page, text in written.items():
+            write_atomically(page, text)
+            print(f"scoreboard: {page}")
     except (UserError, OSError, UnicodeDecodeError) as error:
-        print(f"error: {options.page}: {error}", file=sys.stderr)
+        print(f"error: {page}: {error}", file=sys.stderr)
         return 1
-    print(f"scoreboard: {options.page}")
     return 0
 
 

@@ -17,8 +17,8 @@ The rule:
   decide only what is far from the bound.
 - A sign test counts independent draws, each with its mean over settings. With fewer than six draws its p cannot be
   below .05, so it is not given. It never decides.
-- Comparisons that share a side (`ordered`, `monotone`, `peak`) are judged one by one and have no mean. The one that is
-  nearest to failing is named.
+- Comparisons that share a side (links of a chain, a peak and its neighbours) are judged one by one and have no mean.
+  The one that is nearest to failing is named.
 - A claim agrees if all its comparisons hold. It is partly so if some hold and some fail, disagrees if some fail and
   none holds, and is inconclusive if none fails but not all hold. At demo scale "direction agrees" stands for a check of
   a direction.
@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from core.metrics.statistics import least_p, sign_test
 from reports.checks import Check, Comparison, Near, compare
 from reports.checks.base import over_settings
-from reports.checks.outcomes import FAILS, HOLDS, INCONCLUSIVE, Finding
+from reports.checks.outcomes import FAILS, HOLDS, INCONCLUSIVE, Finding, spread
 from reports.checks.sizes import LISTED
 from reports.claims import Claim, Paper, Scale
 from reports.collect import Cell
@@ -216,6 +216,6 @@ def _sign_test(check: Check, paper: Paper, claim: Claim, judged: Judged) -> str:
     rows = paper.experiments[claim.experiment]
     averaged = over_settings(check, [one for one, _ in judged], rows.draws, paper.ranges)
     values = averaged[1] if averaged else _weakest(judged)[1].values
-    if len(set(values)) < 2 or least_p(len(values)) >= ALPHA:
+    if not spread(values) or least_p(len(values)) >= ALPHA:
         return ""
     return f"sign test p = {sign_test(values):.2g} ({len(values)} draws)"

@@ -27,6 +27,7 @@ from reports.matching import Setting, by_setting, in_series, words
 
 BySeed = Mapping[int, Cell]
 Side = tuple[str, Sequence[Cell], Sequence[Cell]]  # what is compared, in words; the cells; those they are compared with
+LEAST = 1e-12  # a difference relative to less is given relative to this
 Ranges = Mapping[str, Range]  # metric, or a pattern of metrics -> the values that it can have
 
 

@@ -11,13 +11,12 @@ from typing import Literal
 import numpy as np
 
 from core.metrics.statistics import Interval, value_at_l0
-from reports.checks.base import Check, Comparison, Ranges, Side, TwoSides, comparison, differences, of
+from reports.checks.base import LEAST, Check, Comparison, Ranges, Side, TwoSides, comparison, differences, of
 from reports.checks.outcomes import Effect, Range, Region, enough_digits
 from reports.collect import Cell
 from reports.matching import Setting, by_setting, in_series, shown, words
 
 MANY = 1000  # larger ratios, as to a value that is 0 but for rounding, are not given
-LEAST = 1e-12  # a difference from less is given as one from this
 
 
 @dataclass(frozen=True, kw_only=True)

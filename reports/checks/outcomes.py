@@ -20,6 +20,7 @@ INCONCLUSIVE: Outcome = "inconclusive"
 Range = tuple[float, float]
 UNLIMITED: Range = (-np.inf, np.inf)
 ROUNDING = 1e-6  # a measured value may leave its metric's range by this much
+SAME = 1e-12  # values that differ by less, relative to their size, are the same but for rounding
 FORM = re.compile(r"(\+?)\.(\d+)([g%])")
 MOST_DIGITS = 12
 
@@ -102,13 +103,17 @@ def point(values: Sequence[float]) -> Effect:
 
 
 def spread(values: Sequence[float]) -> bool:
-    """Whether there are two different values."""
-    return len(set(values)) > 1
+    """Whether there are two values that differ by more than the last digits of a difference."""
+    return max(values) - min(values) > SAME * max(map(abs, values))
 
 
 def limited(interval: Interval, values: Sequence[float], limits: Range, runs: bool) -> Effect:
-    """The interval without the part that no value can have: what is left covers the true mean as often."""
-    low, high = (float(np.clip(end, *limits)) for end in (interval.low, interval.high))
+    """The interval without the part that no value can have: what is left covers the true mean as often.
+
+    It never excludes what was measured, even if the limits do.
+    """
+    within = min(limits[0], *values), max(limits[1], *values)
+    low, high = (float(np.clip(end, *within)) for end in (interval.low, interval.high))
     return Effect(interval.mean, low, high, interval.n, tuple(values) if runs else ())
 
 
@@ -155,13 +160,20 @@ def spelled(value: Interval, form: str) -> str:
 
 
 def enough_digits(value: Interval, form: str) -> str:
-    """The form, with as many digits as the two ends need to look different."""
+    """The form, with as many digits as it takes to show how wide the interval is, to within a quarter."""
     match = FORM.fullmatch(form)
     if match is None:
         raise ValueError(f"{form!r} is not a form such as .3g or +.1%")
     sign, digits, kind = match.groups()
+    width = value.high - value.low
     for precision in range(int(digits), MOST_DIGITS):
         finer = f"{sign}.{precision}{kind}"
-        if format(value.low, finer) != format(value.high, finer):
+        if abs(_read(value.high, finer) - _read(value.low, finer) - width) <= width / 4:
             return finer
     return form
+
+
+def _read(number: float, form: str) -> float:
+    """The number as it is read from its form."""
+    text = format(number, form)
+    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)

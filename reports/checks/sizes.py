@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from core.metrics.statistics import Interval, equivalence_interval
-from reports.checks.base import Check, Comparison, Published, Ranges, Side, TwoSides, comparison, differences, of
+from reports.checks.base import LEAST, Check, Comparison, Published, Ranges, Side, TwoSides, comparison, differences, of
 from reports.checks.outcomes import UNLIMITED, Range, Region, range_of, spelled
 from reports.collect import METRIC, Cell
 from reports.matching import by_setting, shown, words
@@ -119,7 +119,9 @@ class Difference(TwoSides, Bounded):
         return (-1.0 if range_of(self.metric, ranges)[0] == 0 else -np.inf), np.inf
 
     def effects(self, comparison: Comparison) -> dict[int, float]:
-        return {seed: (a - b) / (abs(b) or 1.0 if self.relative else 1.0) for seed, (a, b) in comparison.pairs.items()}
+        return {
+            seed: (a - b) / (max(abs(b), LEAST) if self.relative else 1.0) for seed, (a, b) in comparison.pairs.items()
+        }
 
     def say(self, effect: Interval) -> str:
         return spelled(effect, "+.1%" if self.relative else "+.3g")

@@ -144,8 +144,8 @@ def test_what_is_kept_has_a_readme_with_hours_claims_and_figures_that_can_be_mad
     write_stack(kept)
     assert keep.main(["--redraw", "--kept", str(kept), "--outputs", str(tmp_path / "no")]) == 0
     lines = (kept / "README.md").read_text().splitlines()
-    assert "| bundled_lm | paper | 2 of 1 | 0.00 | 0 | 0 | 0 | 0 |" in lines
-    assert "| toy | paper | 1 of ? | 0.00 | 0 | 0 | 0 | 0 |" in lines
+    assert "| bundled_lm | paper | 2 of 1 | 0.00 | 0 | 0 | 0 | 0 | 0 |" in lines
+    assert "| toy | paper | 1 of ? | 0.00 | 0 | 0 | 0 | 0 | 0 |" in lines
     assert "![toy paper](toy/toy_paper.png)" in lines and "- time: 3 s in 2 cells, 1.5 s in the median one " in str(
         lines
     )
