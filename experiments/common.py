@@ -107,6 +107,8 @@ def once_per(*keys: str) -> Callable[[Callable[[DictConfig], Result]], Callable[
         @wraps(make)
         def remembered(cfg: DictConfig) -> Result:
             name = json.dumps([plain(OmegaConf.select(cfg, key)) for key in keys], sort_keys=True)
+            if "data" in keys:
+                name += content_key(build(cfg.data).spec)  # the files may have changed
             if name not in latest:
                 latest.clear()
                 with noting() as noted, counting() as counts:
