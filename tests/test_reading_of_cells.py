@@ -82,7 +82,7 @@ def test_one_short_document_is_not_8192_tokens(cells, tmp_path: Path):
     code, _, said = cells(path, *ONE, "evaluation.n_rows=256", "stream.n_ctx=64", "evaluation.seed=1")
     assert code in (0, 1)
     if code:
-        assert "1 different documents, which have 0 rows of 64 tokens" in said
+        assert "the 1 different documents that local holds out have no whole row of 64 tokens" in said
 
 
 def test_passes_over_the_training_text_are_in_the_manifest_the_results_and_a_line(cells, tmp_path: Path):
@@ -169,7 +169,7 @@ BROKEN = {
 def test_too_little_text_says_why(cells, tmp_path: Path, name, content, settings, message):
     (tmp_path / name).write_text(content)
     code, records, said = cells(tmp_path / name, *ONE, *settings)
-    assert code == 1 and not records
+    assert code == 1 and not records and "shuffle buffer" not in said  # known before the training
 
     assert re.search(message, said), said
 

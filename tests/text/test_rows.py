@@ -256,7 +256,9 @@ def test_what_is_held_out_is_read_once_without_copies_and_said(capsys):
     assert "3 copies of documents" in said
     assert len(read_held_out(source, TOKENIZER, 1, 0, 4, "concat", None)[0].tokens) == 1
     assert capsys.readouterr().err == ""
-    with pytest.raises(UserError, match=r"which have 0 rows of 50 tokens \(0 tokens\)"):
+    with pytest.raises(
+        UserError, match="the 2 different documents that listed holds out have no whole row of 50 tokens"
+    ):
         read_held_out(source, TOKENIZER, 64, 0, 50, "concat", None)
     with pytest.raises(UserError, match="no documents of at least 49 tokens"):
         read_held_out(source, TOKENIZER, 64, 0, 50, "per_document", None)
