@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -39,6 +39,7 @@ from core.methods.base import DictionaryMethod
 from core.methods.dictionary import Dictionary
 from core.methods.saved import MANIFEST, load_dictionary, save_dictionary
 from core.methods.settings import Settings, method_class, settings_of
+from core.notices import say_once
 from core.reading import read_object
 from core.runtime import Runtime
 from core.shares import gpus, number_of_processes, slots, split
@@ -78,12 +79,14 @@ class Request:
 
     precision  of the training: `32-true` or `bf16-mixed`
     start      parameters to start from, if not the method's own
+    ready      called before a training; raises UserError if its dictionary would be of no use
     """
 
     method: dict[str, Any]
     source: Source
     precision: str = "32-true"
     start: Start | None = None
+    ready: Callable[[], None] | None = None
 
     @cached_property
     def group_spec(self) -> dict[str, Any]:
@@ -133,6 +136,9 @@ def load_or_train_all(requests: Sequence[Request], run: Runtime) -> list[Diction
     """
     store = Store(run.artifacts_dir)
     for group in _missing(requests, store).values():
+        for request in group.values():
+            if request.ready is not None:
+                request.ready()
         places = [(run.artifacts_dir, key) for key in group]
         failures = [_known_failures[place] for place in places if place in _known_failures]
         for error in failures or train_together(list(group.values()), run).values():
@@ -154,8 +160,10 @@ def prefetch(requests: Iterable[Request], run: Runtime) -> None:
     """Train the missing dictionaries, source by source. Failures are printed; the cells try those again."""
     store = Store(run.artifacts_dir)
     _discard_checkpoints(store)
-    groups = _missing(filter(_is_sound, requests), store)
-    for number, group in enumerate(groups.values(), 1):
+    missing = _missing(filter(_is_sound, requests), store).values()
+    ready = ({key: request for key, request in group.items() if _is_ready(request)} for group in missing)
+    groups = [group for group in ready if group]
+    for number, group in enumerate(groups, 1):
         print(f"stream {number} of {len(groups)}: {len(group)} dictionaries to train", file=sys.stderr)
         failures = _train_shares(_shares(group, store, run), run)
         for message in sorted({str(error) for error in failures.values()}):
@@ -189,6 +197,17 @@ def _is_sound(request: Request) -> bool:
         return bool(request.settings)
     except UserError as error:
         print(f"not trained together: {error}", file=sys.stderr)
+        return False
+
+
+def _is_ready(request: Request) -> bool:
+    """Whether the dictionary would be of use; says the reason if it would not."""
+    try:
+        if request.ready is not None:
+            request.ready()
+        return True
+    except UserError as error:
+        say_once(f"not trained together: {error}")
         return False
 
 

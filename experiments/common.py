@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,11 +26,12 @@ from core.fleet import KIND, Request, load_or_train
 from core.inputs import Inputs, note_all, noting
 from core.methods.dictionary import Dictionary
 from core.models.language_model import LanguageModel, load_language_model
+from core.models.loading import tokenizer_of
 from core.notices import say_once
 from core.reading import read_object
 from core.runtime import Runtime
 from core.streams.source import Source, source_of
-from core.text.rows import Rows, read_held_out
+from core.text.rows import Rows, check_held_out, read_held_out
 
 Result = TypeVar("Result")
 TRAINING_ONLY = ("lr", "decay_fraction", "dead_after_tokens")  # experiments set them for every method
@@ -48,7 +49,8 @@ def request(cfg: DictConfig, method: Any = None) -> Request:
     node = plain(cfg.method if method is None else method)
     if is_loaded(node):
         raise UserError("method=pretrained: this experiment trains its dictionaries; choose another method.")
-    return Request(node, source(cfg), cfg.trainer.precision)
+    ready = partial(check_held_out_text, cfg) if "evaluation" in cfg else None
+    return Request(node, source(cfg), cfg.trainer.precision, ready=ready)
 
 
 def source(cfg: DictConfig) -> Source:
@@ -107,6 +109,8 @@ def once_per(*keys: str) -> Callable[[Callable[[DictConfig], Result]], Callable[
         @wraps(make)
         def remembered(cfg: DictConfig) -> Result:
             name = json.dumps([plain(OmegaConf.select(cfg, key)) for key in keys], sort_keys=True)
+            if "data" in keys:
+                name += content_key(build(cfg.data).spec)  # the files may have changed
             if name not in latest:
                 latest.clear()
                 with noting() as noted, counting() as counts:
@@ -127,7 +131,19 @@ def language_model(cfg: DictConfig) -> LanguageModel:
     return load_language_model(cfg.model)
 
 
-@once_per("model", "data", "stream.n_ctx", "stream.packing", "stream.max_document_tokens", "evaluation")
+TEXT = ("model", "data", "stream.n_ctx", "stream.packing", "stream.max_document_tokens", "evaluation")
+
+
+@once_per(*TEXT)
+def check_held_out_text(cfg: DictConfig) -> None:
+    """Raises UserError if there is no held-out text to score on, which is better known before a training."""
+    s = cfg.stream
+    check_held_out(
+        build(cfg.data), tokenizer_of(cfg.model), cfg.evaluation.seed, s.n_ctx, s.packing, s.max_document_tokens
+    )
+
+
+@once_per(*TEXT)
 def held_out_text(cfg: DictConfig) -> Rows:
     """`evaluation.n_rows` rows `[R, n_ctx]` of held-out text, or as many as there are; one choice for all cells.
     Their numbers are counted for the cell's results."""
@@ -144,7 +160,7 @@ def held_out_rows(cfg: DictConfig) -> Tensor:
     return held_out_text(cfg).tokens
 
 
-SITE = ("model", "data", "stream.site", "stream.n_ctx", "stream.packing", "stream.max_document_tokens", "evaluation")
+SITE = (*TEXT, "stream.site")
 
 
 @once_per(*SITE)

@@ -99,6 +99,13 @@ def load_pretrained(settings: Settings) -> tuple[Any, Any, str, str | None]:
     return model.to(device), tokenizer, settings.name, files.commit
 
 
+def tokenizer_of(cfg: Any) -> Any:
+    """The tokenizer alone of a configuration group `model`. Raises UserError as `load_pretrained`."""
+    settings = Settings.of(cfg)
+    files = model_files(settings.source, settings.revision)
+    return load_tokenizer(files, tokenizer_names(files, family_of(files)))
+
+
 def used_names(files: ModelFiles) -> list[str]:
     """All files that decide what the model computes: configuration, tokenizer and weights."""
     own = [] if files.gguf is not None else [CONFIG]

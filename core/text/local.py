@@ -29,7 +29,6 @@ from core.text.finding import ending_of, find_files, format_of
 from core.text.records import Located, parquet_columns, read_json, read_jsonl, read_parquet, read_txt
 
 ESCAPES = {"\\n": "\n", "\\t": "\t", "\\r": "\r", "\\\\": "\\"}
-FEW = 20  # documents, of which perhaps none is held out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +125,7 @@ class LocalText:
                     "stands between documents, for instance data.document_separator='\\n\\n'."
                 )
             return f"{name} one document ({self._shown()}): {self._never()}"
-        return f"There are {n - n_blank:,} documents in all." if n - n_blank <= FEW else ""
+        return f"There are {n - n_blank:,} documents in all ({self._shown()})."
 
     def _never(self) -> str:
         return f"data.document_separator={self.document_separator!r} does not occur."

@@ -29,9 +29,8 @@ from core.text.unpacking import (
 
 Located = tuple[str, Mapping[str, Any]]  # the place of a record, for messages, and the record
 ROWS_PER_BATCH = 256
-MAX_UNPACKED = 2**32  # bytes that the columns of a row group may declare
-LEAST_UNPACKED = 2**28  # and always may, however small the file is
-UNPACKED_PER_BYTE = 100
+LEAST_UNPACKED = 2**28  # bytes that a row group may always declare, however small the file is
+UNPACKED_PER_BYTE = 100  # and for each byte of the file
 ROWS_PER_BYTE = 1000  # that a file may declare
 DAMAGE = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, OverflowError, MemoryError)
 JSON_FORMS = "A .jsonl file has one JSON object per line, a .json file is a list of objects."
@@ -49,7 +48,7 @@ def read_jsonl(path: Path) -> Iterator[Located]:
                 raise too_long(path, where)
             if not offset:
                 check_encoding(line[:HEAD_BYTES], path)
-            text, n_bytes = decoded(line, path, offset, number), len(line)
+            text, n_bytes = decoded(line, path, offset, number).rstrip("\r\n"), len(line)
             del line  # it may be as long as the file
             offset += n_bytes
             if text.strip():
@@ -125,7 +124,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Located]:
     place = str(path)
     try:
         with pq.ParquetFile(path, read_dictionary=_texts(path, columns), page_checksum_verification=True) as file:
-            _check_declared(path, file, columns)
+            _check_declared(path, file)
             for group in range(file.num_row_groups):
                 place = f"{path}, row group {group}"
                 for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=list(columns)):
@@ -159,16 +158,16 @@ def _texts(path: Path, columns: Sequence[str]) -> list[str]:
     return [name for name in columns if pa.types.is_string(schema.field(name).type)]
 
 
-def _check_declared(path: Path, file: pq.ParquetFile, columns: Sequence[str]) -> None:
-    """Raises UserError for a file that declares more than it can hold."""
+def _check_declared(path: Path, file: pq.ParquetFile) -> None:
+    """Raises UserError for a file that declares more than it can hold. Metadata of single columns are not looked at:
+    where they are damaged, the library ends the process."""
     metadata, n_bytes = file.metadata, path.stat().st_size
     if metadata.num_rows > ROWS_PER_BYTE * n_bytes:
         raise UserError(f"data.path: {path} declares {metadata.num_rows:,} rows in {n_bytes:,} bytes. Is it damaged?")
     for group in range(metadata.num_row_groups):
-        chunks_of = (metadata.row_group(group).column(i) for i in range(metadata.num_columns))
-        declared = sum(c.total_uncompressed_size for c in chunks_of if c.path_in_schema.split(".")[0] in columns)
-        if declared > min(MAX_UNPACKED, max(LEAST_UNPACKED, UNPACKED_PER_BYTE * n_bytes)):
+        declared = metadata.row_group(group).total_byte_size
+        if declared > max(LEAST_UNPACKED, UNPACKED_PER_BYTE * n_bytes):
             raise UserError(
-                f"data.path: {path}, row group {group} declares {declared:,} bytes of text in a file of {n_bytes:,}. "
+                f"data.path: {path}, row group {group} declares {declared:,} bytes in a file of {n_bytes:,}. "
                 "Is it damaged? If not, write it in smaller row groups."
             )

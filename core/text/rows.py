@@ -258,6 +258,29 @@ def say_counts(counts: Mapping[str, float], what: str) -> None:
         say_once(f"data: {n:,.0f} lone surrogates, which are no characters, were replaced by U+FFFD for {what}.")
 
 
+def check_held_out(
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    n_ctx: int,
+    packing: Packing,
+    max_document_tokens: int | None,
+) -> None:
+    """Raises UserError if the documents held out have no whole row. Reads no more of them than it must."""
+    distinct = Distinct(source)
+    stream = RowStream(distinct, tokenizer, "heldout", seed, n_ctx, packing, max_document_tokens)
+    if not len(stream.rows_of_one_pass(1).tokens):
+        raise _no_row(distinct, n_ctx)
+
+
+def _no_row(distinct: Distinct, n_ctx: int) -> UserError:
+    return UserError(
+        f"data: the {distinct.n_documents:,} different documents that {distinct.name} holds out have no whole row of "
+        f"{n_ctx:,} tokens together, so there is nothing to measure on. About one document in 20 is held out, chosen "
+        "by its content. Use more text, or fewer stream.n_ctx."
+    )
+
+
 def read_held_out(
     source: TextSource,
     tokenizer: PreTrainedTokenizerBase,
@@ -279,17 +302,13 @@ def read_held_out(
     rows = stream.rows_of_one_pass(n)
     n_rows, n_documents = len(rows.tokens), distinct.n_documents
     counts = {**stream.counts, "heldout_rows": float(n_rows), "heldout_tokens": float(rows.tokens.numel())}
-    there = (
-        f"{source.name} holds out {n_documents:,} different documents, which have {n_rows:,} rows of "
-        f"{n_ctx:,} tokens ({rows.tokens.numel():,} tokens)"
-    )
     if not n_rows:
-        raise UserError(
-            f"evaluation.n_rows={n}: {there}. About one document in 20 is held out, chosen by its content. Use more "
-            "text, or fewer stream.n_ctx."
-        )
+        raise _no_row(distinct, n_ctx)
     if n_rows < n:
-        say_once(f"evaluation.n_rows={n:,}: {there}; the figures are on these, read once.")
+        say_once(
+            f"evaluation.n_rows={n:,}: {source.name} holds out {n_documents:,} different documents, which have "
+            f"{n_rows:,} rows of {n_ctx:,} tokens ({rows.tokens.numel():,} tokens); the figures are on these."
+        )
     if distinct.n_copies:
         say_once(f"data: {distinct.n_copies:,} copies of documents held out of {source.name} are left out.")
     say_counts(counts, "evaluation")

@@ -140,13 +140,14 @@ def chunks(path: Path) -> Iterator[str]:
     with unpacked(path) as file:
         while True:
             raw = file.read(CHUNK_BYTES)
+            if n_read == 0:
+                check_encoding(raw[:HEAD_BYTES], path)
             try:
                 text = held + decoder.decode(raw, final=not raw)
             except UnicodeDecodeError as error:
                 begin = n_read + len(raw) - len(error.object)  # the decoder keeps the bytes of a cut character
                 raise not_utf8(path, begin + error.start, error.object[error.start]) from error
             if n_read == 0:
-                check_encoding(raw[:HEAD_BYTES], path)
                 text = text.removeprefix("\ufeff")
             n_read += len(raw)
             held = "\r" if text.endswith("\r") and raw else ""

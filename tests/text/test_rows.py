@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from core.errors import UserError
+from core.notices import say_once
 from core.text.documents import CountedDocuments, Document, SpecialTokens
-from core.text.rows import RowStream
+from core.text.rows import RowStream, read_held_out
 
 LETTERS = string.ascii_lowercase  # each letter is a token; its id is its place in the alphabet; BOS is 26
 BOS = 26
@@ -188,3 +189,76 @@ def test_a_state_survives_a_checkpoint_that_holds_only_plain_data_and_tensors(tm
     resumed = RowStream(Listed(["abc", "defgh"], mark_epochs=True), TOKENIZER, "train", 0, 4)
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert torch.equal(resumed.next_rows(9), stream.next_rows(9))
+
+
+# ---- what was read
+
+
+def listed(*texts: str) -> RowStream:
+    return RowStream(Listed([*texts]), TOKENIZER, "train", 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("texts", "n", "rows"),
+    [
+        (["ab", "cdef"], 1, ["^ab^"]),
+        (["ab", "cdef"], 2, ["^ab^", "cdef"]),
+        (["ab", "cdef"], 64, ["^ab^", "cdef"]),  # what there is, once
+        (["ab", "cdefg"], 64, ["^ab^", "cdef"]),  # the last token fills no row
+        (["ab"], 64, []),
+    ],
+)
+def test_rows_of_one_pass_end_with_the_text(texts: list[str], n: int, rows: list[str]):
+    assert spelled(listed(*texts).rows_of_one_pass(n).tokens) == rows
+
+
+@pytest.mark.parametrize(
+    ("calls", "passes"),
+    [([1], 1.0), ([2], 1.0), ([3], 12 / 8), ([1, 1, 1, 1], 2.0), ([40], 20.0)],
+)
+def test_passes_over_the_text_are_counted(calls: list[int], passes: float):
+    stream = listed("ab", "cdef")  # 8 tokens with BOS, 2 rows
+    for n in calls:
+        stream.next_rows(n)
+    assert stream.counts == {"text_passes": passes}
+    resumed = listed("ab", "cdef")
+    resumed.load_state_dict(stream.state_dict())
+    assert resumed.counts == stream.counts
+    resumed.next_rows(2)
+    assert resumed.counts == {"text_passes": pytest.approx(max(1.0, (sum(calls) + 2) / 2))}
+
+
+def test_a_position_saved_by_an_earlier_version_goes_on_and_tells_the_passes_begun():
+    stream = listed("ab", "cdef")
+    stream.next_rows(5)
+    state = {name: value for name, value in stream.state_dict().items() if name not in ("pass_tokens", "replaced")}
+    state["pending"] = state["pending"].abs()
+    older = listed("ab", "cdef")
+    older.load_state_dict(state)
+    assert older.counts == {"text_passes": 3.0}
+    older.next_rows(2)
+    assert older.counts == {"text_passes": 3.5}  # it has met the end of the text
+
+
+def test_what_is_held_out_is_read_once_without_copies_and_said(capsys):
+    say_once.cache_clear()
+
+    class HeldOut(Listed):
+        def documents(self, split: str, seed: int, state: dict | None = None) -> CountedDocuments:
+            return super().documents("train" if split == "heldout" else "heldout", seed, state)
+
+    source = HeldOut(["abc", "defg", "abc", "defg", "abc"])
+    rows, counts = read_held_out(source, TOKENIZER, 64, 0, 4, "concat", None)
+    assert spelled(rows.tokens) == ["^abc", "^def"] and rows.starts.tolist() == [[True, False, False, False]] * 2
+    assert counts == {"heldout_rows": 2, "heldout_tokens": 8}
+    said = capsys.readouterr().err
+    assert "evaluation.n_rows=64: listed holds out 2 different documents, which have 2 rows of 4 tokens" in said
+    assert "3 copies of documents" in said
+    assert len(read_held_out(source, TOKENIZER, 1, 0, 4, "concat", None)[0].tokens) == 1
+    assert capsys.readouterr().err == ""
+    with pytest.raises(
+        UserError, match="the 2 different documents that listed holds out have no whole row of 50 tokens"
+    ):
+        read_held_out(source, TOKENIZER, 64, 0, 50, "concat", None)
+    with pytest.raises(UserError, match="no documents of at least 49 tokens"):
+        read_held_out(source, TOKENIZER, 64, 0, 50, "per_document", None)
