@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from inspect import Parameter, signature
+from pkgutil import resolve_name
 from types import ModuleType
 from typing import Any, get_type_hints
 
 from hydra.errors import InstantiationException
-from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -51,7 +51,7 @@ def check(cells: Sequence[DictConfig]) -> None:
     configurations as a number."""
     lines: Counter[str] = Counter()
     for cfg in cells:
-        lines.update(dict.fromkeys(problems(cfg)))
+        lines.update(problems(cfg))
     if not lines:
         return
     shown = [line if n == len(cells) else f"{line} (In {n} of {len(cells)} cells.)" for line, n in lines.items()]
@@ -83,18 +83,20 @@ class Cell:
 
     def check_parts(self) -> ModuleType | None:
         """Every setting by itself. Returns the experiment's module if there is one."""
-        self.values = {str(key): self._value(self.cfg, key, str(key)) for key in self.cfg if key not in NOT_SETTINGS}
+        names = [str(name) for name in self.cfg if name not in NOT_SETTINGS]
+        tables: Plain = {name: {} for name in TABLES if isinstance(self.cfg.get(name), DictConfig)}
+        self.values = {n: tables[n] if n in tables else self._value(self.cfg, n, n) for n in names}
         module = self._module(self.values.get("module"))
         own: type[Checked] | None = getattr(module, "SETTINGS", None)
-        names = {entry.name for entry in fields(own)} if own else set()
-        shared = {entry.name for entry in fields(Shared)} - names
-        for name in self.values.keys() - names - shared if own else ():  # without a schema the YAML's word stands
-            self.problems.append(f"{name}: there is no such setting.{nearest(name, sorted(names | shared))}")
-        for kind, chosen in ((own, names), (Shared, shared)):
+        added = {entry.name for entry in fields(own)} if own else set()
+        shared = {entry.name for entry in fields(Shared)} - added
+        for name in self.values.keys() - added - shared if own else ():  # without a schema the YAML's word stands
+            self.problems.append(f"{name}: there is no such setting.{nearest(name, sorted(added | shared))}")
+        for kind, chosen in ((own, added), (Shared, shared)):
             if kind is not None:
                 others = {entry.name: None for entry in fields(kind) if entry.name not in chosen}
                 self._settings(kind, {n: value for n, value in self.values.items() if n in chosen} | others)
-        for name in BUILT - names:
+        for name in BUILT - added:
             if isinstance(node := self.values.get(name), dict) and "_target_" not in node:
                 self.problems.append(f"{name}._target_: this setting is missing.")
         self._model(self.values.get("model"))
@@ -133,7 +135,7 @@ class Cell:
     def lines(self) -> list[str]:
         """The problems, each once: where a value is taken from another setting, at that setting, or saying so."""
         named = {line.partition(":")[0] for line in self.problems}
-        kept = [self._absence(path) for path in self.absent]
+        kept = [self._absence(path) for path in self.absent if "scale" not in named or not self._asks_scale(path)]
         for line in self.problems:
             name = line.partition(":")[0]
             origin = origin_of(self.cfg, name)
@@ -142,6 +144,9 @@ class Cell:
         return list(dict.fromkeys(kept))
 
     # ---- values
+
+    def _asks_scale(self, path: str) -> bool:
+        return "${scale}" in (raw_of(self.cfg, path) or "")
 
     def _value(self, parent: DictConfig | ListConfig, key: Any, path: str) -> Any:
         """The value of a setting, without interpolations. One that is not there is noted, and None."""
@@ -192,7 +197,7 @@ class Cell:
         except (ImportError, ValueError, TypeError) as error:
             if isinstance(error, ImportError) and error.name and not name.startswith(error.name):
                 raise  # the module is there, and what it imports is not
-            self.problems.append(f"module: {name!r} must be a module of this project, such as experiments.oneill.llm.")
+            self.problems.append(f"module: {name!r} must be a module, as each YAML of conf/experiment has one.")
             return None
         if not hasattr(module, "run"):
             self.problems.append(f"module: {name!r} must have a function run(cfg).")
@@ -214,7 +219,7 @@ class Cell:
         """A node that is built from a class, by that class's own rules. `role`: what it is for, such as method."""
         name = node["_target_"]
         try:
-            kind = get_object(name)
+            kind = resolve_name(name)
         except Exception as error:  # whatever a wrong name makes of an import
             reason = str(error).partition("\n")[0]
             self.problems.append(f"{path}._target_: {name!r} must be the full name of a class or function ({reason}).")
@@ -231,7 +236,7 @@ class Cell:
             before = len(self.problems)
             self._call(path, kind, node, role, complete=role in ("data", "facts", "method"))
             if role in ("data", "facts") and len(self.problems) == before:
-                self._build(path, node)
+                self._build(path, node, role)
 
     def _method(self, path: str, node: Plain) -> None:
         try:
@@ -276,7 +281,7 @@ class Cell:
             if key not in names:
                 self.problems.append(f"{where}: there is no such setting here.{nearest(key, names)}")
             elif isinstance(value, dict) and "_target_" in value:
-                self.check_target(where, value, key)
+                self.check_target(where, value, role)
             else:
                 value = plain[key] = converted(value, hints.get(key, Any), where, self.problems)
         required = [name for name in names if parameters[name].default is Parameter.empty] if complete else []
@@ -284,12 +289,16 @@ class Cell:
         if len(self.problems) == before:
             self.checked[path] = plain
 
-    def _build(self, path: str, node: Plain) -> None:
-        """Build what costs nothing to build: its class knows more rules."""
+    def _build(self, path: str, node: Plain, role: str) -> None:
+        """Build what costs nothing to build: its class knows more rules. Its messages name settings as if it stood at
+        `role`."""
         try:
             build(node)
         except UserError as error:
-            self.problems += str(error).splitlines()
+            self.problems += [
+                f"{path}{line.removeprefix(role)}" if line.startswith(f"{role}.") else line
+                for line in str(error).splitlines()
+            ]
         except InstantiationException as error:
             cause = str(error.__cause__ or error).partition("\n")[0]
             self.problems.append(f"{path}: these settings do not fit together ({cause}).")
@@ -349,13 +358,10 @@ def raw_of(cfg: DictConfig, path: str) -> str | None:
             return None
         if node._is_interpolation():
             return None
-        key: Any = int(name) if isinstance(node, ListConfig) else name
-        if isinstance(node, ListConfig) and not name.isdecimal():
-            return None
         if isinstance(node, DictConfig):
-            node = node._get_node(key, validate_access=False)
+            node = node._get_node(name, validate_access=False)
         else:
-            node = node._get_node(key) if key < len(node) else None
+            node = node._get_node(int(name)) if name.isdecimal() and int(name) < len(node) else None
         if node is None:
             return None
     raw = node._value()
