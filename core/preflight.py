@@ -36,7 +36,6 @@ TABLES = ("at", "grid")  # checked where their values are used, and by the sweep
 NOT_SETTINGS = ("hydra",)
 LOADERS = "core.interop."  # below it are functions that read a dictionary made elsewhere
 OF_HYDRA = ("_target_", "_convert_", "_recursive_", "_partial_")
-WIDTH = "model.d_model"
 BUILT = {"method", "data", "facts", "stream"}  # groups that are built from a class
 _NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 PARTS = re.compile(r"[^.\[\]]+")  # of a dotted name
@@ -206,11 +205,8 @@ class Cell:
     def _model(self, node: Any) -> None:
         if not isinstance(node, dict):
             return
-        kind: Any = loading.Settings
-        if issubclass(kind, Checked):
-            self._settings(kind, node, "model")
-        else:
-            self._call("model", kind, node, "model", complete=True)
+        if not any(is_within(path, "model") for path in self.absent):
+            self._settings(loading.Settings, node, "model")
         device = node.get("device")
         if isinstance(device, str):
             self._try(lambda: loading.chosen_device(device))
@@ -229,7 +225,7 @@ class Cell:
             self.problems.append(f"{path}._target_: {name!r} must be a dictionary-learning method (core.methods).")
             return
         if isinstance(kind, type) and issubclass(kind, DictionaryMethod):
-            self._method(path, node)
+            self._method(path, node, role)
         elif role == "stream" or (isinstance(kind, type) and issubclass(kind, Source)):
             self._source(path, node)
         else:
@@ -238,19 +234,16 @@ class Cell:
             if role in ("data", "facts") and len(self.problems) == before:
                 self._build(path, node, role)
 
-    def _method(self, path: str, node: Plain) -> None:
+    def _method(self, path: str, node: Plain, role: str) -> None:
+        if role == "method" and node.get("d_model") is None:
+            node = node | {"d_model": 1}  # the width is left to the model, whose files tell it
         try:
-            made = settings_of(self._with_width(path, node), path)
+            made = settings_of(node, path)
         except UserError as error:
             self.problems += str(error).splitlines()
             return
         self.methods[path] = made
-        self.checked[path] = made.plain()
-
-    def _with_width(self, path: str, node: Plain) -> Plain:
-        """The node of a method. Its width may be left to the model, which knows it when it is loaded."""
-        left = node.get("d_model") is None and origin_of(self.cfg, f"{path}.d_model") == WIDTH
-        return node | {"d_model": 1} if left else node
+        self.checked[path] = {name: value for name, value in made.plain().items() if name != "d_model"}
 
     def _source(self, path: str, node: Plain) -> None:
         trainer = self.values.get("trainer")
