@@ -16,7 +16,7 @@ from importlib import import_module
 from inspect import Parameter, signature
 from pkgutil import resolve_name
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -35,7 +35,11 @@ from core.streams.source import Source, source_of
 TABLES = ("at", "grid")  # checked where their values are used, and by the sweeper
 NOT_SETTINGS = ("hydra",)
 LOADERS = "core.interop."  # below it are functions that read a dictionary made elsewhere
-OF_HYDRA = ("_target_", "_convert_", "_recursive_", "_partial_")
+OF_HYDRA: dict[str, Any] = {  # what a node may say of how it is built
+    "_target_": str | None,
+    "_convert_": Literal["none", "partial", "object", "all"] | None,
+    "_recursive_": bool | None,
+}
 BUILT = {"method", "data", "facts", "stream"}  # groups that are built from a class
 _NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 PARTS = re.compile(r"[^.\[\]]+")  # of a dotted name
@@ -129,7 +133,7 @@ class Cell:
         """Numbers that were written as texts, or as floats where whole numbers are meant, become numbers."""
         for node, plain in self.checked.items():
             for path, value in numbers(plain, value_at(self.values, node), node):
-                OmegaConf.update(self.cfg, path, value, merge=False)
+                OmegaConf.update(self.cfg, origin_of(self.cfg, path) or path, value, merge=False)
 
     def lines(self) -> list[str]:
         """The problems, each once: where a value is taken from another setting, at that setting, or saying so."""
@@ -166,10 +170,10 @@ class Cell:
     def _absence(self, path: str) -> str:
         """What is wrong with a setting whose value is not there."""
         raw, origin = raw_of(self.cfg, path), origin_of(self.cfg, path)
-        if raw is None or origin in self.absent:
+        if origin in self.absent or (raw is None and origin is None):
             name = origin or path
             return f"{name}: this setting must be given: {name}=<value>."
-        return f"{path}: its value {raw} cannot be found."
+        return f"{path}: its value, {raw or origin}, cannot be found."
 
     # ---- parts
 
@@ -267,12 +271,14 @@ class Cell:
         of_training = {entry.name for entry in fields(Settings)} if role == "method" else set()
         plain: Plain = {}
         before = len(self.problems)
+        for key, kind_of_key in OF_HYDRA.items():
+            converted(node.get(key), kind_of_key, f"{path}.{key}", self.problems)
         for key, value in node.items():
             if key in OF_HYDRA or (key not in names and key in of_training):
                 continue  # experiments set the learning rate and its like for every method
             where = f"{path}.{key}"
             if key not in names:
-                self.problems.append(f"{where}: there is no such setting here.{nearest(key, names)}")
+                self.problems.append(f"{where}: there is no such setting here.{nearest(key, names, f'{path}.')}")
             elif isinstance(value, dict) and "_target_" in value:
                 self.check_target(where, value, role)
             else:
@@ -371,7 +377,10 @@ def origin_of(cfg: DictConfig, path: str) -> str | None:
             continue
         while raw.count("${") > 1:  # ${at.n_rows.${scale}}: the inner one is a plain value
             inner = INNER.search(raw)
-            value = OmegaConf.select(cfg, inner[1], default=None, throw_on_missing=False) if inner else None
+            try:
+                value = OmegaConf.select(cfg, inner[1]) if inner else None
+            except OmegaConfBaseException:
+                return None
             if inner is None or not isinstance(value, str):
                 return None
             raw = raw[: inner.start()] + value + raw[inner.end() :]

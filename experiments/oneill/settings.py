@@ -123,6 +123,9 @@ class StackSettings(Checked):
         if c.solver is not None and c.solver.kind == "l0_oracle":
             s = self.source
             l0.check_sizes(s.N, s.M, s.K, s.n_test * len(self.seeds) * len(c.l1))
+        for name, value in (("n", self.source.n_train), ("width", c.width)):
+            own = (c.encoder or {}).get(name, value)
+            require(own == value, f"coder.encoder.{name}", own, f"be {value}, as elsewhere in these settings")
         require(c.k is None or c.kind != "solver", "coder.k", c.k and list(c.k), "be null for a solver")
 
 
