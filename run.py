@@ -105,7 +105,10 @@ def message_of(error: Exception) -> str | None:
     from omegaconf.errors import OmegaConfBaseException
 
     from core.errors import NonFiniteLoss, UserError
+    from core.overrides import explained
 
+    if (message := explained(error, sys.argv[1:], CONF)) is not None:
+        return message
     if not isinstance(error, UserError | NonFiniteLoss | FloatingPointError | OSError | HydraException):
         if not isinstance(error, OmegaConfBaseException):
             return None

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from inspect import Parameter, signature
+from pkgutil import resolve_name
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from hydra.errors import InstantiationException
-from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -35,8 +35,11 @@ from core.streams.source import Source, source_of
 TABLES = ("at", "grid")  # checked where their values are used, and by the sweeper
 NOT_SETTINGS = ("hydra",)
 LOADERS = "core.interop."  # below it are functions that read a dictionary made elsewhere
-OF_HYDRA = ("_target_", "_convert_", "_recursive_", "_partial_")
-WIDTH = "model.d_model"
+OF_HYDRA: dict[str, Any] = {  # what a node may say of how it is built
+    "_target_": str | None,
+    "_convert_": Literal["none", "partial", "object", "all"] | None,
+    "_recursive_": bool | None,
+}
 BUILT = {"method", "data", "facts", "stream"}  # groups that are built from a class
 _NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 PARTS = re.compile(r"[^.\[\]]+")  # of a dotted name
@@ -51,7 +54,7 @@ def check(cells: Sequence[DictConfig]) -> None:
     configurations as a number."""
     lines: Counter[str] = Counter()
     for cfg in cells:
-        lines.update(dict.fromkeys(problems(cfg)))
+        lines.update(problems(cfg))
     if not lines:
         return
     shown = [line if n == len(cells) else f"{line} (In {n} of {len(cells)} cells.)" for line, n in lines.items()]
@@ -83,18 +86,20 @@ class Cell:
 
     def check_parts(self) -> ModuleType | None:
         """Every setting by itself. Returns the experiment's module if there is one."""
-        self.values = {str(key): self._value(self.cfg, key, str(key)) for key in self.cfg if key not in NOT_SETTINGS}
+        names = [str(name) for name in self.cfg if name not in NOT_SETTINGS]
+        tables: Plain = {name: {} for name in TABLES if isinstance(self.cfg.get(name), DictConfig)}
+        self.values = {n: tables[n] if n in tables else self._value(self.cfg, n, n) for n in names}
         module = self._module(self.values.get("module"))
         own: type[Checked] | None = getattr(module, "SETTINGS", None)
-        names = {entry.name for entry in fields(own)} if own else set()
-        shared = {entry.name for entry in fields(Shared)} - names
-        for name in self.values.keys() - names - shared if own else ():  # without a schema the YAML's word stands
-            self.problems.append(f"{name}: there is no such setting.{nearest(name, sorted(names | shared))}")
-        for kind, chosen in ((own, names), (Shared, shared)):
+        added = {entry.name for entry in fields(own)} if own else set()
+        shared = {entry.name for entry in fields(Shared)} - added
+        for name in self.values.keys() - added - shared if own else ():  # without a schema the YAML's word stands
+            self.problems.append(f"{name}: there is no such setting.{nearest(name, sorted(added | shared))}")
+        for kind, chosen in ((own, added), (Shared, shared)):
             if kind is not None:
                 others = {entry.name: None for entry in fields(kind) if entry.name not in chosen}
                 self._settings(kind, {n: value for n, value in self.values.items() if n in chosen} | others)
-        for name in BUILT - names:
+        for name in BUILT - added:
             if isinstance(node := self.values.get(name), dict) and "_target_" not in node:
                 self.problems.append(f"{name}._target_: this setting is missing.")
         self._model(self.values.get("model"))
@@ -128,12 +133,12 @@ class Cell:
         """Numbers that were written as texts, or as floats where whole numbers are meant, become numbers."""
         for node, plain in self.checked.items():
             for path, value in numbers(plain, value_at(self.values, node), node):
-                OmegaConf.update(self.cfg, path, value, merge=False)
+                OmegaConf.update(self.cfg, origin_of(self.cfg, path) or path, value, merge=False)
 
     def lines(self) -> list[str]:
         """The problems, each once: where a value is taken from another setting, at that setting, or saying so."""
         named = {line.partition(":")[0] for line in self.problems}
-        kept = [self._absence(path) for path in self.absent]
+        kept = [self._absence(path) for path in self.absent if "scale" not in named or not self._asks_scale(path)]
         for line in self.problems:
             name = line.partition(":")[0]
             origin = origin_of(self.cfg, name)
@@ -142,6 +147,9 @@ class Cell:
         return list(dict.fromkeys(kept))
 
     # ---- values
+
+    def _asks_scale(self, path: str) -> bool:
+        return "${scale}" in (raw_of(self.cfg, path) or "")
 
     def _value(self, parent: DictConfig | ListConfig, key: Any, path: str) -> Any:
         """The value of a setting, without interpolations. One that is not there is noted, and None."""
@@ -162,10 +170,10 @@ class Cell:
     def _absence(self, path: str) -> str:
         """What is wrong with a setting whose value is not there."""
         raw, origin = raw_of(self.cfg, path), origin_of(self.cfg, path)
-        if raw is None or origin in self.absent:
+        if origin in self.absent or (raw is None and origin is None):
             name = origin or path
             return f"{name}: this setting must be given: {name}=<value>."
-        return f"{path}: its value {raw} cannot be found."
+        return f"{path}: its value, {raw or origin}, cannot be found."
 
     # ---- parts
 
@@ -192,7 +200,7 @@ class Cell:
         except (ImportError, ValueError, TypeError) as error:
             if isinstance(error, ImportError) and error.name and not name.startswith(error.name):
                 raise  # the module is there, and what it imports is not
-            self.problems.append(f"module: {name!r} must be a module of this project, such as experiments.oneill.llm.")
+            self.problems.append(f"module: {name!r} must be a module, as each YAML of conf/experiment has one.")
             return None
         if not hasattr(module, "run"):
             self.problems.append(f"module: {name!r} must have a function run(cfg).")
@@ -201,11 +209,8 @@ class Cell:
     def _model(self, node: Any) -> None:
         if not isinstance(node, dict):
             return
-        kind: Any = loading.Settings
-        if issubclass(kind, Checked):
-            self._settings(kind, node, "model")
-        else:
-            self._call("model", kind, node, "model", complete=True)
+        if not any(is_within(path, "model") for path in self.absent):
+            self._settings(loading.Settings, node, "model")
         device = node.get("device")
         if isinstance(device, str):
             self._try(lambda: loading.chosen_device(device))
@@ -214,7 +219,7 @@ class Cell:
         """A node that is built from a class, by that class's own rules. `role`: what it is for, such as method."""
         name = node["_target_"]
         try:
-            kind = get_object(name)
+            kind = resolve_name(name)
         except Exception as error:  # whatever a wrong name makes of an import
             reason = str(error).partition("\n")[0]
             self.problems.append(f"{path}._target_: {name!r} must be the full name of a class or function ({reason}).")
@@ -224,28 +229,25 @@ class Cell:
             self.problems.append(f"{path}._target_: {name!r} must be a dictionary-learning method (core.methods).")
             return
         if isinstance(kind, type) and issubclass(kind, DictionaryMethod):
-            self._method(path, node)
+            self._method(path, node, role)
         elif role == "stream" or (isinstance(kind, type) and issubclass(kind, Source)):
             self._source(path, node)
         else:
             before = len(self.problems)
             self._call(path, kind, node, role, complete=role in ("data", "facts", "method"))
             if role in ("data", "facts") and len(self.problems) == before:
-                self._build(path, node)
+                self._build(path, node, role)
 
-    def _method(self, path: str, node: Plain) -> None:
+    def _method(self, path: str, node: Plain, role: str) -> None:
+        if role == "method" and node.get("d_model") is None:
+            node = node | {"d_model": 1}  # the width is left to the model, whose files tell it
         try:
-            made = settings_of(self._with_width(path, node), path)
+            made = settings_of(node, path)
         except UserError as error:
             self.problems += str(error).splitlines()
             return
         self.methods[path] = made
-        self.checked[path] = made.plain()
-
-    def _with_width(self, path: str, node: Plain) -> Plain:
-        """The node of a method. Its width may be left to the model, which knows it when it is loaded."""
-        left = node.get("d_model") is None and origin_of(self.cfg, f"{path}.d_model") == WIDTH
-        return node | {"d_model": 1} if left else node
+        self.checked[path] = {name: value for name, value in made.plain().items() if name != "d_model"}
 
     def _source(self, path: str, node: Plain) -> None:
         trainer = self.values.get("trainer")
@@ -269,14 +271,16 @@ class Cell:
         of_training = {entry.name for entry in fields(Settings)} if role == "method" else set()
         plain: Plain = {}
         before = len(self.problems)
+        for key, kind_of_key in OF_HYDRA.items():
+            converted(node.get(key), kind_of_key, f"{path}.{key}", self.problems)
         for key, value in node.items():
             if key in OF_HYDRA or (key not in names and key in of_training):
                 continue  # experiments set the learning rate and its like for every method
             where = f"{path}.{key}"
             if key not in names:
-                self.problems.append(f"{where}: there is no such setting here.{nearest(key, names)}")
+                self.problems.append(f"{where}: there is no such setting here.{nearest(key, names, f'{path}.')}")
             elif isinstance(value, dict) and "_target_" in value:
-                self.check_target(where, value, key)
+                self.check_target(where, value, role)
             else:
                 value = plain[key] = converted(value, hints.get(key, Any), where, self.problems)
         required = [name for name in names if parameters[name].default is Parameter.empty] if complete else []
@@ -284,12 +288,16 @@ class Cell:
         if len(self.problems) == before:
             self.checked[path] = plain
 
-    def _build(self, path: str, node: Plain) -> None:
-        """Build what costs nothing to build: its class knows more rules."""
+    def _build(self, path: str, node: Plain, role: str) -> None:
+        """Build what costs nothing to build: its class knows more rules. Its messages name settings as if it stood at
+        `role`."""
         try:
             build(node)
         except UserError as error:
-            self.problems += str(error).splitlines()
+            self.problems += [
+                f"{path}{line.removeprefix(role)}" if line.startswith(f"{role}.") else line
+                for line in str(error).splitlines()
+            ]
         except InstantiationException as error:
             cause = str(error.__cause__ or error).partition("\n")[0]
             self.problems.append(f"{path}: these settings do not fit together ({cause}).")
@@ -349,13 +357,10 @@ def raw_of(cfg: DictConfig, path: str) -> str | None:
             return None
         if node._is_interpolation():
             return None
-        key: Any = int(name) if isinstance(node, ListConfig) else name
-        if isinstance(node, ListConfig) and not name.isdecimal():
-            return None
         if isinstance(node, DictConfig):
-            node = node._get_node(key, validate_access=False)
+            node = node._get_node(name, validate_access=False)
         else:
-            node = node._get_node(key) if key < len(node) else None
+            node = node._get_node(int(name)) if name.isdecimal() and int(name) < len(node) else None
         if node is None:
             return None
     raw = node._value()
@@ -372,7 +377,10 @@ def origin_of(cfg: DictConfig, path: str) -> str | None:
             continue
         while raw.count("${") > 1:  # ${at.n_rows.${scale}}: the inner one is a plain value
             inner = INNER.search(raw)
-            value = OmegaConf.select(cfg, inner[1], default=None, throw_on_missing=False) if inner else None
+            try:
+                value = OmegaConf.select(cfg, inner[1]) if inner else None
+            except OmegaConfBaseException:
+                return None
             if inner is None or not isinstance(value, str):
                 return None
             raw = raw[: inner.start()] + value + raw[inner.end() :]

@@ -7,13 +7,14 @@ created. So adding a consumer of randomness changes nothing elsewhere.
 from __future__ import annotations
 
 import hashlib
+from operator import index
 
 import torch
 
 
 def derived_seed(seed: int, *purpose: str | int) -> int:
     """A 63-bit seed that depends on `seed` and on the purpose."""
-    digest = hashlib.blake2b(repr((int(seed), *purpose)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr((index(seed), *purpose)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 

@@ -21,7 +21,7 @@ FLOORS = (  # of core: a folder or module imports its own floor and those above 
     "training",
     "models stacked streams",
     "fleet interop together",
-    "analysis preflight",
+    "analysis overrides preflight",
 )
 FLOOR_OF = {f"core.{name}": floor for floor, names in enumerate(FLOORS) for name in names.split()}
 PAPERS = ["leask", "minder", "oneill", "paulo", "song"]

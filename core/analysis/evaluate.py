@@ -32,8 +32,8 @@ class Evaluation:
     normalised: ReconstructionSums
     raw: ReconstructionSums
     sparsity: SparsitySums
-    spliced: SplicedSums
-    reference: DownstreamReference
+    spliced: SplicedSums | None  # None, as the reference, where no row is a downstream row
+    reference: DownstreamReference | None
 
     @property
     def l0_histogram(self) -> Tensor:
@@ -54,8 +54,13 @@ class Evaluation:
             **_spread_metrics(self.normalised, ""),
             **_spread_metrics(self.raw, "_raw"),
             **self.sparsity.metrics(),
-            **self.spliced.metrics(self.reference.zero_ablated, self.reference.mean_ablated),
+            **self._downstream_metrics(),
         }
+
+    def _downstream_metrics(self) -> dict[str, float]:
+        if self.spliced is None or self.reference is None:
+            return {}
+        return self.spliced.metrics(self.reference.zero_ablated, self.reference.mean_ablated)
 
 
 def _spread_metrics(sums: ReconstructionSums, suffix: str) -> dict[str, float]:
@@ -72,7 +77,8 @@ def evaluate_dictionaries(methods: Mapping[str, Dictionary], held_out: HeldOut) 
     """Score dictionaries at one site under their inference rules; they share the language model's passes.
 
     Reconstruction and sparsity are measured on all rows, the loss on the downstream rows, with the reconstruction in
-    place of the activation at every position. The methods end in the mode they came in.
+    place of the activation at every position. Without downstream rows those figures are left out. The methods end in
+    the mode they came in.
     """
     return _evaluate(methods, held_out, training=False)
 
@@ -90,11 +96,11 @@ def evaluate_compat(method: Dictionary, one_batch: HeldOut) -> dict[str, float]:
 
 @torch.no_grad()
 def _evaluate(methods: Mapping[str, Dictionary], held_out: HeldOut, training: bool) -> dict[str, Evaluation]:
-    reference = held_out.compared()
+    reference = held_out.compared() if len(held_out.downstream_rows) else None
     with _mode(methods, training):
         reconstructions = _reconstruct_rows(methods, held_out)
-        spliced = _splice_rows(methods, held_out, reference.clean_logits)
-    evaluations = {name: Evaluation(*reconstructions[name], spliced[name], reference) for name in methods}
+        spliced = {} if reference is None else _splice_rows(methods, held_out, reference.clean_logits)
+    evaluations = {name: Evaluation(*reconstructions[name], spliced.get(name), reference) for name in methods}
     for name, evaluation in evaluations.items():
         _check_finite(name, held_out.site, evaluation)
     return evaluations
@@ -167,7 +173,7 @@ def _check_finite(name: str, site: str, evaluation: Evaluation) -> None:
     for what, value in (
         (f"The activations at {site}", evaluation.raw.energy),
         (f"The reconstructions of dictionary {name!r} at {site}", evaluation.raw.error),
-        (f"The logits with dictionary {name!r} spliced in at {site}", evaluation.spliced.kl),
+        *([] if evaluation.spliced is None else [(f"The logits with {name!r} spliced in", evaluation.spliced.kl)]),
     ):
         if not math.isfinite(value.item()):
             raise FloatingPointError(f"{what} are not finite on the evaluation rows.")

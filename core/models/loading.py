@@ -278,7 +278,9 @@ def chosen_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"model.device: {name!r} is not a device; use auto, cpu, cuda or cuda:<n>.") from error
+        raise UserError(f"model.device: {name!r} must be one of auto, cpu, cuda, cuda:<n>.") from error
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(f"model.device={name}: this machine has no such GPU. Use model.device=auto.")
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise UserError(f"model.device: {name!r} must be one of auto, cpu, cuda, cuda:<n>.")
     return device

@@ -63,6 +63,14 @@ class Site(NamedTuple):
         return f"{self.kind}.{self.layer}"
 
 
+def check_site(site: str) -> None:
+    """Raises UserError for a `stream.site` that names no site of any model."""
+    try:
+        parse_site(site)
+    except UserError as error:
+        raise UserError(f"stream.{error}") from error
+
+
 def parse_site(site: str, n_layers: int | None = None) -> Site:
     """`"resid_pre.8"` -> `Site("resid_pre", 8)`. With `n_layers`, the layer must lie within the model."""
     kind, _, layer = site.partition(".")

@@ -24,6 +24,18 @@ def n_supports(N: int, K: int) -> int:
     return sum(comb(N, size) for size in range(1, K + 1))
 
 
+def check_sizes(N: int, M: int, K: int, n_samples: int) -> None:
+    """Raises UserError for a K that has no unique codes, and for more fits than `MOST_FITS`."""
+    if not 1 <= K <= min(N, M):
+        raise UserError(f"K={K}: between 1 and min(N, M) = min({N}, {M}), or the codes of a support are not unique.")
+    count = n_supports(N, K)
+    if count * n_samples > MOST_FITS:
+        raise UserError(
+            f"The L0 oracle would try {count:,} supports (up to K={K} of N={N} atoms) on {n_samples:,} samples: "
+            f"{count * n_samples:,} fits, the limit is {MOST_FITS:,}. Use fewer samples, a smaller K or N, or fista."
+        )
+
+
 @torch.no_grad()
 def l0_oracle(X: Tensor, D: Tensor, K: int) -> Tensor:
     """argmin ||x - s D|| over s >= 0 with at most K non-zeros, for every sample, computed in fp64.
@@ -36,14 +48,7 @@ def l0_oracle(X: Tensor, D: Tensor, K: int) -> Tensor:
     """
     X, D, unbatched = as_stack(X, D)
     (R, n, M), N = X.shape, D.shape[1]
-    if not 1 <= K <= min(N, M):
-        raise UserError(f"K={K}: between 1 and min(N, M) = min({N}, {M}), or the codes of a support are not unique.")
-    count = n_supports(N, K)
-    if count * n * R > MOST_FITS:
-        raise UserError(
-            f"The L0 oracle would try {count:,} supports (up to K={K} of N={N} atoms) on {R * n:,} samples: "
-            f"{count * n * R:,} fits, the limit is {MOST_FITS:,}. Use fewer samples, a smaller K or N, or fista."
-        )
+    check_sizes(N, M, K, R * n)
     S = torch.stack([_one_run(x, d, K) for x, d in zip(X.double(), D.double(), strict=True)]).to(X)
     return S[0] if unbatched else S
 

@@ -16,7 +16,7 @@ from core.errors import UserError
 from core.models.identity import model_identity
 from core.models.language_model import load_language_model
 from core.models.loading import chosen_device
-from core.models.sites import parse_site
+from core.models.sites import check_site
 from core.runtime import Runtime
 from core.seeding import derived_seed
 from core.streams.activations import ActivationStream, check_sizes
@@ -58,7 +58,7 @@ class ActivationSource(Source):
     data: dict[str, Any]
 
     def check(self) -> None:
-        parse_site(self.site)
+        check_site(self.site)
         check_sizes(self.batch_size, self.buffer_tokens, self.n_ctx)
 
     @property

@@ -134,6 +134,17 @@ class ActivationStream:
         g = generator(self.seed, "shuffle", self.fill)
         self._order = torch.randperm(self.buffer_tokens, generator=g).to(self.lm.device)
 
+    def _stored(self, x: Tensor) -> Tensor:
+        """Activations in the buffer's dtype. Raises UserError if that cannot hold them."""
+        stored = x.to(self.dtype)
+        if not torch.isfinite(stored).all():
+            name, largest = str(self.dtype).removeprefix("torch."), x.abs().max().item()
+            raise UserError(
+                f"stream.buffer_dtype: {name} holds numbers up to {torch.finfo(self.dtype).max:,.0f}, but there is an "
+                f"activation of {largest:,.0f} at {self.site}. Take bfloat16 or float32."
+            )
+        return stored
+
     def _allocate(self) -> None:
         width, device = self.width, self.device
         n_bytes = self.buffer_tokens * width * self.dtype.itemsize
@@ -158,5 +169,5 @@ class ActivationStream:
             )
         begin = start * self.rows.n_ctx
         assert self._buffer is not None
-        self._buffer[begin : begin + len(x)] = x.to(self.dtype)
+        self._buffer[begin : begin + len(x)] = self._stored(x)
         self._tokens[begin : begin + len(x)] = tokens.flatten()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any, ClassVar, Protocol, final
 
 import torch
-from hydra.utils import get_class
 
 from core import distributed
 from core.batch import Batch
@@ -90,8 +90,8 @@ def source_of(settings: Mapping[str, Any], cfg: Mapping[str, Any], devices: int)
     own = dict(settings)
     name = own.pop("_target_", None)
     try:
-        kind = get_class(name) if name else None
-    except ImportError as error:
+        kind = resolve_name(name)
+    except Exception as error:  # whatever a wrong name makes of an import
         raise UserError(f"stream._target_: {name} cannot be imported. Choose one of conf/source.") from error
     if not (isinstance(kind, type) and issubclass(kind, Source)):
         raise UserError(f"stream._target_: {name} is not a source (core.streams). Choose one of conf/source.")

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from core.checked import Checked, at_least, between, each_at_least, not_empty, require, rule
 from core.input_norm import Normalisation
+from core.models.sites import check_site
 from core.streams.activation_source import BufferDtype
 from core.streams.activations import check_sizes
 from core.text.rows import Packing
@@ -175,6 +176,7 @@ class BareStream(Checked):
     rows_per_forward: int = at_least(1)
 
     def check(self) -> None:
+        check_site(self.site)
         check_sizes(self.batch_size, self.buffer_tokens, self.n_ctx)
 
 

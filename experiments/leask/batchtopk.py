@@ -14,6 +14,9 @@ from core.analysis.held_out import n_compat_rows
 from core.atomic import write_table
 from core.fleet import Request
 from experiments.common import compat_held_out, held_out, requests, trained
+from experiments.leask.settings import BatchTopKSettings
+
+SETTINGS = BatchTopKSettings
 
 
 def check(cfg: DictConfig) -> None:

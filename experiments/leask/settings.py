@@ -7,7 +7,24 @@ from typing import Any, ClassVar, Literal
 
 from core.analysis.editing import Preset, Splice
 from core.checked import Checked, at_least, between, not_empty, positive, require, rule
+from core.settings import Evaluation
 from core.streams.decoder_rows import Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompatEvaluation(Evaluation):
+    """Held-out text, and tokens for the figures in the authors' way."""
+
+    compat_tokens: int = at_least(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchTopKSettings(Checked):
+    """The node `evaluation`, with the authors' figures."""
+
+    node: ClassVar[str] = ""
+    evaluation: CompatEvaluation
+
 
 Member = dict[str, Any]  # of a family or a pair: what replaces the settings of `method`, by whose rules it is checked
 

@@ -61,7 +61,7 @@ LATENTS, INTERPOLATION, INSERTION, FRANKENSTEIN = (
 
 def check(cfg: DictConfig) -> None:
     """Raises UserError for members that cannot be, and without rows to measure the loss on."""
-    for name, node in members(cfg).items():
+    for name, node in named_members(cfg).items():
         check_method(node, name)
     if cfg.evaluation.n_downstream_rows < 1:
         raise UserError("evaluation.n_downstream_rows: 0 must be 1 or more: stitching measures losses along its paths.")
@@ -69,10 +69,15 @@ def check(cfg: DictConfig) -> None:
 
 def dictionaries(cfg: DictConfig) -> list[Request]:
     """What the fleet trains for this cell: the two of a pair, or the family."""
-    return requests(cfg, *members(cfg).values())
+    return requests(cfg, *members(cfg))
 
 
-def members(cfg: DictConfig) -> dict[str, dict[str, Any]]:
+def members(cfg: DictConfig) -> list[dict[str, Any]]:
+    """The `method` nodes of the cell's pair or family."""
+    return list(named_members(cfg).values())
+
+
+def named_members(cfg: DictConfig) -> dict[str, dict[str, Any]]:
     """The `method` nodes of the cell by name: for each member of the pair or family, `method` with its settings.
     Raises UserError unless there are two or more, all different."""
     chosen = [("small", cfg.small), ("large", cfg.large)] if cfg.part == "pair" else []
@@ -96,7 +101,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
     Claims: leask/stitching-1 to -4.
     """
-    family = [trained(cfg, node) for node in members(cfg).values()]
+    family = [trained(cfg, node) for node in members(cfg)]
     Path(cfg.cell_folder).mkdir(parents=True, exist_ok=True)
     return run_pair(cfg, family[0], family[1]) if cfg.part == "pair" else run_frankenstein(cfg, family)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from core.checked import Checked, at_least, between, each_at_least, not_empty, positive, require, rule
+from core.stacked import l0
 
 EVERY_AT_LEAST_0 = (lambda items: all(item >= 0 for item in items), "be a list of numbers of 0 or more")
 EVERY_AT_LEAST_1 = (lambda items: all(item >= 1 for item in items), "be a list of numbers of 1 or more")
@@ -119,6 +120,12 @@ class StackSettings(Checked):
         require(c.kind in kinds, "coder.kind", c.kind, f"be one of {', '.join(kinds)} for task={self.task}")
         words = f"be null for task={self.task}, where there are as many codes as true ones"
         require(c.N is None or self.task == "unknown", "coder.N", c.N, words)
+        if c.solver is not None and c.solver.kind == "l0_oracle":
+            s = self.source
+            l0.check_sizes(s.N, s.M, s.K, s.n_test * len(self.seeds) * len(c.l1))
+        for name, value in (("n", self.source.n_train), ("width", c.width)):
+            own = (c.encoder or {}).get(name, value)
+            require(own == value, f"coder.encoder.{name}", own, f"be {value}, as elsewhere in these settings")
         require(c.k is None or c.kind != "solver", "coder.k", c.k and list(c.k), "be null for a solver")
 
 

@@ -39,7 +39,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     saelens.write_log_sparsity(log_sparsity, folder)
     note_outside(file for file in folder.iterdir() if file.is_file())
     scores = {name: evaluation.metrics() for name, evaluation in evaluations.items()}
-    return {score + name: values[score] for name, values in scores.items() for score in SCORES}
+    return {score + name: values[score] for name, values in scores.items() for score in SCORES if score in values}
 
 
 def target(cfg: DictConfig) -> Path:

@@ -40,7 +40,7 @@ class Architecture(Checked):
     attn_pdrop: float = between(0, 1)
 
     def check(self) -> None:
-        words = f"be a multiple of n_head = {self.n_head}"
+        words = f"be a multiple of {self.named('n_head')} = {self.n_head}"
         require(self.n_embd % self.n_head == 0, self.named("n_embd"), self.n_embd, words)
 
 
@@ -72,10 +72,9 @@ class LanguageModelTraining(Checked):
     optimiser: Optimiser
 
     def check(self) -> None:
-        n, step = self.architecture.n_positions, self.rows_per_step * self.architecture.n_positions
-        require(
-            self.n_tokens >= step, self.named("n_tokens"), self.n_tokens, f"be {step} or more, the tokens of a step"
-        )
+        n = self.architecture.n_positions
+        step, words = self.rows_per_step * n, f"the tokens of a step of lm.rows_per_step x {self.named('architecture')}"
+        require(self.n_tokens >= step, self.named("n_tokens"), self.n_tokens, f"be {step} or more, {words}.n_positions")
         require(self.stride <= n, self.named("stride"), self.stride, f"be at most n_positions = {n}")
 
 

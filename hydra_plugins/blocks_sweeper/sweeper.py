@@ -89,6 +89,9 @@ def cells_of(
     alone: Sequence[str] = (),
 ) -> list[list[str]]:
     """The overrides of every cell, block after block, without repetitions. Raises UserError if there is none."""
+    is_list = isinstance(blocks, Iterable) and not isinstance(blocks, str | Mapping)
+    if not is_list or not all(isinstance(block, Mapping) for block in blocks):
+        raise UserError(f"grid: {blocks!r} must be a list of blocks, each a group of settings and their values.")
     given = _axes(arguments, config_loader)
     parsed = [_axes([f"{key}={value}" for key, value in block.items()], config_loader) for block in blocks]
     within, without = split_alone(parsed, given, alone)

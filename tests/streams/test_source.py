@@ -111,7 +111,7 @@ def test_a_source_that_does_not_fit_is_refused_by_name():
         ("batch_size", "abc", "a whole number"), ("batch_size", -4, "positive"), ("batches_per_chunk", 0, "positive"),
         ("calibration_batches", -1, "0 or more"), ("n_tokens", 0, "positive"), ("n_tokens", 1.5, "a whole number"),
         ("n_ctx", 1, "2 or more"), ("packing", "foo", "concat, per_document"), ("rows_per_forward", 0, "positive"),
-        ("buffer_dtype", "int8", "float32, bfloat16, float16"), ("seed", None, "a whole number"), ("site", 4, "a str"),
+        ("buffer_dtype", "int8", "float32, bfloat16, float16"), ("seed", None, "a whole number"), ("site", 4, "a text"),
         ("max_document_tokens", 1, "2 or more"), ("buffer_tokens", True, "a whole number"),
     ],
 )  # fmt: skip

@@ -16,7 +16,7 @@ import tests.composing
 from core.errors import UserError
 from core.text.facts import Facts
 from experiments.common import build
-from experiments.leask.editing import meta_dictionary, summary, trios
+from experiments.leask.editing import check, summary, trios
 from hydra_plugins.blocks_sweeper.sweeper import cells_of
 from reports.claims import PAPERS, load_paper, unknown_metrics
 from reports.collect import read_cells
@@ -84,7 +84,7 @@ def test_entities_without_a_latent_or_with_a_wrong_answer_are_left_out_or_refuse
 
 def test_rows_weighed_by_frequency_are_refused():
     with pytest.raises(UserError, match="all decoder rows alike"):
-        meta_dictionary(composed("meta.sampling=frequency"), None)
+        check(composed("meta.sampling=frequency"))
 
 
 def test_facts_that_do_not_fit_are_refused_in_words():

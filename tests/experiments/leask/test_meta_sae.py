@@ -14,6 +14,7 @@ import torch
 from omegaconf import DictConfig
 
 import tests.composing
+from core import preflight
 from core.analysis.meta_sae import decompose, score
 from core.errors import UserError
 from core.methods.base import DictionaryMethod
@@ -70,7 +71,7 @@ def test_a_cell_asks_for_the_dictionaries_that_it_looks_at():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rows=all"], "rows='all'"),
+        (["rows=all"], "rows: 'all' must be one of base, family"),
         (["base=4"], "base=4 is no place"),
         (["detail=true", "base=0"], "the small one comes before"),
         (["rows=family", "family=[{dict_size: 64}]", "base=0"], "family has 1 dictionaries"),
@@ -79,7 +80,7 @@ def test_a_cell_asks_for_the_dictionaries_that_it_looks_at():
 )
 def test_families_and_places_that_do_not_fit_are_refused_before_anything_is_trained(overrides, message):
     with pytest.raises(UserError, match=message):
-        dictionaries(composed("scale=demo", *overrides))
+        preflight.check([composed("scale=demo", *overrides)])
 
 
 def test_one_dictionary_is_enough_where_no_other_is_looked_at():

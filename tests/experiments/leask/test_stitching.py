@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
 import tests.composing
+from core import preflight
 from core.analysis.evaluate import evaluate_dictionary
 from core.analysis.stitch_path import interpolation, losses_along, walk
 from core.analysis.stitching import components, error_and_bias, nearest
@@ -74,12 +75,12 @@ def test_the_paper_grid_has_the_published_pairs_and_trains_nothing():
         (["part=frankenstein", "family=[{dict_size: 64}]"], "family: stitching needs two"),
         (["part=frankenstein", "family=[{dict_size: 64}, {dict_sizes: 128}]"], "no such setting"),
         (["part=frankenstein", "family=[{dict_size: 64}, {dict_size: 64}]"], "different"),
-        (["part=pairs"], "part='pairs' is neither"),
+        (["part=pairs"], "part: 'pairs' must be one of pair, frankenstein"),
     ],
 )
 def test_a_family_of_one_and_misspelt_settings_are_refused_before_anything_is_trained(overrides, message: str):
     with pytest.raises(UserError, match=message):
-        dictionaries(composed("scale=smoke", *overrides))
+        preflight.check([composed("scale=smoke", *overrides)])
 
 
 # ---- cells on a tiny model

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from omegaconf import DictConfig
 
+from core import preflight
 from core.errors import UserError
 from experiments.oneill import classical
 from reports.collect import Cell
@@ -63,7 +64,7 @@ def test_codes_of_an_orthonormal_dictionary_are_soft_thresholds(tmp_path: Path):
 )
 def test_a_problem_that_cannot_be_drawn_or_fitted_is_refused(overrides: list[str], message: str, tmp_path: Path):
     with pytest.raises(UserError, match=message):
-        classical.run(configured(tmp_path, *overrides))
+        preflight.check([configured(tmp_path, *overrides)])
 
 
 def test_the_figure_has_a_panel_for_each_metric_and_k():

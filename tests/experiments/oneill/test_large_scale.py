@@ -10,6 +10,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
+from core import preflight
 from core.bench import threads
 from core.errors import UserError
 from core.metrics.recovery import unmatched_correlations
@@ -85,7 +86,10 @@ def test_the_figure_has_the_curves_of_finished_cells_and_the_oracle(tmp_path: Pa
     [
         ("source.per_run=true", r"source\.per_run"),
         ("objective=mse", "objective"),
-        ("coder=l0_oracle", "L0 oracle"),
+        ("coder=l0_oracle", "oracle"),
+        ("coder=sc", r"coder\.kind: 'sc' must be one of sae, mlp, solver"),
+        ("coder.k=[3]", r"coder\.k"),
+        ("coder.l1=[0.1,0.2]", r"coder\.l1"),
         ("batch_size=3000", "batch_size"),
         ("n_oracle=301", "n_oracle"),
         ("source.K=41", r"source\.K"),
@@ -93,4 +97,4 @@ def test_the_figure_has_the_curves_of_finished_cells_and_the_oracle(tmp_path: Pa
 )
 def test_a_wrong_setting_is_named_before_data_are_drawn(tmp_path: Path, override: str, named: str):
     with pytest.raises(UserError, match=named):
-        large.run(configured(tmp_path, override))
+        preflight.check([configured(tmp_path, override)])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, open_dict
 
+from core import preflight
 from core.errors import UserError
 from core.metrics import flops
 from experiments.oneill.common import Stack, recovered
@@ -63,14 +64,18 @@ def test_data_per_run_differ_between_seeds_and_are_shared_between_penalties(tmp_
     ("overrides", "message"),
     [
         (["source.K=17"], r"source\.K"),
-        (["coder.k=[3,17]"], r"coder\.k=17"),
+        (["coder.k=[3,17]"], r"coder\.k: \[3, 17\] must be at most 16"),
+        (["coder=sc"], r"coder\.kind: 'sc' must be one of sae, mlp, solver for task=known_dictionary"),
+        (["coder.N=12"], r"coder\.N: 12 must be null"),
+        (["coder=fista", "coder.k=[2]"], r"coder\.k"),
+        (["coder=mlp", "coder.width=null"], r"coder\.width"),
         (["coder=l0_oracle", "source.N=200", "source.K=8"], "supports"),
         (["coder=ito", "coder.solver.kind=sgd"], "sgd"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(overrides: list[str], message: str, tmp_path: Path):
     with pytest.raises(UserError, match=message):
-        run("known_dictionary", tmp_path, *overrides)
+        preflight.check([configured("known_dictionary", tmp_path, *overrides)])
 
 
 # ---- what a cell leaves behind

@@ -10,6 +10,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
+from core import preflight
 from core.bench import threads
 from core.errors import UserError
 from core.synthetic.sparse_codes import SparseCodeLaw
@@ -111,4 +112,4 @@ def test_the_same_cell_gives_the_same_numbers_twice(tmp_path: Path):
 @pytest.mark.parametrize("shape", ["{N:6,K:2}", "{N:500,K:5}"])
 def test_a_shape_outside_the_theorem_is_refused(shape: str, tmp_path: Path):
     with pytest.raises(UserError, match="K log"):
-        theorem.run(configured(tmp_path, f"shapes=[{shape}]"))
+        preflight.check([configured(tmp_path, f"shapes=[{shape}]")])
