@@ -150,7 +150,7 @@ def test_a_cell_depends_on_the_commit_of_its_model_also_when_the_dictionary_is_i
     load_or_train(request_of(), run)
     with inputs.noting() as noted:
         load_or_train(request_of(), run)
-    before, after = moved()
+    before, _ = moved()
     assert noted["hub:lab/tiny@main"] == before and inputs.changed(noted)[0] == []
     another_process()
     commits.commit_of("lab/tiny", "main")  # another run has asked the hub
