@@ -118,6 +118,11 @@ class Request:
     def build(self) -> DictionaryMethod:
         """The dictionary before training. Raises UserError for settings that do not fit together."""
         method: DictionaryMethod = build(self.method)
+        if self.source.row_width not in (None, method.d_model):
+            raise UserError(
+                f"method.d_model is {method.d_model}, but the rows of {self.source.node} have {self.source.row_width} "
+                f"numbers. Set method.d_model={self.source.row_width}."
+            )
         method.n_steps = self.source.n_batches
         if self.start is not None:
             self.start.apply(method)
@@ -147,6 +152,7 @@ def load_or_train_all(requests: Sequence[Request], run: Runtime) -> list[Diction
         note_version(method_class(request.method["_target_"]))
         note_version(type(request.source))
         _count_read(store.path(KIND, request.spec))
+        request.source.note()
     return [load_dictionary(store.path(KIND, request.spec)) for request in requests]
 
 
@@ -367,7 +373,8 @@ def _train(
     title = f"{len(requests)} dictionaries" if len(requests) > 1 else type(fleet.methods[0]).__name__
     sizes = (source.n_batches * source.batch_size, source.batches_per_chunk * source.batch_size)
     work = Work(title, *sizes, source.unit)
-    earlier_seconds = fit(run, fleet, data, data.n_chunks, f"{run.name}-{run_key}", work, folder, keys)
+    name, commits = f"{run.name}-{run_key}", source.commits
+    earlier_seconds = fit(run, fleet, data, data.n_chunks, name, work, folder, keys, commits=commits)
     calibration = [next(stream) for _ in range(source.calibration_batches)]
     read = source.report(stream)
     for index, request in enumerate(requests):
@@ -375,7 +382,8 @@ def _train(
             method = methods[request.key].to(stream.device)
             method.finish(calibration)
             seconds = earlier_seconds + time.monotonic() - started
-            training = {**fleet.last(index), "seconds_together": seconds, "together": len(requests), "read": read}
+            times: dict[str, Any] = {"seconds_together": seconds, "together": len(requests)}
+            training = {**fleet.last(index), **times, "read": read, **({"commits": commits} if commits else {})}
             distributed.check_equal(method.state_dict().values())
             if distributed.rank() == 0:
                 store.put(KIND, request.spec, partial(save_dictionary, method, training))

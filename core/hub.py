@@ -48,8 +48,9 @@ def commit_of(repo: str, revision: str, kind: Kind = "model") -> str:
 
 def go_on_with_unfinished(artifacts_dir: str | Path) -> None:
     """From now on, branches that an unfinished training of this store has read are what they were when it began."""
-    files = Path(artifacts_dir).glob(f"training/*/[!.]*/{COMMITS}")
-    for path in sorted(files, key=lambda path: path.stat().st_mtime):
+    root = Path(artifacts_dir)
+    files = [*root.glob(f"training/*/[!.]*/{COMMITS}"), *root.glob(f"finetuning/[!.]*/{COMMITS}")]
+    for path in sorted(files):
         content = read_object(path)
         _kept.update({name: (field(content, name, str, path), path.parent) for name in content})
 

@@ -24,6 +24,7 @@ from core.artifacts import sha256
 from core.reading import parse_json
 
 HUB, VERSION, FILES = "hub:", "version:", "files:"
+OWN, ROOT = "code:", Path(__file__).parents[1]  # before the place of a file that comes with the code
 DATASETS = "datasets/"  # before the name of a data set, after `hub:`
 FINDER = ("core.text.finding", "find_files")  # the function that finds the files of `data.path`
 OURS = re.compile(r"(core|experiments)(\.\w+)+")  # modules that a results.json may have imported
@@ -60,7 +61,7 @@ def note_all(inputs: Inputs) -> None:
 def note_file(path: Path) -> None:
     """Record that the running cell's results depend on this file."""
     if (noted := _noted.get()) is not None:
-        noted[str(path.absolute())] = file_hash(path)
+        noted[_name_of(path)] = file_hash(path)
 
 
 def note_listing(path: Any) -> None:
@@ -114,10 +115,17 @@ def _current(name: str) -> str | None:
         return None if version is None else str(version)
     if name.startswith(FILES):
         return _listing(name)
+    path = ROOT / name.removeprefix(OWN) if name.startswith(OWN) else Path(name)
     try:
-        return file_hash(Path(name)) if Path(name).is_file() else None
+        return file_hash(path) if path.is_file() else None
     except (ValueError, OSError):  # no path at all, or not readable
         return None
+
+
+def _name_of(path: Path) -> str:
+    """Of a file that comes with the code, the place in the repository: results are compared on other machines, too."""
+    path = path.absolute()
+    return f"{OWN}{path.relative_to(ROOT)}" if path.is_relative_to(ROOT / "core") else str(path)
 
 
 def _ours(module: str, name: str) -> Any:

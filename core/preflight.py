@@ -304,9 +304,10 @@ class Cell:
 
 
 def check_method(node: Plain, path: str) -> None:
-    """Raises UserError for wrong settings of a method, whose names in the configuration begin with `path`."""
+    """Raises UserError for wrong settings of a method, whose names in the configuration begin with `path`. A d_model of
+    null is left to the model."""
     cell = Cell(DictConfig({}))
-    cell.check_target(path, node, "method")
+    cell.check_target(path, node | ({"d_model": 1} if node.get("d_model", 1) is None else {}), "method")
     refuse(cell.problems)
 
 

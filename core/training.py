@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +30,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from core import distributed
 from core.artifacts import sha256, sync, write_atomically
 from core.errors import UserError
+from core.hub import COMMITS
 from core.interrupts import Deferred, Interrupted, handled_by, note_signal, remove_folder
 from core.runtime import Runtime
 
@@ -86,13 +87,22 @@ class Checkpoints(Callback):
 
     members  names of what is trained together. A checkpoint in a sibling of `folder` is also used if its members
              include all of these; the module must then select them when it loads it.
+    commits  of what the training reads from the hub. They are kept beside the checkpoints, and the next run goes on
+             with them (`core.hub`)
     """
 
     KEPT = 2
     MEMBERS = "members.json"
 
-    def __init__(self, folder: Path, every_seconds: float, members: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        every_seconds: float,
+        members: Sequence[str] = (),
+        commits: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder, self.every_seconds, self.members = folder, every_seconds, list(members)
+        self.commits = dict(commits or {})
         self.earlier_seconds = 0.0  # of training before the checkpoint that was loaded
         self.saved_at = self._began_at = time.monotonic()
         self.signals = Deferred()
@@ -141,7 +151,7 @@ class Checkpoints(Callback):
         return [self.folder, *(f for f in siblings if f != self.folder and {*self.members} <= {*members_of(f)})]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        trainer.strategy.checkpoint_io = CheckpointFiles(self.members)
+        trainer.strategy.checkpoint_io = CheckpointFiles(self.members, self.commits)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = True
@@ -213,8 +223,8 @@ class CheckpointFiles(TorchCheckpointIO):
     """Writes a checkpoint into its folder, under a temporary name until all of it is on the disk, and its sha256 beside
     it. A failed write is reported and leaves no file; training continues."""
 
-    def __init__(self, members: Sequence[str] = ()) -> None:
-        self.members = list(members)
+    def __init__(self, members: Sequence[str] = (), commits: Mapping[str, str] | None = None) -> None:
+        self.members, self.commits = list(members), dict(commits or {})
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
@@ -223,6 +233,8 @@ class CheckpointFiles(TorchCheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             if self.members:
                 write_atomically(path.parent / Checkpoints.MEMBERS, json.dumps(self.members))
+            if self.commits:
+                write_atomically(path.parent / COMMITS, json.dumps(self.commits))
             self._write(checkpoint, unfinished)
             write_atomically(digest_file(path), f"{sha256(unfinished)}  {path.name}\n")  # readable by `sha256sum -c`
             unfinished.replace(path)
@@ -306,17 +318,18 @@ def fit(
     checkpoints: Path | None,
     members: Sequence[str] = (),
     callbacks: Sequence[Callback] = (),
+    commits: Mapping[str, str] | None = None,
 ) -> float:
     """Train for `n_chunks` calls of `training_step`, from the newest whole checkpoint if there is one.
 
     name         curves go to `<output_dir>/logs/<name>`
     checkpoints  folder for checkpoints; None writes none
-    members      names of what is trained together, see `Checkpoints`
+    members, commits  what is trained together, and the commits of what is read; see `Checkpoints`
 
     Returns the seconds spent on training before the checkpoint that was loaded. Raises UserError for a checkpoint that
     cannot be loaded here, and Interrupted, after a checkpoint, on SIGINT or SIGTERM.
     """
-    saving = None if checkpoints is None else Checkpoints(checkpoints, run.checkpoint_every_seconds, members)
+    saving = None if checkpoints is None else Checkpoints(checkpoints, run.checkpoint_every_seconds, members, commits)
     progress = [WorkProgress(*work, quiet_seconds=run.quiet_seconds)] if distributed.rank() == 0 else []
     trainer = make_trainer(run, name, n_chunks, [*progress, *callbacks, *([] if saving is None else [saving])])
     if saving is None:

@@ -23,6 +23,7 @@ from core.building import build, plain
 from core.counts import Counts, count, counting
 from core.errors import UserError
 from core.fleet import KIND, Request, load_or_train
+from core.hub import go_on_with_unfinished
 from core.inputs import Inputs, note_all, noting
 from core.methods.dictionary import Dictionary
 from core.models.language_model import LanguageModel, load_language_model
@@ -34,6 +35,7 @@ from core.streams.source import Source, source_of
 from core.text.rows import Rows, check_held_out, read_held_out
 
 Result = TypeVar("Result")
+FOLLOWS = "${model.d_model}"  # what a node has as d_model where none was chosen
 TRAINING_ONLY = ("lr", "decay_fraction", "dead_after_tokens")  # experiments set them for every method
 
 
@@ -45,8 +47,8 @@ def is_loaded(method: Any) -> bool:
 def request(cfg: DictConfig, method: Any = None) -> Request:
     """The dictionary that a cell's `stream`, `model` and `data` describe, and its `method` or another node of the kind.
 
-    Raises UserError for one that is loaded."""
-    node = plain(cfg.method if method is None else method)
+    Raises UserError for one that is loaded, and for a width that is not that of the site."""
+    node = method_node(cfg, method)
     if is_loaded(node):
         raise UserError("method=pretrained: this experiment trains its dictionaries; choose another method.")
     ready = partial(check_held_out_text, cfg) if "evaluation" in cfg else None
@@ -55,7 +57,41 @@ def request(cfg: DictConfig, method: Any = None) -> Request:
 
 def source(cfg: DictConfig) -> Source:
     """What a cell's dictionaries are trained on."""
+    go_on_with_unfinished(cfg.artifacts_dir)
     return source_of(plain(cfg.stream), plain(cfg), cfg.trainer.devices)
+
+
+def method_node(cfg: DictConfig, method: Any = None) -> dict[str, Any]:
+    """A cell's `method`, or another node of the kind, as plain settings. Where its d_model is that of the model, or
+    null,
+    it becomes the size of an activation at `stream.site`: at `mlp_hidden.L` that is another one.
+
+    Raises UserError for any other d_model that is not that size, and for a site that does not exist.
+    """
+    node = dict(plain(cfg.method if method is None else method))
+    return {**node, "d_model": _width(cfg, "method", cfg.method, node.get("d_model"))}
+
+
+def meta_node(cfg: DictConfig) -> dict[str, Any]:
+    """A cell's `meta` as plain settings, with the size of an activation as `method_node` has it."""
+    node = plain(cfg.meta)
+    method = node["method"]
+    return {**node, "method": {**method, "d_model": _width(cfg, "meta.method", cfg.meta.method, method.get("d_model"))}}
+
+
+def _width(cfg: DictConfig, name: str, node: DictConfig, d_model: int | None) -> int | None:
+    """The size of a row of the cell's source, unless `d_model` was chosen for `node`: then it must be that."""
+    actual = source(cfg).row_width
+    written: Any = OmegaConf.to_container(node, resolve=False)
+    follows = written.get("d_model") == FOLLOWS and d_model == cfg.model.d_model
+    if actual is None or d_model == actual:
+        return d_model
+    if d_model is None or follows:
+        return actual
+    raise UserError(
+        f"{name}.d_model is {d_model}, but {cfg.stream.site} of {cfg.model.source} has {actual}. Set "
+        f"{name}.d_model={actual}, or leave it out."
+    )
 
 
 def requests(cfg: DictConfig, *methods: Any) -> list[Request]:
@@ -67,7 +103,7 @@ def trained(cfg: DictConfig, method: Any = None) -> Dictionary:
     """The cell's dictionary, or that of another `method` node, on the model's device: trained, or loaded if the node
     names a dictionary made elsewhere. `dictionary.json` in the cell's folder records where it is and how it was made;
     for another node `dictionary_<key>.json`."""
-    node = plain(cfg.method if method is None else method)
+    node = method_node(cfg, method)
     if is_loaded(node):
         key, (dictionary, record) = content_key(node), _loaded(node)
     else:
@@ -128,6 +164,7 @@ def once_per(*keys: str) -> Callable[[Callable[[DictConfig], Result]], Callable[
 
 @once_per("model")
 def language_model(cfg: DictConfig) -> LanguageModel:
+    go_on_with_unfinished(cfg.artifacts_dir)
     return load_language_model(cfg.model)
 
 

@@ -70,11 +70,14 @@ def test_the_preset_of_the_authors_differs_where_it_trains_worse_and_the_paper_g
 
 @pytest.mark.parametrize("data", [name for name in DATA if name != "local"])
 def test_every_text_source_builds_without_a_network(data: str):
+    """Its spec as well, unless it is a branch: then it is the branch's commit, which the hub says."""
     from hydra.utils import instantiate
 
     more = ["+facts=planted"] if data == "facts" else []
     cfg = composed("experiment=leask_batchtopk", f"data={data}", *more)
-    assert instantiate(cfg.data).spec
+    source = instantiate(cfg.data)
+    revision = cfg.data.get("revision")
+    assert source.name and ((revision is not None and len(revision) != 40) or source.spec)
 
 
 def test_a_misspelt_key_in_any_part_is_refused():

@@ -143,10 +143,13 @@ def write(
     site: str | None = None,
     model: str | None = None,
     centred_model: bool = False,
+    trained: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a trained or loaded dictionary so that SAELens computes the same codes and reconstructions.
 
     site, model     our names, for the metadata
+    trained         how the rows of the training were made, for the metadata: `prepend_bos`, `context_size`, `packing`;
+                    what the files of a loaded dictionary say of it if None
     centred_model   required for `input_norm=token_center`, which the format does not have. Codes are then the same for
                     any activations, but reconstructions only for those of a model with centred writing weights, whose
                     tokens have mean zero over d
@@ -157,13 +160,15 @@ def write(
     """
     check_writable(type(method), method.norm.kind, centred_model)
     dictionary = at_inference(method)
+    facts = dictionary.source.get("trained", {}) if trained is None else trained
     metadata = {
         "sae_lens_version": WRITTEN_AS,
         "sae_lens_training_version": None,
         "model_name": model or dictionary.source.get("model"),
         "hook_name": hook_of(site) if site else dictionary.source.get("hook"),
         "hook_head_index": None,
-        "prepend_bos": True,
+        "prepend_bos": True,  # SAELens' own word where nothing else is known
+        **{name: facts[name] for name in ("prepend_bos", "context_size", "packing") if name in facts},
     }
     if dictionary.norm.kind == "token_center":
         metadata["model_from_pretrained_kwargs"] = {"center_writing_weights": True}

@@ -78,7 +78,8 @@ def k_sparse_weights(s: KSparseSettings) -> tuple[Parameter, ...]:
     W_enc, W_dec, b_enc, b_dec = initial_weights(s)
     if s.enc_init_norm is not None:
         unit_rows_(W_enc.data).mul_(s.enc_init_norm)
-    return W_enc, W_dec, b_enc.requires_grad_(s.use_enc_bias), b_dec
+    b_enc.requires_grad_(s.use_enc_bias)
+    return W_enc, W_dec, b_enc, b_dec
 
 
 def used_bias(method: KSparse) -> Tensor | None:

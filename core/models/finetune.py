@@ -10,8 +10,9 @@ import torch
 
 from core.artifacts import Store, content_key
 from core.errors import UserError
+from core.hub import go_on_with_unfinished
 from core.interrupts import remove_folder
-from core.models.identity import model_identity
+from core.models.identity import commits_of, model_identity
 from core.models.language_model import LanguageModel, load_language_model
 from core.models.pretrain import Pretraining, RowData
 from core.runtime import Runtime
@@ -47,11 +48,13 @@ def fine_tuned(run: Runtime, model: Mapping[str, Any], source: TextSource, train
     An interrupted training continues from its checkpoint. Raises UserError for a model of another architecture.
     """
     store = Store(run.artifacts_dir)
+    go_on_with_unfinished(run.artifacts_dir)
     decisive = {"model": model_identity(model), "text": source.spec, "training": dict(training)}
 
     def make(folder: Path) -> None:
         lm = load_language_model({**model, "dtype": "float32"})
-        _train(run, lm, source, training, store.path("finetuning", decisive)).export(folder, lm.tokenizer)
+        checkpoints = store.path("finetuning", decisive)
+        _train(run, lm, source, training, checkpoints, commits_of(model)).export(folder, lm.tokenizer)
 
     path = store.get_or_make(KIND, decisive, make)
     remove_folder(store.path("finetuning", decisive))
@@ -59,7 +62,12 @@ def fine_tuned(run: Runtime, model: Mapping[str, Any], source: TextSource, train
 
 
 def _train(
-    run: Runtime, lm: LanguageModel, source: TextSource, training: Mapping[str, Any], folder: Path
+    run: Runtime,
+    lm: LanguageModel,
+    source: TextSource,
+    training: Mapping[str, Any],
+    folder: Path,
+    commits: Mapping[str, str],
 ) -> Pretraining:
     if lm.family != "gpt2":
         raise UserError(
@@ -77,5 +85,6 @@ def _train(
     module.lm.load_state_dict(lm.model.state_dict())
     data = RowData(tokens, n_ctx, rows_per_step, seed)
     work = Work("fine-tuning", n_steps * n_ctx * rows_per_step, n_ctx * rows_per_step)
-    fit(run, module, data, n_steps, f"{run.name}-{content_key(dict(training))}", work, folder)
+    name, read = f"{run.name}-{content_key(dict(training))}", {**commits, **getattr(source, "commits", {})}
+    fit(run, module, data, n_steps, name, work, folder, commits=read)
     return module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -13,9 +14,9 @@ from core import distributed
 from core.building import build
 from core.checked import at_least, not_empty, positive
 from core.errors import UserError
-from core.models.identity import model_identity
+from core.models.identity import commits_of, model_identity, note_model, pinned_model
 from core.models.language_model import load_language_model
-from core.models.loading import chosen_device
+from core.models.loading import chosen_device, site_width
 from core.models.sites import check_site
 from core.runtime import Runtime
 from core.seeding import derived_seed
@@ -25,6 +26,7 @@ from core.streams.source import Source, Stream
 from core.text.rows import Packing, RowStream
 
 BufferDtype = Literal["float32", "bfloat16", "float16"]
+HUB_TEXT = "core.text.hub.HubText"
 BESIDE_THE_STREAM = ("seed", "model", "data", "devices")  # settings with a place of their own in the spec
 
 
@@ -66,11 +68,30 @@ class ActivationSource(Source):
         return -(-self.n_tokens // self.batch_size)
 
     @cached_property
+    def row_width(self) -> int:
+        return site_width(self.model, self.site)
+
+    @cached_property
+    def pinned(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """`model` and `data` with commits in the place of branches. They go to other processes with the source, so all
+        of them read the same."""
+        return pinned_model(self.model), pinned_text(self.data)
+
+    @cached_property
+    def commits(self) -> dict[str, str]:
+        return {**commits_of(self.model), **getattr(build(self.data), "commits", {})}
+
+    def note(self) -> None:
+        note_model(self.model)
+        assert build(self.data).spec  # it notes what it reads
+
+    @cached_property
     def batches_spec(self) -> dict[str, Any]:
+        model, data = self.pinned
         return {
             "stream": {name: value for name, value in self.plain().items() if name not in BESIDE_THE_STREAM},
-            "model": model_identity(self.model),
-            "data": build(self.data).spec,
+            "model": model_identity(model),
+            "data": build(data).spec,
             "seed": self.seed,
             **({"devices": self.devices} if self.devices > 1 else {}),
         }
@@ -92,9 +113,10 @@ class ActivationSource(Source):
         """
         rank, n = distributed.rank() if rank is None else rank, self.devices
         seed = self.seed if n == 1 else derived_seed(self.seed, "rank", rank)
-        lm = load_language_model(DictConfig(self.model))
+        model, data = self.pinned
+        lm = load_language_model(DictConfig(model))
         rows = RowStream(
-            build(self.data),
+            build(data),
             lm.tokenizer,
             "train",
             self.seed,
@@ -127,3 +149,11 @@ class ActivationSource(Source):
                 f"stream.buffer_tokens ({self.buffer_tokens:,}) must be a multiple of stream.n_ctx ({self.n_ctx}) "
                 f"times trainer.devices ({n}): each device gets whole rows."
             )
+
+
+def pinned_text(node: Any) -> Any:
+    """A plain `data` node in which every data set of the hub, also one within another text, is named by its commit."""
+    if isinstance(node, Mapping):
+        inner = {key: pinned_text(value) for key, value in node.items()}
+        return {**inner, "revision": build(inner).commit} if inner.get("_target_") == HUB_TEXT else inner
+    return [pinned_text(value) for value in node] if isinstance(node, list) else node

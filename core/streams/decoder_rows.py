@@ -105,6 +105,10 @@ class DecoderRowSource(Source):
     def n_batches(self) -> int:
         return self.n_steps
 
+    @property
+    def row_width(self) -> int:
+        return int(self.rows.shape[1])
+
     @cached_property
     def batches_spec(self) -> dict[str, Any]:
         weighted = self.sampling == "frequency" and self.weights is not None

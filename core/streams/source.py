@@ -62,6 +62,20 @@ class Source(Checked, ABC):
     def batches_spec(self) -> dict[str, Any]:
         """What decides the batches, as JSON values."""
 
+    @property
+    def row_width(self) -> int | None:
+        """The size of a row; None if it is not known before the stream is open. Raises UserError as `open` does."""
+        return None
+
+    @property
+    def commits(self) -> dict[str, str]:
+        """The commits of what is read from the hub, by `core.hub.name_of`."""
+        return {}
+
+    def note(self) -> None:
+        """Record that the running cell's results depend on what the batches are read from (`core.inputs`)."""
+        return
+
     @abstractmethod
     def open(self, run: Runtime) -> Stream:
         """The stream from its beginning. Raises UserError for settings that do not fit together."""

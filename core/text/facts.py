@@ -164,6 +164,11 @@ class TextWithFacts:
         return self.source.special_tokens
 
     @property
+    def commits(self) -> dict[str, str]:
+        """The commits of text from the hub (`core.text.hub`)."""
+        return dict(getattr(self.source, "commits", {}))
+
+    @property
     def spec(self) -> dict[str, Any]:
         sizes = ("max_chars", "fact_documents", "statements_per_document")
         return {"source": self.source.spec, "facts": self.facts.spec, **{name: getattr(self, name) for name in sizes}}

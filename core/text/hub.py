@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import datasets
-from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -23,8 +22,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx
 
+from core import hub
 from core.checked import Checked, at_least
 from core.errors import UserError
+from core.inputs import note_commit
 from core.seeding import derived_seed
 from core.text.documents import (
     Document,
@@ -37,7 +38,6 @@ from core.text.documents import (
 )
 from core.text.unpacking import FAILURES
 
-CONNECT_TIMEOUT_S = 10.0
 SCRIPT_HINT = "name its Parquet files in data.data_files, or try data.revision=refs/convert/parquet"
 HINTS = {"BuilderConfig": "data.config_name", "Bad split": "data.hf_split", "scripts are no longer": SCRIPT_HINT}
 
@@ -53,7 +53,7 @@ class HubText:
     """A dataset on the Hub.
 
     path                `owner/name`
-    revision            commit, tag or branch; only a commit makes a run repeatable
+    revision            commit, tag or branch. A branch is the commit that this process found first (`core.hub`)
     config_name         the dataset's configuration, if it has several
     data_files          glob patterns within the repository, used instead of the configuration and its script
     hf_split            the dataset's own split; both train and held-out documents come from it, by content
@@ -95,10 +95,24 @@ class HubText:
         return self.path
 
     @property
+    def commit(self) -> str:
+        """The commit of `revision`. Noted as an input of the running cell. Raises UserError if it cannot be known."""
+        with self.reporting():
+            commit = hub.commit_of(self.path, self.revision, "dataset")
+        note_commit(self.path, self.revision, commit, "dataset")
+        return commit
+
+    @property
+    def commits(self) -> dict[str, str]:
+        """The commit by the name of the data set, for what is made from the text."""
+        return {hub.name_of(self.path, self.revision, "dataset"): self.commit}
+
+    @property
     def spec(self) -> dict[str, Any]:
+        """What decides the documents; of a branch its commit."""
         fields = ("path", "revision", "config_name", "data_files", "hf_split")
         columns = ("text_field", "conversation_field", "tag_field", "shuffle_buffer")
-        named = {name: getattr(self, name) for name in (*fields, *columns)}
+        named = {**{name: getattr(self, name) for name in (*fields, *columns)}, "revision": self.commit}
         return {**named, **spec_of_special_tokens(self.special_tokens)}
 
     def documents(self, split: Split, seed: int, state: Mapping[str, Any] | None = None) -> HubDocuments:
@@ -142,7 +156,8 @@ class HubText:
             ) from error
 
     def _open(self) -> datasets.IterableDataset:
-        commit = self._commit()
+        commit = self.commit
+        hub.tip(self.path, commit, "dataset")  # fails at once, where loading would try again for minutes
         if self.data_files:
             urls = [f"hf://datasets/{self.path}@{commit}/{pattern}" for pattern in self.data_files]
             form = "parquet" if all(pattern.endswith(".parquet") for pattern in self.data_files) else "json"
@@ -161,14 +176,6 @@ class HubText:
             builder.config.columns = columns
             dataset = builder.as_streaming_dataset(split=self.hf_split)
         return dataset
-
-    def _commit(self) -> str:
-        """The commit of `revision`. Asking for it first fails at once, where loading would retry for minutes."""
-        api = HfApi()
-        info = api.dataset_info(self.path, revision=self.revision, timeout=CONNECT_TIMEOUT_S)
-        if info.gated:
-            api.auth_check(self.path, repo_type="dataset")
-        return str(info.sha)
 
     def _columns(self, existing: list[str] | None) -> list[str]:
         """The columns of the configured fields. Formats without a schema (JSON) are checked record by record."""

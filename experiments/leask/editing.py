@@ -42,7 +42,7 @@ from core.runtime import Runtime
 from core.seeding import generator
 from core.streams.decoder_rows import directions
 from core.text.facts import Facts
-from experiments.common import language_model, requests, trained
+from experiments.common import language_model, meta_node, requests, trained
 from experiments.leask.settings import EditingSettings
 
 SETTINGS = EditingSettings
@@ -119,7 +119,7 @@ def planted(cfg: DictConfig) -> DictConfig:
 
 def meta_dictionary(cfg: DictConfig, method: Dictionary) -> Request:
     """One trained on the directions of all decoder rows except those of dead latents, which are random."""
-    return meta_request(plain(cfg.meta), learned_rows(method), cfg.trainer.precision)
+    return meta_request(meta_node(cfg), learned_rows(method), cfg.trainer.precision)
 
 
 def learned_rows(method: Dictionary) -> Tensor:

@@ -34,7 +34,7 @@ from core.metrics.reconstruction import VarianceExplained
 from core.preflight import check_method
 from core.runtime import Runtime
 from core.streams.decoder_rows import directions, random_directions
-from experiments.common import requests, stored, trained, write_record
+from experiments.common import meta_node, requests, stored, trained, write_record
 from experiments.leask.meta_rows import Rows, family_rows, rows_of, strongest
 from experiments.leask.meta_words import in_words
 from experiments.leask.settings import MetaSaeSettings
@@ -116,7 +116,7 @@ def directions_of(cfg: DictConfig, family: Mapping[int, Dictionary]) -> dict[int
 
 def wanted(cfg: DictConfig, rows: Rows) -> list[Request]:
     """The cell's meta-dictionary, and that of random directions."""
-    meta, precision = plain(cfg.meta), cfg.trainer.precision
+    meta, precision = meta_node(cfg), cfg.trainer.precision
     null = null_rows(rows.directions, cfg.seed)
     return [meta_request(meta, W, precision, rows.frequency) for W in (rows.directions, null)]
 
@@ -230,7 +230,7 @@ def replacements(
         "replaced": pool[geometry.max_cosines(W, pool)[1]],
         "random_decoder": random_directions(W.shape[0], W.shape[1], cfg.seed).to(W.device),
     }
-    settings, precision = plain(cfg.meta), cfg.trainer.precision
+    settings, precision = meta_node(cfg), cfg.trainer.precision
     changed = {key: replaced_decoder(meta, decoder) for key, decoder in candidates.items()}
     return {
         key: (other, meta_request(settings, rows.directions, precision, rows.frequency, other))

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from hydra.utils import get_class
 from omegaconf import DictConfig
 
 from core.analysis.evaluate import evaluate_dictionaries
+from core.artifacts import MANIFEST as ARTIFACT
 from core.atomic import note_outside
+from core.building import plain
 from core.errors import UserError
 from core.fleet import Request
-from core.interop import saelens
+from core.interop import native, saelens
+from core.methods.dictionary import Dictionary
+from core.methods.pretrained import Pretrained
+from core.models.identity import model_label
+from core.reading import read_object
 from experiments.common import held_out, is_loaded, requests, trained
 from experiments.tools.settings import ExportSettings
 
@@ -33,13 +40,35 @@ def run(cfg: DictConfig) -> dict[str, float]:
         saelens.check_writable(get_class(cfg.method["_target_"]), cfg.method.input_norm, cfg.export.centred_model)
     method = trained(cfg)
     text = held_out(cfg)
-    saelens.write(method, folder, model=cfg.model.name, site=text.site, centred_model=cfg.export.centred_model)
+    name = made_for(method) or model_label(cfg.model)
+    centred, trained_on = cfg.export.centred_model, rows_of_training(cfg)
+    saelens.write(method, folder, model=name, site=text.site, centred_model=centred, trained=trained_on)
     evaluations = evaluate_dictionaries({"": method, "_exported": saelens.read(folder).to(text.lm.device)}, text)
     log_sparsity = (evaluations[""].sparsity.frequencies() + 1e-10).log10().float()
     saelens.write_log_sparsity(log_sparsity, folder)
     note_outside(file for file in folder.iterdir() if file.is_file())
     scores = {name: evaluation.metrics() for name, evaluation in evaluations.items()}
     return {score + name: values[score] for name, values in scores.items() for score in SCORES if score in values}
+
+
+def made_for(method: Dictionary) -> str | None:
+    """The language model that the files of a loaded dictionary name."""
+    return method.source.get("model") if isinstance(method, Pretrained) else None
+
+
+def rows_of_training(cfg: DictConfig) -> dict[str, Any] | None:
+    """How the rows of text began that a dictionary of ours was trained on; None for one that was made elsewhere. In
+    `concat`, a beginning-of-text token opens documents and not rows."""
+    stream = plain(cfg.stream)
+    if is_loaded(cfg.method):
+        folder = Path(cfg.method.repo).expanduser() / (cfg.method.path or "")
+        artifact = native.stored(folder) / ARTIFACT if folder.is_dir() else folder
+        spec = read_object(artifact).get("spec") or {} if artifact.is_file() else {}
+        stream = spec.get("source", {}).get("batches", {}).get("stream", {})
+    if "packing" not in stream:
+        return None
+    packing = stream["packing"]
+    return {"prepend_bos": packing == "per_document", "context_size": stream["n_ctx"], "packing": packing}
 
 
 def target(cfg: DictConfig) -> Path:
