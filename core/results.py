@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from core import inputs
-from core.atomic import NOT_A_LIST, Files, damage, noting_files, remove_leftovers, sync, write_atomically
+from core.atomic import NOT_A_LIST, damage, noting_files, remove_leftovers, sync, write_atomically
 from core.cells import CHANGES_NO_NUMBER
 from core.counts import counting
 from core.errors import UserError, lack_of_memory
@@ -88,7 +88,7 @@ def is_finished(folder: Path, cfg: DictConfig) -> bool:
     stored = read(folder / RESULTS)
     if stored is None or _decisive(stored.get("config")) != comparable(cfg):
         return False
-    if wrong := _damage(folder, stored.get("files", {})):
+    if wrong := damage_of(folder, stored):
         _print_once(f"{folder} will be run again: {wrong}")
         return False
     try:
@@ -102,10 +102,11 @@ def is_finished(folder: Path, cfg: DictConfig) -> bool:
     return not changed
 
 
-def _damage(folder: Path, files: Files) -> str | None:
-    """What is wrong with the files beside a results.json, in a few words."""
+def damage_of(folder: Path, record: Mapping[str, Any] | None = None) -> str | None:
+    """What is wrong with the files beside a results.json, in a few words; None if they are whole. Results made before
+    files were listed are taken as they are. `record`: the content of results.json, read if it is not given."""
     try:
-        return damage(folder, files)
+        return damage(folder, (record or read(folder / RESULTS) or {}).get("files", {}))
     except NOT_A_LIST:
         return f"the list of files in {RESULTS} cannot be read"
     except OSError as error:
@@ -127,8 +128,10 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def read_all(root: Path, name: str = RESULTS) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(folder, content) of every result file below `root`, sorted by path."""
+    """(folder, content) of every result file below `root`, sorted by path; none from hidden folders."""
     for path in sorted(root.rglob(name)):
+        if any(part.startswith(".") for part in path.relative_to(root).parts):
+            continue
         content = read(path)
         if content is not None:
             yield path.parent, content

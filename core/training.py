@@ -83,7 +83,9 @@ class Checkpoints(Callback):
     newest are kept, each with its sha256 in a file beside it.
 
     With `every_seconds` 0 only signals cause one. After a signal the current chunk is finished, the checkpoint written,
-    and `Interrupted` raised. A failed write is reported on standard error, and training continues.
+    and `Interrupted` raised. While the first chunk's text is still being prepared, which can take long, there is
+    nothing to save, and a signal stops the run at once. A failed write is reported on standard error, and training
+    continues.
 
     members  names of what is trained together. A checkpoint in a sibling of `folder` is also used if its members
              include all of these; the module must then select them when it loads it.
@@ -108,7 +110,8 @@ class Checkpoints(Callback):
         self.signals = Deferred()
         self._handlers = ExitStack()
         self._loaded: dict[str, Any] | None = None
-        self._started = False
+        self._started = False  # whether this training, or what follows its checkpoint, has begun
+        self._defers = False  # whether signals wait for the end of a chunk
         self._last_saved = 0  # number of the chunk
 
     def fit(self, trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule) -> None:
@@ -156,14 +159,18 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = True
         self.saved_at = self._began_at = time.monotonic()
-        self._handlers.enter_context(handled_by(self.signals))  # they replace Lightning's during training
         if trainer.received_sigterm:
             note_signal(signal.SIGTERM)
-            self.signals.signum = signal.SIGTERM
+            raise Interrupted(signal.SIGTERM)
         if self._loaded is not None:
             torch.set_rng_state(self._loaded["rng"])
             if len(self._loaded["cuda_rng"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(self._loaded["cuda_rng"])
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if not self._defers:
+            self._handlers.enter_context(handled_by(self.signals))  # they replace Lightning's during training
+            self._defers = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         due = self.every_seconds > 0 and time.monotonic() - self.saved_at >= self.every_seconds
@@ -172,8 +179,13 @@ class Checkpoints(Callback):
         self._stop_if_signalled(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._handlers.close()
-        self._stop_if_signalled(trainer)
+        try:
+            self._stop_if_signalled(trainer)
+            self._handlers.close()
+        except Interrupted:  # perhaps by a signal that has come since
+            self.save(trainer)
+            self._handlers.close()
+            raise
 
     def _stop_if_signalled(self, trainer: pl.Trainer) -> None:
         if trainer.strategy.reduce_boolean_decision(self.signals.signum is not None, all=False):

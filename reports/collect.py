@@ -177,6 +177,7 @@ def found(root: Path, name: str) -> list[Path]:
                 subfolders.clear()
                 continue
             entered.add(real)
+            subfolders[:] = [one for one in subfolders if not one.startswith(".")]  # half of an exchange (reports.keep)
             if name in files or name in subfolders:
                 paths.append(Path(folder, name))
             links = [Path(folder, one) for one in sorted(subfolders) if Path(folder, one).is_symlink()]

@@ -4,21 +4,25 @@ Copies every finished cell's results to reports/results/<experiment>/<scale>/<ce
 results into reports/results/<experiment>. reports/results/README.md shows all kept results beside the papers' claims.
 Nothing is copied if a file is larger than 2 MB. The files that are not copied are listed. With `--redraw`, nothing is
 copied: figures and README are made again from the kept results.
+
+All cells are copied beside those kept before, and only then take their places. So kept results survive a disk that is
+full, and a run that is killed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from core.artifacts import write_atomically
+from core.atomic import atomically, remove_leftovers, sync, write_atomically
 from core.errors import UserError
-from core.results import FAILED
+from core.results import FAILED, RESULTS, damage_of, read
 from reports import figures, render, tables
 from reports.claims import SCALES, Claim, Scale, load_papers, with_derived
 from reports.collect import KEPT, Cell, deviations, folder_of, grid_size, one_per_folder, read_cells
@@ -30,6 +34,7 @@ from reports.verdicts import Judgement, rule
 
 MAX_BYTES = 2_000_000
 README = "README.md"
+OLD, NEW = ".kept before.", ".to be kept."  # how the names of folders begin while they change places
 ENDINGS = (".json", ".parquet")  # of the files that the report reads
 
 
@@ -39,6 +44,7 @@ def keep(outputs: Path, scale: str, experiments: Sequence[str], kept: Path) -> l
     Without names, all experiments with a finished cell at this scale are kept. Raises UserError if there is nothing to
     keep, or a file is too large.
     """
+    repair(kept)
     cells = [cell for cell in one_per_folder(read_cells(outputs)) if cell.scale == scale]
     finished = sorted({cell.experiment for cell in cells})
     if missing := sorted(set(experiments) - set(finished)):
@@ -46,9 +52,10 @@ def keep(outputs: Path, scale: str, experiments: Sequence[str], kept: Path) -> l
     if not finished:
         raise UserError(f"{outputs} holds no finished cell at {scale} scale; --outputs names the folder.")
     chosen = [cell for cell in cells if cell.experiment in (experiments or finished)]
+    refuse_damaged(chosen)
     refuse_large(file for cell in chosen for file in kept_files(cell.folder))
     report_omissions(chosen)
-    written = [copy(cell, kept / cell.experiment / cell.scale / cell.folder.name) for cell in chosen]
+    written = copy({kept / cell.experiment / cell.scale / cell.folder.name: cell for cell in chosen})
     for experiment in sorted({cell.experiment for cell in chosen}):
         written += draw(experiment, scale, kept)
     return [*written, write_readme(kept)]
@@ -56,6 +63,7 @@ def keep(outputs: Path, scale: str, experiments: Sequence[str], kept: Path) -> l
 
 def redraw(scale: str, experiments: Sequence[str], kept: Path) -> list[Path]:
     """Make figures and README again from the kept results. Raises UserError if there are none of an experiment."""
+    repair(kept)
     available = sorted({cell.experiment for cell in read_cells(folder_of(kept, "--kept")) if cell.scale == scale})
     if missing := sorted(set(experiments) - set(available)):
         raise UserError(f"{kept} holds nothing of {', '.join(missing)} at {scale} scale.")
@@ -68,6 +76,12 @@ def kept_files(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.iterdir()) if file.suffix in ENDINGS and file.name != FAILED]
 
 
+def refuse_damaged(cells: Iterable[Cell]) -> None:
+    wrong = [f"{cell.folder}: {found}" for cell in cells if (found := damage_of(cell.folder))]
+    if wrong:
+        raise UserError(f"These cells are not whole, so nothing was kept. Run them again. {'; '.join(wrong)}")
+
+
 def refuse_large(files: Iterable[Path]) -> None:
     large = [f"{file} ({file.stat().st_size / 1e6:.1f} MB)" for file in files if file.stat().st_size > MAX_BYTES]
     if large:
@@ -77,13 +91,58 @@ def refuse_large(files: Iterable[Path]) -> None:
         )
 
 
-def copy(cell: Cell, to: Path) -> Path:
-    """Copy the cell's files in the place of those kept before."""
-    shutil.rmtree(to, ignore_errors=True)
-    to.mkdir(parents=True)
-    for file in kept_files(cell.folder):
-        shutil.copyfile(file, to / file.name)
-    return to
+def copy(cells: Mapping[Path, Cell]) -> list[Path]:
+    """Copy the cells' files in the place of those kept before, and return the folders. All or none: see above."""
+    copies = {to: to.with_name(f"{NEW}{to.name}") for to in cells}
+    try:
+        for to, cell in cells.items():
+            copies[to].mkdir(parents=True)
+            for file in kept_files(cell.folder):
+                with atomically(copies[to] / file.name) as temporary:
+                    shutil.copyfile(file, temporary)
+            list_kept_files(copies[to])
+        for to, copied in copies.items():
+            exchange(copied, to)
+    finally:
+        finish_exchanges({to.parent for to in cells})
+    return list(cells)
+
+
+def repair(kept: Path) -> None:
+    """Finish what an earlier run that was killed has left half done."""
+    finish_exchanges(kept.glob("*/*"))
+    remove_leftovers(kept)
+
+
+def exchange(new: Path, to: Path) -> None:
+    """Put a folder in the place of another one. What was there is removed when the new one stands."""
+    old = to.with_name(f"{OLD}{to.name}")
+    if to.exists():
+        to.replace(old)
+    new.replace(to)
+    sync(to.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def finish_exchanges(folders: Iterable[Path]) -> None:
+    """Bring back what an exchange that was broken off had moved away, and remove what it left over."""
+    for folder in folders:
+        for old in folder.glob(f"{OLD}*"):
+            place = old.with_name(old.name.removeprefix(OLD))
+            if place.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.replace(place)
+        for new in folder.glob(f"{NEW}*"):
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def list_kept_files(folder: Path) -> None:
+    """Let a kept results.json list those of its files that are kept."""
+    record = read(folder / RESULTS) or {}
+    if "files" in record:
+        record["files"] = {name: entry for name, entry in record["files"].items() if (folder / name).is_file()}
+        write_atomically(folder / RESULTS, json.dumps(record, indent=1))
 
 
 def report_omissions(cells: Sequence[Cell]) -> None:
@@ -103,7 +162,9 @@ def draw(experiment: str, scale: str, kept: Path) -> list[Path]:
         cells = with_derived(load_papers(), [cell for cell in read_cells(kept / experiment) if cell.scale == scale])
         drawn = [path for path in figures.draw(experiment, cells, Path(scratch)) if path.suffix == ".png"]
         refuse_large(drawn)
-        return [Path(shutil.copyfile(path, kept / experiment / path.name)) for path in drawn]
+        for path in drawn:
+            write_atomically(kept / experiment / path.name, path.read_bytes())
+        return [kept / experiment / path.name for path in drawn]
 
 
 def write_readme(kept: Path) -> Path:
@@ -184,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             written = redraw(options.scale, options.experiments, options.kept)
         else:
             written = keep(options.outputs, options.scale, options.experiments, options.kept)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for path in written:

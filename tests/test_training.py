@@ -164,7 +164,7 @@ def test_a_sigterm_that_lightning_noted_before_the_first_chunk_is_not_lost(
     module = Walk()
     with pytest.raises(Interrupted):
         fit(tmp_path / "a", module, seconds=0)
-    assert module.steps == [0] and names(tmp_path / "a") == ["000000001.ckpt"]
+    assert module.steps == [] and not (tmp_path / "a").exists()
 
 
 def test_outside_the_main_thread_a_training_runs_without_handlers(tmp_path: Path, whole: torch.Tensor):

@@ -1,8 +1,17 @@
+import errno
 import json
+import multiprocessing
+import os
+import signal
+from itertools import count
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
+from core.atomic import sha256
+from core.results import damage_of
 from reports import compare, figures, keep
 from reports.collect import one_per_folder, read_cells, with_kept
 
@@ -165,6 +174,118 @@ def test_a_file_larger_than_2_mb_is_refused_and_nothing_is_kept(tmp_path, capsys
     assert keep.main(["--outputs", str(tmp_path / "outputs"), "--kept", str(tmp_path / "kept")]) == 1
     assert "coder=sc/curves.parquet (2.0 MB)" in capsys.readouterr().err
     assert not (tmp_path / "kept").exists()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """The files below a folder, hidden ones too."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def kept_and_new(tmp_path, monkeypatch):
+    """Two cells that are kept, and other results of both, and of a third cell, in the outputs."""
+    monkeypatch.setattr(keep, "readme", lambda kept: "as it is")
+    for name in ("coder=sae", "coder=sc"):
+        write_stack(tmp_path / "kept", name, runs=RUNS[:1])
+    for name in ("coder=sae", "coder=sc", "coder=mlp"):
+        write_stack(tmp_path / "outputs", name)
+    return tmp_path
+
+
+def keep_all(folder: Path) -> int:
+    return keep.main(["--outputs", str(folder / "outputs"), "--kept", str(folder / "kept")])
+
+
+@pytest.mark.usefixtures("_one_figure")
+def test_on_a_disk_that_is_full_at_any_moment_every_kept_cell_is_whole_and_the_message_names_a_path(
+    kept_and_new, capsys, monkeypatch
+):
+    """Every flush to the disk fails in turn."""
+    fsync, moments = os.fsync, 0
+
+    def full(descriptor: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    for n in count():
+        left = n
+        code = keep_all(kept_and_new)
+        if code == 0:
+            break
+        moments += 1
+        error = capsys.readouterr().err
+        assert "error: " in error and "No space left" in error and str(kept_and_new) in error, n
+        for name in ("coder=sae", "coder=sc"):
+            cell = kept_and_new / "kept/toy/paper" / name
+            runs = len(pd.read_parquet(cell / "runs.parquet"))
+            assert sorted(path.name for path in cell.iterdir()) == ["results.json", "runs.parquet"] and runs in (1, 3)
+        now = tree(kept_and_new / "kept")
+        assert not any("/." in f"/{path}" for path in now), "nothing unfinished is left"
+    assert moments > 10
+    assert len(read_cells(kept_and_new / "kept")) == 9
+
+
+@pytest.mark.usefixtures("_one_figure")
+@pytest.mark.parametrize("name", ["replace", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mkdir", "unlink"))])
+def test_kept_results_survive_a_kill_at_any_rename_or_removal(kept_and_new, name):
+    for n in range(1, 60):
+        process = multiprocessing.get_context("fork").Process(target=killed_at, args=(name, n, kept_and_new))
+        process.start()
+        process.join(60)
+        cells = read_cells(kept_and_new / "kept")
+        hidden = list((kept_and_new / "kept").rglob(".kept before.*"))
+        assert len({cell.folder.name for cell in cells}) + len(hidden) >= 2
+        for folder in {cell.folder for cell in cells}:
+            assert sorted(path.name for path in folder.iterdir()) == ["results.json", "runs.parquet"]
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert process.exitcode == 0
+    assert keep_all(kept_and_new) == 0
+    assert len(read_cells(kept_and_new / "kept")) == 9
+    assert not list((kept_and_new / "kept").rglob(".*"))
+
+
+def killed_at(name: str, n: int, folder: Path) -> None:
+    original, calls = getattr(os, name), []
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(name)
+        if len(calls) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **named)
+
+    setattr(os, name, counted)
+    os._exit(keep_all(folder))
+
+
+def test_a_cell_whose_files_are_not_as_results_json_lists_them_is_not_kept(tmp_path, capsys):
+    folder = write_stack(tmp_path / "outputs")
+    record = json.loads((folder / "results.json").read_text())
+    record["files"] = {"runs.parquet": {"bytes": 3, "sha256": "0" * 64}}
+    (folder / "results.json").write_text(json.dumps(record))
+    assert keep_all(tmp_path) == 1
+    assert "runs.parquet has" in capsys.readouterr().err and not (tmp_path / "kept").exists()
+
+
+@pytest.mark.usefixtures("_one_figure")
+def test_a_kept_cell_lists_the_files_that_are_kept_and_is_whole(tmp_path):
+    folder = write_stack(tmp_path / "outputs")
+    (folder / "page.html").write_text("large")
+    record = json.loads((folder / "results.json").read_text())
+    record["files"] = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        for name in ("page.html", "runs.parquet")
+    }
+    (folder / "results.json").write_text(json.dumps(record))
+    assert keep_all(tmp_path) == 0
+    kept = tmp_path / "kept/toy/paper/coder=sae"
+    assert list(json.loads((kept / "results.json").read_text())["files"]) == ["runs.parquet"]
+    assert damage_of(kept) is None
 
 
 def test_an_experiment_without_finished_cells_is_not_kept(tmp_path, capsys):
