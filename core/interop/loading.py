@@ -72,7 +72,10 @@ def load(
     kind = _format(folder, format)
     _note(folder, kind, repo, revision, commit)
     check_names(site, repo, path)
-    method = _read(folder, kind, repo, path, norm_scaling_factor, threshold)
+    try:
+        method = _read(folder, kind, repo, path, norm_scaling_factor, threshold)
+    except UserError as error:
+        raise error if str(folder) in str(error) else UserError(f"{folder}: {error}") from error
     if isinstance(method, Pretrained):
         method.source |= {"repo": repo, "path": path, "revision": commit}
         check_site(optional_field(method.source, "hook", str, f"{folder}: its source"), site)
