@@ -98,6 +98,13 @@ def load(
     return method if input_norm is None else _with_norm(method, input_norm, folder)
 
 
+def is_one(repo: str, path: str | None) -> bool:
+    """Whether a repository and a path name one dictionary by themselves: there is a path, or the repository is a local
+    folder with the files of one."""
+    folder = Path(repo).expanduser()
+    return path is not None or (folder.is_dir() and bool(_present(folder)))
+
+
 def _read(
     folder: Path, format: str, repo: str, path: str | None, norm_scaling_factor: float | None, threshold: float | None
 ) -> Dictionary:
@@ -165,9 +172,7 @@ def _with_norm(method: Dictionary, input_norm: Normalisation, folder: Path) -> P
 
 def _format(folder: Path, stated: Format) -> str:
     """The format of the files in a folder, checked if it is given."""
-    present = [name for name, files in NEEDED.items() if all((folder / file).is_file() for file in files)]
-    if (folder / native.POINTER).is_file():
-        present.append("native")
+    present = _present(folder)
     if stated in present:
         return stated
     if stated == "auto" and len(present) == 1:
@@ -184,3 +189,9 @@ def _format(folder: Path, stated: Format) -> str:
     raise UserError(
         f"method.path: {folder} lacks the files of a dictionary ({needs}). It contains: {held or 'nothing'}."
     )
+
+
+def _present(folder: Path) -> list[str]:
+    """The formats whose files a folder holds."""
+    present = [name for name, files in NEEDED.items() if all((folder / file).is_file() for file in files)]
+    return [*present, "native"] if (folder / native.POINTER).is_file() else present
