@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core.errors import UserError
+from core.errors import UserError, shown
 
 PACKED = 4  # entries may declare this many times the file's size: numbers of weights shrink by less
 SMALL_BYTES = 2**20  # or this much: a small file of zeros shrinks by more
@@ -48,9 +48,3 @@ def entry_bytes(content: zipfile.ZipFile, name: str) -> Tensor:
     if at != len(data):
         raise zipfile.BadZipFile(f"{shown(name)} has {at:,} bytes instead of {len(data):,}")
     return data
-
-
-def shown(name: object) -> str:
-    """A name from a file, fit for a message."""
-    text = str(name)
-    return repr(text if len(text) <= 80 else f"{text[:77]}...")[1:-1]

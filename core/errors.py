@@ -42,3 +42,9 @@ class NonFiniteLoss(RuntimeError):  # noqa: N818  (it names an event, not a mist
 
     def __reduce__(self) -> tuple[type[NonFiniteLoss], tuple[int, str]]:
         return type(self), (self.step, self.name)  # so that it can be pickled
+
+
+def shown(name: object) -> str:
+    """A name that a file holds, fit for a message: short, on one line, without control characters."""
+    text = str(name)
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")[1:-1]

@@ -32,6 +32,7 @@ from core.counts import counting
 from core.errors import UserError, lack_of_memory
 from core.interrupts import raise_if_interrupted
 from core.reading import read_object
+from core.remarks import remarking
 
 RESULTS, FAILED = "results.json", "failed.json"
 TAKEN_BACK = ".taken_back.json"  # a results.json whose files are being removed
@@ -143,7 +144,7 @@ def run_cell(cfg: DictConfig, folder: Path, run: Callable[[DictConfig], Metrics]
     started = Moment.now()
     take_back(folder)
     try:
-        with inputs.noting() as noted, noting_files(folder) as written, counting() as counts:
+        with inputs.noting() as noted, noting_files(folder) as written, counting() as counts, remarking() as said:
             metrics = run(cfg)
         metrics = _checked({**counts, **metrics})
         record = {**_provenance(cfg, started), "metrics": metrics, "config": comparable(cfg)}
@@ -152,6 +153,8 @@ def run_cell(cfg: DictConfig, folder: Path, run: Callable[[DictConfig], Metrics]
         files = {name: entry for name, entry in sorted(written.items()) if (folder / name).is_file()}
         if files:
             record["files"] = files
+        if said:
+            record["remarks"] = said
         write_atomically(folder / RESULTS, json.dumps(record, indent=1))
         (folder / FAILED).unlink(missing_ok=True)
     except Exception as error:

@@ -18,8 +18,8 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from core.archives import archive, entry_bytes, shown
-from core.errors import UserError
+from core.archives import archive, entry_bytes
+from core.errors import UserError, shown
 
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number
 MAX_OPERATIONS = 200_000  # of a pickle; a dictionary has some hundred

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from core.fleet import KIND, Request, load_or_train
 from core.hub import go_on_with_unfinished
 from core.inputs import Inputs, note_all, noting
 from core.methods.dictionary import Dictionary
+from core.methods.settings import Settings
 from core.models.language_model import LanguageModel, load_language_model
 from core.models.loading import tokenizer_of
 from core.notices import say_once
@@ -36,7 +37,7 @@ from core.text.rows import Rows, check_held_out, read_held_out
 
 Result = TypeVar("Result")
 FOLLOWS = "${model.d_model}"  # what a node has as d_model where none was chosen
-TRAINING_ONLY = ("lr", "decay_fraction", "dead_after_tokens")  # experiments set them for every method
+OF_TRAINING = frozenset(entry.name for entry in fields(Settings)) - {"d_model", "dict_size", "input_norm"}
 
 
 def is_loaded(method: Any) -> bool:
@@ -128,10 +129,11 @@ def write_record(cfg: DictConfig, name: str, record: Mapping[str, Any]) -> None:
 
 
 def _loaded(method: dict[str, Any]) -> tuple[Dictionary, dict[str, Any]]:
-    """The dictionary that a node names, and its record: class, options and source."""
+    """The dictionary that a node names, and its record: class, options and source. Settings of a training, which
+    experiments set for every method, are left out."""
     if method["repo"] in (None, "???"):
         raise UserError("method.repo is not set: a name on the Hugging Face hub, or a folder with a dictionary.")
-    dictionary = build({key: value for key, value in method.items() if key not in TRAINING_ONLY})
+    dictionary = build({key: value for key, value in method.items() if key not in OF_TRAINING})
     return dictionary, {**dictionary.description(), "loaded": method}
 
 

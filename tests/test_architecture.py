@@ -14,8 +14,8 @@ from tests.composing import CONF, ROOT
 ROOMS = ("core", "hydra_plugins", "experiments", "reports", "run")  # each imports itself and those to its left
 FLOORS = (  # of core: a folder or module imports its own floor and those above it in this list
     "archives artifacts atomic batch bench building cells checked counts digest distributed errors hub input_norm "
-    "inputs interrupts notices optimizer reading results runtime seeding settings shares tensor_files torch_files "
-    "workers",
+    "inputs interrupts notices optimizer reading remarks results runtime seeding settings shares tensor_files "
+    "torch_files workers",
     "kernels metrics synthetic text",
     "methods",
     "training",

@@ -85,7 +85,7 @@ def read(path: Path) -> CrosscoderWeights:
     """
     file = _file(path)
     weights = read_safetensors(file) if file.suffix == ".safetensors" else read_pt(file)
-    weights = weights.renamed(lambda name: name.removeprefix("_orig_mod."))
+    weights = weights.unwrapped()
     crosscoder = _of_matrices(weights) if "W_enc" in weights else _of_modules(weights)
     weights.done()
     return crosscoder
@@ -112,8 +112,8 @@ def _of_modules(weights: Weights) -> CrosscoderWeights:
         b_enc,
         b_dec,
         threshold,
-        int(weights.take_number("k")) if "k" in weights else None,
-        int(weights.take_number("code_normalization_id")) if "code_normalization_id" in weights else None,
+        weights.take_whole("k", 1) if "k" in weights else None,
+        weights.take_whole("code_normalization_id") if "code_normalization_id" in weights else None,
         "modules",
     )
 

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.errors import UserError
+from core.errors import UserError, shown
+from core.interop.hooks import INPUT
+from core.interop.training_facts import TrainingFacts
 from core.methods.pretrained import Pretrained
-from core.reading import read_object
+from core.reading import optional_field, read_object
 from core.tensor_files import Weights, read_pt
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
@@ -34,25 +36,56 @@ def read(folder: Path) -> Pretrained:
     or contain more than tensors.
     """
     path = folder / CONFIG
-    trainer = read_object(path).get("trainer")
-    if not isinstance(trainer, dict) or trainer.get("dict_class") not in READERS:
-        kind = trainer.get("dict_class") if isinstance(trainer, dict) else None
-        raise UserError(f"{path}: trainer.dict_class {kind!r} is not supported; these are: {', '.join(READERS)}.")
-    weights = read_pt(folder / WEIGHTS)
-    options = READERS[trainer["dict_class"]](weights)
+    config = read_object(path)
+    trainer = optional_field(config, "trainer", dict, path) or {}
+    kind = optional_field(trainer, "dict_class", str, path)
+    if kind not in READERS:
+        raise UserError(f"{path}: trainer.dict_class {kind!r:.80} is not supported; these are: {', '.join(READERS)}.")
+    source = _source(config, trainer, path)
+    weights = read_pt(folder / WEIGHTS).unwrapped()
+    options = READERS[kind](weights)
     weights.done()
-    if options["activation"] == "topk" and options["k"] != trainer.get("k", options["k"]):
-        if options["k"] is not None:
-            raise UserError(f"{path}: trainer.k is {trainer['k']}, but {weights.path} has k={options['k']}.")
-        options["k"] = trainer["k"]
-    return Pretrained.of(**options, source={"format": "dictionary_learning", **_where(trainer)})
+    for key, size in zip(("dict_size", "activation_dim"), options["W_dec"].shape, strict=True):
+        if (stated := optional_field(trainer, key, int, path)) not in (None, size):
+            raise UserError(f"{path}: trainer.{key} is {stated}, but {weights.path} has {size}.")
+    if options["activation"] == "topk":
+        options["k"] = _k(options["k"], optional_field(trainer, "k", int, path), weights.path, path)
+    return Pretrained.of(**options, source=source)
 
 
-def _where(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    hook, layer = trainer.get("submodule_name"), trainer.get("layer")
-    if not hook and isinstance(layer, int):
+def _k(held: int | None, stated: int | None, weights: Path, config: Path) -> int:
+    """k of a TopK dictionary: newer files have it beside the weights, all should have it in the configuration."""
+    if held is not None and stated not in (None, held):
+        raise UserError(f"{config}: trainer.k is {stated}, but {weights} has k={held}.")
+    k = stated if held is None else held
+    if k is None:
+        raise UserError(f"{config} has no trainer.k, and {weights} no k: write the number of kept latents into one.")
+    return k
+
+
+def _source(config: Mapping[str, Any], trainer: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Where it was trained. Raises UserError for a dictionary whose input and output are not one place."""
+    hook, layer = optional_field(trainer, "submodule_name", str, path), optional_field(trainer, "layer", int, path)
+    if not hook and layer is not None:
         hook = f"resid_post_layer_{layer}"  # the library's default
-    return {"hook": hook, "model": trainer.get("lm_name")}
+    buffer = optional_field(config, "buffer", dict, path) or {}
+    io = optional_field(buffer, "io", str, path) or "out"
+    if io not in ("in", "out"):
+        raise UserError(
+            f"{path}: buffer.io is {shown(io)}: its input and its output are not one place of the model, so it is a "
+            "transcoder and no dictionary."
+        )
+    facts: TrainingFacts = {}
+    if (context_size := optional_field(buffer, "ctx_len", int, path)) is not None:
+        facts["context_size"] = context_size
+    if optional_field(buffer, "remove_bos", bool, path):
+        facts["left_out"] = "the first token of each context"
+    return {
+        "format": "dictionary_learning",
+        "hook": f"{hook}{INPUT}" if hook and io == "in" else hook,
+        "model": optional_field(trainer, "lm_name", str, path),
+        "trained": facts,
+    }
 
 
 def _linear(weights: Weights) -> tuple[Tensor, Tensor, int, int]:
@@ -96,7 +129,7 @@ def _new_relu(weights: Weights) -> dict[str, Any]:
 def _topk(weights: Weights) -> dict[str, Any]:
     W_enc, W_dec, d, m = _linear(weights)
     biases = {"b_enc": weights.take("encoder.bias", m), "b_dec": weights.take("b_dec", d)}
-    k = int(weights.take_number("k")) if "k" in weights else None  # older files have it only in config.json
+    k = weights.take_whole("k", 1) if "k" in weights else None  # older files have it only in config.json
     weights.drop("threshold")
     return {"W_enc": W_enc, "W_dec": W_dec, **biases, "activation": "topk", "k": k, "subtract_b_dec": True}
 

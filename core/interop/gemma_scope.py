@@ -1,7 +1,8 @@
 """Gemma Scope: `params.npz` (Lieberum et al. 2024). JumpReLU dictionaries of the raw activations.
 
 f = z where z > threshold_i, z = x W_enc + b_enc; x_hat = f W_dec + b_dec; W_enc is `[d, m]`, W_dec `[m, d]`. b_dec is
-not subtracted before encoding. The site is in the names of the repository and the folder, not in the file.
+not subtracted before encoding. The site and the model are in the names of the repository and the folder, not in the
+file. BOS, EOS and padding were left out of the training, on contexts of 1024 tokens (sec. 3.2).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def read(file: Path, repo: str = "", path: str = "") -> Pretrained:
 
     Raises UserError if the file is incomplete or lacks an array.
     """
-    weights = read_npz(file)
+    weights = read_npz(file).unwrapped()
     shape = weights.shape("W_enc")
     if len(shape) != 2:
         raise UserError(f"{file}: W_enc has the shape {list(shape)}, not [d_model, dict_size].")
@@ -38,7 +39,12 @@ def read(file: Path, repo: str = "", path: str = "") -> Pretrained:
         activation="jumprelu",
         threshold=threshold,
         subtract_b_dec=False,
-        source={"format": "gemma_scope", "hook": hook(repo, path), "model": None},
+        source={
+            "format": "gemma_scope",
+            "hook": hook(repo, path),
+            "model": model(repo),
+            "trained": {"left_out": "special tokens", "context_size": 1024},
+        },
     )
 
 
@@ -46,5 +52,11 @@ def hook(repo: str, path: str) -> str | None:
     """TransformerLens' name of the site: `google/gemma-scope-2b-pt-res`, `layer_12/...` -> `blocks.12.hook_resid_post`.
     None if the names do not contain it."""
     kind = re.search(r"-(res|mlp|att)(?:-|/|$)", repo)
-    layer = re.search(r"(?:^|/)layer_(\d+)(?:/|$)", path)
+    layer = re.search(r"(?:^|/)layer_([0-9]{1,4})(?:/|$)", path)
     return f"blocks.{layer[1]}.{KINDS[kind[1]]}" if kind and layer else None
+
+
+def model(repo: str) -> str | None:
+    """The model's name on the hub: `google/gemma-scope-2b-pt-res` -> `google/gemma-2-2b`."""
+    match = re.search(r"gemma-scope-(\d{1,3}b)-(pt|it)-", repo)
+    return f"google/gemma-2-{match[1]}{'-it' if match[2] == 'it' else ''}" if match else None

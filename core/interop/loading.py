@@ -5,6 +5,7 @@ Only the files of one dictionary are fetched from a repository, at one commit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,11 +13,15 @@ from core.errors import UserError
 from core.input_norm import Normalisation
 from core.inputs import note_commit, note_file
 from core.interop import crosscoder, dictionary_learning, gemma_scope, meta_saes, native, saelens, sparsify
-from core.interop.hooks import check_site, hook_of
+from core.interop.hooks import check_names, check_site, hook_of
 from core.interop.hub import dictionary_folder
+from core.interop.trained_on import check_identity, check_model
+from core.interop.training_facts import told
 from core.methods.batchtopk import BatchTopK
 from core.methods.dictionary import Dictionary
 from core.methods.pretrained import Pretrained, at_inference
+from core.reading import optional_field
+from core.remarks import remark
 
 Format = Literal["auto", "saelens", "gemma_scope", "dictionary_learning", "sparsify", "meta_saes", "native"]
 NEEDED: dict[str, tuple[str, ...]] = {  # by format: required files, the most distinctive first
@@ -31,12 +36,13 @@ OPTIONAL = {"saelens": (saelens.SCALER, saelens.SPARSITY)}
 
 
 def load(
-    d_model: int,
+    d_model: int | None,
     repo: str,
     path: str | None = None,
     revision: str | None = None,
     format: Format = "auto",
     site: str | None = None,
+    model: Mapping[str, Any] | None = None,
     dict_size: int | None = None,
     input_norm: Normalisation | None = None,
     norm_scaling_factor: float | None = None,
@@ -48,14 +54,16 @@ def load(
     revision             commit, tag or branch on the hub; ignored for a local folder
     format               `auto` detects it from the file names; `native` is a dictionary trained here (its folder in the
                          store, or the folder of a cell that used it)
-    d_model, dict_size   checked against the files; dict_size only if given
+    d_model, dict_size   checked against the files, if given
     site                 our name of the site, checked if the files have theirs; None for no check
+    model                the language model in use, as in conf/model; checked if the files name theirs; None: no check
     input_norm           used if the files have none: `token_center` for dictionaries of a model with centred writing
                          weights whose cfg.json is older than that setting
     norm_scaling_factor  see `core.interop.saelens.read`
     threshold            see `core.interop.meta_saes.read`
 
-    Raises UserError if the dictionary cannot be read, or does not fit the arguments.
+    What the files say of its training is in `source` (`core.interop.training_facts`), and remarked where it changes the
+    meaning of figures. Raises UserError if the dictionary cannot be read, or does not fit the arguments.
     """
     if format not in get_args(Format):
         raise UserError(f"method.format: {format!r} is not one of {', '.join(get_args(Format))}.")
@@ -63,14 +71,24 @@ def load(
     folder, commit = dictionary_folder(repo, path, revision, formats)
     kind = _format(folder, format)
     _note(folder, kind, repo, revision, commit)
-    method = _read(folder, kind, repo, path, norm_scaling_factor, threshold)
+    check_names(site, repo, path)
+    try:
+        method = _read(folder, kind, repo, path, norm_scaling_factor, threshold)
+    except UserError as error:
+        raise error if str(folder) in str(error) else UserError(f"{folder}: {error}") from error
     if isinstance(method, Pretrained):
         method.source |= {"repo": repo, "path": path, "revision": commit}
-        check_site(method.source.get("hook"), site)
+        check_site(optional_field(method.source, "hook", str, f"{folder}: its source"), site)
+        check_model(optional_field(method.source, "model", str, f"{folder}: its source"), model)
+        where = repo if path is None else f"{repo}, {path}"
+        if sentence := told(optional_field(method.source, "trained", dict, where) or {}, where):
+            remark(sentence)
     elif kind == "meta_saes":
         check_site(meta_saes.hook(folder), site)
-    elif trained_on := native.site(folder):
-        check_site(hook_of(trained_on), site)
+    if kind == "native":
+        trained_on, identity = native.site(folder), native.model(folder)
+        check_site(trained_on and hook_of(trained_on), site)
+        check_identity(identity, model)
     for name, stated, actual, remedy in (
         ("model.d_model", d_model, method.d_model, "Choose the model that it was trained on (model=...)"),
         ("method.dict_size", dict_size, method.dict_size, "Set method.dict_size=null to accept any size"),
@@ -78,6 +96,13 @@ def load(
         if stated not in (None, actual):
             raise UserError(f"{name} is {stated}, but the dictionary in {folder} has {actual}. {remedy}.")
     return method if input_norm is None else _with_norm(method, input_norm, folder)
+
+
+def is_one(repo: str, path: str | None) -> bool:
+    """Whether a repository and a path name one dictionary by themselves: there is a path, or the repository is a local
+    folder with the files of one."""
+    folder = Path(repo).expanduser()
+    return path is not None or (folder.is_dir() and bool(_present(folder)))
 
 
 def _read(
@@ -117,6 +142,8 @@ def _note(folder: Path, kind: str, repo: str, revision: str | None, commit: str 
     files = [folder / name for name in (*NEEDED[kind], *OPTIONAL.get(kind, ()))]
     if kind == "native":
         files = [folder / native.POINTER, *(native.stored(folder) / name for name in NEEDED[kind])]
+    if kind == "sparsify" and (run := sparsify.run_config(folder)):
+        files.append(run)
     for file in files:
         if file.is_file():
             note_file(file)
@@ -145,9 +172,7 @@ def _with_norm(method: Dictionary, input_norm: Normalisation, folder: Path) -> P
 
 def _format(folder: Path, stated: Format) -> str:
     """The format of the files in a folder, checked if it is given."""
-    present = [name for name, files in NEEDED.items() if all((folder / file).is_file() for file in files)]
-    if (folder / native.POINTER).is_file():
-        present.append("native")
+    present = _present(folder)
     if stated in present:
         return stated
     if stated == "auto" and len(present) == 1:
@@ -164,3 +189,9 @@ def _format(folder: Path, stated: Format) -> str:
     raise UserError(
         f"method.path: {folder} lacks the files of a dictionary ({needs}). It contains: {held or 'nothing'}."
     )
+
+
+def _present(folder: Path) -> list[str]:
+    """The formats whose files a folder holds."""
+    present = [name for name, files in NEEDED.items() if all((folder / file).is_file() for file in files)]
+    return [*present, "native"] if (folder / native.POINTER).is_file() else present

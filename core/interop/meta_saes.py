@@ -13,17 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from core.errors import UserError
 from core.methods.batchtopk import BatchTopK
-from core.reading import read_object
+from core.reading import field, optional_field, read_object
 from core.tensor_files import read_pt
 
 CONFIG, WEIGHTS = "Config.json", "SAE.pt"
 TYPES = ("topk", "batchtopk")
+
+T = TypeVar("T")
 
 
 def read(folder: Path, threshold: float | None = None) -> BatchTopK:
@@ -35,13 +37,14 @@ def read(folder: Path, threshold: float | None = None) -> BatchTopK:
     """
     path = folder / CONFIG
     cfg = read_object(path)
-    if cfg.get("sae_type") not in TYPES or cfg.get("architecture", "standard") != "standard":
-        kind = f"sae_type={cfg.get('sae_type')!r}, architecture={cfg.get('architecture')!r}"
-        raise UserError(f"{path}: {kind} is not supported; sae_type {' and '.join(TYPES)} are.")
-    d, m, k = (_whole(cfg, key, path) for key in ("act_size", "dict_size", "top_k"))
+    kind, architecture = field(cfg, "sae_type", str, path), optional_field(cfg, "architecture", str, path)
+    if kind not in TYPES or architecture not in (None, "standard"):
+        what = f"sae_type={kind!r:.80}, architecture={architecture!r:.80}"
+        raise UserError(f"{path}: {what} is not supported; sae_type {' and '.join(TYPES)} are.")
+    d, m, k = (_above_zero(cfg, key, path) for key in ("act_size", "dict_size", "top_k"))
     if k > m:
         raise UserError(f"{path}: top_k is {k}, but there are only {m} latents.")
-    weights = read_pt(folder / WEIGHTS)
+    weights = read_pt(folder / WEIGHTS).unwrapped()
     state = {
         "W_enc": weights.take("W_enc", d, m).T,
         "W_dec": weights.take("W_dec", m, d),
@@ -50,50 +53,52 @@ def read(folder: Path, threshold: float | None = None) -> BatchTopK:
     }
     weights.done()
     method = BatchTopK(**_options(cfg, d, m, k, path))
-    threshold = cfg.get("threshold") if threshold is None else threshold
-    state["threshold"] = torch.tensor(torch.nan if threshold is None else float(threshold))
+    threshold = optional_field(cfg, "threshold", float, path) if threshold is None else threshold
+    state["threshold"] = torch.tensor(torch.nan if threshold is None else threshold)
     method.load_state_dict(method.state_dict() | state)
     return method.eval()
 
 
 def hook(folder: Path) -> str | None:
     """TransformerLens' name of the site of the dictionary that the rows come from; None if it is not given."""
-    name = read_object(folder / CONFIG).get("hook_point")
-    return name if isinstance(name, str) else None
+    path = folder / CONFIG
+    return optional_field(read_object(path), "hook_point", str, path)
 
 
 def _options(cfg: Mapping[str, Any], d: int, m: int, k: int, path: Path) -> dict[str, Any]:
     """The arguments of `BatchTopK`. Missing settings of the training get the package's defaults."""
-    try:
-        return {
-            "d_model": d,
-            "dict_size": m,
-            "k": k,
-            "use_enc_bias": False,
-            "enc_init_norm": None,
-            "threshold_rule": "posthoc_mean",
-            "threshold_ema_rate": 0.01,
-            "aux": "r2_compat",
-            "aux_coefficient": float(cfg.get("aux_penalty", 1 / 32)),
-            "k_aux": int(cfg.get("top_k_aux", 512)),
-            "lr": float(cfg.get("lr", 3e-4)),
-            "betas": (float(cfg.get("beta1", 0.9)), float(cfg.get("beta2", 0.99))),
-            "input_norm": "layer_norm" if cfg.get("input_unit_norm") else "none",
-            "seed": int(cfg.get("seed", 49)),
-            "b_dec_init": "zeros",
-            "decoder_norm": "before_step",
-            "dead_after_tokens": int(cfg.get("n_batches_to_dead", 5)) * int(cfg.get("batch_size", 4096)),
-            "grad_clip": float(cfg.get("max_grad_norm", 1e5)),
-            "warmup_steps": 0,
-            "decay_fraction": 0.0,
-            "path": "auto",
-        }
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: a setting is not a number: {error}.") from error
+
+    def given(key: str, default: T) -> T:
+        value = optional_field(cfg, key, type(default), path)
+        return default if value is None else value
+
+    return {
+        "d_model": d,
+        "dict_size": m,
+        "k": k,
+        "use_enc_bias": False,
+        "enc_init_norm": None,
+        "threshold_rule": "posthoc_mean",
+        "threshold_ema_rate": 0.01,
+        "aux": "r2_compat",
+        "aux_coefficient": given("aux_penalty", 1 / 32),
+        "k_aux": given("top_k_aux", 512),
+        "lr": given("lr", 3e-4),
+        "betas": (given("beta1", 0.9), given("beta2", 0.99)),
+        "input_norm": "layer_norm" if given("input_unit_norm", False) else "none",
+        "seed": given("seed", 49),
+        "b_dec_init": "zeros",
+        "decoder_norm": "before_step",
+        "dead_after_tokens": given("n_batches_to_dead", 5) * given("batch_size", 4096),
+        "grad_clip": given("max_grad_norm", 1e5),
+        "warmup_steps": 0,
+        "decay_fraction": 0.0,
+        "path": "auto",
+    }
 
 
-def _whole(cfg: Mapping[str, Any], key: str, path: Path) -> int:
-    value = cfg.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{path}: {key} is {value!r}, not a whole number above 0.")
+def _above_zero(cfg: Mapping[str, Any], key: str, path: Path) -> int:
+    value = field(cfg, key, int, path)
+    if value < 1:
+        raise UserError(f"{path}: {key} is {value}, not a whole number above 0.")
     return value

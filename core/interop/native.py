@@ -47,16 +47,21 @@ def read(folder: Path) -> Dictionary:
 
 def site(folder: Path) -> str | None:
     """Our name of the site where it was trained; None if the store does not have it, or its source has no site."""
-    stream = _stream(folder)
-    return optional_field(stream, "site", str, stored(folder) / ARTIFACT)
+    path = stored(folder) / ARTIFACT
+    return optional_field(optional_field(_batches(folder), "stream", dict, path) or {}, "site", str, path)
 
 
-def _stream(folder: Path) -> Mapping[str, Any]:
-    """The settings of the stream that it was trained on; none if the store does not have them."""
+def model(folder: Path) -> Mapping[str, Any]:
+    """The identity of the language model that it was trained on (`core.models.identity`); empty where there is none."""
+    return optional_field(_batches(folder), "model", dict, stored(folder) / ARTIFACT) or {}
+
+
+def _batches(folder: Path) -> Mapping[str, Any]:
+    """What decided the batches that it was trained on; empty if the store does not have it."""
     path = stored(folder) / ARTIFACT
     if not path.is_file():
         return {}
     node: dict[str, Any] = optional_field(read_object(path), "spec", dict, path) or {}
     if source := optional_field(node, "source", dict, path):
         node = optional_field(source, "batches", dict, path) or node
-    return optional_field(node, "stream", dict, path) or {}  # at the top in stores of version 0.1
+    return node  # at the top in stores of version 0.1

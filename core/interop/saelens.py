@@ -23,6 +23,7 @@ fine-tuning (`scaling_factor`) multiplies codes in decoding.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core.atomic import atomically, write_atomically
-from core.errors import UserError
+from core.errors import UserError, shown
 from core.input_norm import Normalisation
 from core.interop.hooks import hook_of
+from core.interop.training_facts import TrainingFacts
 from core.methods.dictionary import Dictionary
 from core.methods.pretrained import Activation, Pretrained, at_inference
-from core.reading import read_object
+from core.reading import field, optional_field, read_object
 from core.tensor_files import Weights, read_safetensors
 
 CFG, WEIGHTS, SPARSITY, SCALER = (
@@ -50,6 +52,7 @@ WRITTEN_AS = "6.0.0"  # the version of the format; a cfg.json without one is rea
 OLD_NAMES = {
     "hook_point": "hook_name",
     "hook_point_head_index": "hook_head_index",
+    "hook_point_layer": "hook_layer",
     "activation_fn_str": "activation_fn",
 }
 NORMS: dict[str, Normalisation] = {
@@ -66,6 +69,17 @@ THEIR_NORMS: dict[Normalisation, str] = {
     "layer_norm": "layer_norm",
     "token_norm": "constant_norm_rescale",
 }
+KEY = "exclude_special_tokens"  # true, or a list of ids
+KINDS: dict[str, type] = {  # of the settings that are looked at, where they are given
+    **dict.fromkeys(("architecture", "activation_fn", "hook_name", "model_name", "dataset_path"), str),
+    **dict.fromkeys(("hook_name_out", "out_hook_point", "hook_point_out", "reshape_activations"), str),
+    **dict.fromkeys(("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "finetuning_scaling_factor"), bool),
+    **dict.fromkeys(("is_transcoder", "prepend_bos"), bool),
+    **dict.fromkeys(("d_in", "d_sae", "d_out", "k", "hook_layer", "hook_head_index", "context_size"), int),
+    **dict.fromkeys(("activation_fn_kwargs", "model_from_pretrained_kwargs"), dict),
+    "seqpos_slice": list,
+}
+NEWEST = 6
 THRESHOLDED = ("batchtopk", "matryoshka_batchtopk")
 ARCHITECTURES = ("standard", "topk", "jumprelu", "gated", *THRESHOLDED)
 
@@ -81,12 +95,12 @@ def read(folder: Path, norm_scaling_factor: float | None = None) -> Pretrained:
     path = folder / CFG
     cfg = _cfg(read_object(path), path)
     d, m = _size(cfg, "d_in", path), _size(cfg, "d_sae", path)
-    weights = read_safetensors(folder / WEIGHTS)
+    weights = read_safetensors(folder / WEIGHTS).unwrapped()
     W_enc, W_dec, b_dec = weights.take("W_enc", d, m).T, weights.take("W_dec", m, d), weights.take("b_dec", d)
     W_dec = W_dec * _finetuning_factor(weights, cfg, m)[:, None]
     W_enc, b_enc, activation, threshold = _activation(cfg["architecture"], W_enc, weights, m)
     weights.done()
-    if cfg.get("rescale_acts_by_decoder_norm"):
+    if cfg["rescale_acts_by_decoder_norm"]:
         if cfg["architecture"] not in ("topk", *THRESHOLDED):
             raise UserError(f"{path}: rescale_acts_by_decoder_norm is not supported for {cfg['architecture']}.")
         norms = W_dec.norm(dim=1)
@@ -107,9 +121,9 @@ def read(folder: Path, norm_scaling_factor: float | None = None) -> Pretrained:
         activation=activation,
         threshold=threshold,
         k=_size(cfg, "k", path) if activation == "topk" else None,
-        subtract_b_dec=bool(cfg.get("apply_b_dec_to_input", True)),
+        subtract_b_dec=cfg["apply_b_dec_to_input"] is not False,
         input_norm=_norm(cfg, path),
-        source={"format": "saelens", "hook": cfg["hook_name"], "model": cfg["model_name"]},
+        source=_source(cfg, path),
     )
 
 
@@ -209,33 +223,81 @@ def _save(state: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _cfg(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The settings and the used metadata of a cfg.json of any version, under version 6's names."""
-    metadata = raw.get("metadata") or {}
-    version = metadata.get("sae_lens_version") or raw.get("sae_lens_version")
+    """The settings and the used metadata of a cfg.json of any version, under version 6's names, with the right types.
+
+    Raises UserError for what is not one place's dictionary, and for what is not supported."""
+    metadata: dict[str, Any] = optional_field(raw, "metadata", dict, path) or {}
+    version = optional_field(metadata, "sae_lens_version", str, path) or optional_field(
+        raw, "sae_lens_version", str, path
+    )
     major = str(version or "0").partition(".")[0]
-    if not major.isdecimal() or int(major) > 6:
-        raise UserError(f"{path} is of SAELens {version}; only versions up to 6 are supported. Save it with SAELens 6.")
+    if not (major.isascii() and major.isdecimal() and len(major) < 4) or int(major) > NEWEST:
+        raise UserError(
+            f"{path} is of SAELens {shown(version)}; only versions up to {NEWEST} are supported. Save it with SAELens "
+            f"{NEWEST}."
+        )
     cfg = {OLD_NAMES.get(key, key): value for key, value in {**metadata, **raw}.items()}
-    cfg.setdefault("architecture", "standard")
-    if cfg["architecture"] == "standard" and cfg.get("activation_fn") == "topk":
-        cfg |= {"architecture": "topk", "k": (cfg.get("activation_fn_kwargs") or {}).get("k")}
-    elif cfg.get("activation_fn") not in (None, "relu", "topk"):
-        raise UserError(f"{path}: activation_fn {cfg['activation_fn']!r} is not supported; relu and topk are.")
+    if int(major) == NEWEST:
+        field(cfg, "architecture", str, path)
+    for key, kind in KINDS.items():
+        cfg[key] = optional_field(cfg, key, kind, path)
+    _require_one_place(cfg, path)
+    cfg["architecture"] = cfg["architecture"] or "standard"
+    if cfg["architecture"] == "standard" and cfg["activation_fn"] == "topk":
+        k = optional_field(cfg["activation_fn_kwargs"] or {}, "k", int, path)
+        cfg |= {"architecture": "topk", "k": k if cfg["k"] is None else cfg["k"]}
+    elif cfg["activation_fn"] not in (None, "relu", "topk"):
+        raise UserError(f"{path}: activation_fn {cfg['activation_fn']!r:.80} is not supported; relu and topk are.")
+    elif cfg["architecture"] == "standard" and cfg["k"] is not None:
+        raise UserError(f"{path} has k={cfg['k']}, but the architecture standard keeps all latents: which is it?")
     if cfg["architecture"] not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise UserError(f"{path}: the architecture {cfg['architecture']!r} is not supported; these are: {known}.")
+        raise UserError(f"{path}: the architecture {cfg['architecture']!r:.80} is not supported; these are: {known}.")
     norm = cfg.get("normalize_activations") or "none"
     cfg["normalize_activations"] = "expected_average_only_in" if norm is True else norm
-    if cfg["normalize_activations"] not in NORMS:
-        raise UserError(f"{path}: normalize_activations {norm!r} is not supported; these are: {', '.join(NORMS)}.")
-    return {"hook_name": None, "model_name": None, **cfg}
+    if not isinstance(norm, str | bool) or cfg["normalize_activations"] not in NORMS:
+        raise UserError(f"{path}: normalize_activations {norm!r:.80} is not supported; these are: {', '.join(NORMS)}.")
+    return cfg
+
+
+def _require_one_place(cfg: Mapping[str, Any], path: Path) -> None:
+    """Raises UserError for a transcoder, and for a dictionary of one attention head or of reshaped activations."""
+    for key in ("hook_name_out", "out_hook_point", "hook_point_out"):
+        if cfg[key] not in (None, "", cfg["hook_name"]):
+            raise UserError(
+                f"{path}: {key} is {shown(cfg[key])} and hook_name {shown(cfg['hook_name'])}: it reads one place "
+                "of the model and writes another, so it is a transcoder and no dictionary."
+            )
+    if cfg["is_transcoder"] or cfg["d_out"] not in (None, cfg["d_in"]):
+        raise UserError(f"{path}: it is a transcoder (d_out, is_transcoder) and no dictionary.")
+    if cfg["hook_head_index"] is not None:
+        raise UserError(f"{path}: hook_head_index={cfg['hook_head_index']}: one attention head is no site here.")
+    if cfg["reshape_activations"] not in (None, "none"):
+        raise UserError(f"{path}: reshape_activations={shown(cfg['reshape_activations'])} is not supported; none is.")
+
+
+def _source(cfg: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    hook = cfg["hook_name"]
+    if hook and cfg["hook_layer"] is not None:
+        hook = hook.replace("{layer}", str(cfg["hook_layer"]))
+    named = (("dataset", "dataset_path"), ("context_size", "context_size"), ("prepend_bos", "prepend_bos"))
+    facts: TrainingFacts = {ours: cfg[theirs] for ours, theirs in named if cfg[theirs] is not None}
+    left_out = cfg.get("exclude_special_tokens")
+    if isinstance(left_out, list):
+        facts |= {"left_out": [field({KEY: token}, KEY, int, path) for token in left_out]} if left_out else {}
+    elif optional_field(cfg, KEY, bool, path):
+        facts["left_out"] = "special tokens"
+    bounds = [optional_field({"seqpos_slice": n}, "seqpos_slice", int, path) for n in cfg["seqpos_slice"] or ()]
+    if any(n is not None for n in bounds):
+        facts["positions"] = [None, *bounds] if len(bounds) == 1 else bounds
+    return {"format": "saelens", "hook": hook or None, "model": cfg["model_name"], "trained": facts}
 
 
 def _size(cfg: Mapping[str, Any], key: str, path: Path) -> int:
-    value = cfg.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 1:
-        raise UserError(f"{path}: {key} is {value!r}, not a whole number above 0.")
-    return int(value)
+    value = field(cfg, key, int, path)
+    if value < 1:
+        raise UserError(f"{path}: {key} is {value}, not a whole number above 0.")
+    return value
 
 
 def _finetuning_factor(weights: Weights, cfg: Mapping[str, Any], m: int) -> Tensor:
@@ -244,9 +306,9 @@ def _finetuning_factor(weights: Weights, cfg: Mapping[str, Any], m: int) -> Tens
     if name is None:
         return torch.ones(m)
     factor = weights.take(name, m)
-    if not cfg.get("finetuning_scaling_factor") and not torch.allclose(factor, torch.ones(m)):
+    if not cfg["finetuning_scaling_factor"] and not torch.allclose(factor, torch.ones(m)):
         raise UserError(f"{weights.path}: {name} is not all ones, but cfg.json lacks finetuning_scaling_factor=true.")
-    return factor if cfg.get("finetuning_scaling_factor") else torch.ones(m)
+    return factor if cfg["finetuning_scaling_factor"] else torch.ones(m)
 
 
 def _activation(
@@ -268,7 +330,8 @@ def _activation(
 def _norm(cfg: Mapping[str, Any], path: Path) -> Normalisation:
     """Our name of the normalisation. Centred writing weights subtract each token's mean, as `token_center` does."""
     norm = NORMS[cfg["normalize_activations"]]
-    if (cfg.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights") and norm != "layer_norm":
+    kwargs = cfg["model_from_pretrained_kwargs"] or {}
+    if optional_field(kwargs, "center_writing_weights", bool, path) and norm != "layer_norm":
         if norm == "token_norm":
             raise UserError(f"{path}: constant_norm_rescale of centred activations is not supported.")
         return "token_center"
@@ -276,11 +339,12 @@ def _norm(cfg: Mapping[str, Any], path: Path) -> Normalisation:
 
 
 def _scaling_factor(folder: Path, given: float | None) -> float:
-    stored = read_object(folder / SCALER).get("scaling_factor") if (folder / SCALER).is_file() else None
+    path = folder / SCALER
+    stored = optional_field(read_object(path), "scaling_factor", float, path) if path.is_file() else None
     c = given if stored is None else stored
-    if not isinstance(c, int | float) or not c > 0:
+    if c is None or not 0 < c < math.inf:
         raise UserError(
             f"{folder / CFG} has normalize_activations=expected_average_only_in, but its factor is neither folded into "
             f"the weights nor in {SCALER}. Set method.norm_scaling_factor: sqrt(d) over the mean norm of activations."
         )
-    return float(c)
+    return c

@@ -7,7 +7,8 @@ several models on the same tokens; then W_dec is `[m, n_models, d]`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from core.errors import UserError
 from core.input_norm import InputNorm
 from core.kernels import sparse
-from core.kernels.codes import Codes
+from core.kernels.codes import Codes, DenseCodes
 
 Activation = Literal["relu", "topk", "jumprelu"]
 
@@ -33,6 +34,26 @@ class Inference(NamedTuple):
     source: Mapping[str, Any] | None = None
 
 
+Encode = Callable[["Dictionary", Tensor], Codes]
+
+
+def _of_rows(encode: Encode) -> Encode:
+    """`encode` with its input checked and in the weights' dtype, so that no class has to."""
+
+    @wraps(encode)
+    def encode_rows(self: Dictionary, x: Tensor) -> Codes:
+        _require_input(x, x.shape[1:] == self.input_shape, f"[rows, {', '.join(map(str, self.input_shape))}]")
+        x = x.to(self.W_dec.dtype).contiguous()
+        return encode(self, x) if len(x) else DenseCodes(x.new_zeros(0, self.dict_size))
+
+    return encode_rows
+
+
+def _require_input(x: Tensor, fits: bool, wanted: str) -> None:
+    if not fits or x.is_complex():
+        raise UserError(f"The dictionary takes real activations {wanted}, not {x.dtype} {list(x.shape)}.")
+
+
 class Dictionary(nn.Module, ABC):
     """m directions in R^d, the rows of W_dec, and an encoder that says which of them make up an input.
 
@@ -44,10 +65,15 @@ class Dictionary(nn.Module, ABC):
     b_dec: nn.Parameter  # [d]
     norm: InputNorm
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "encode" in cls.__dict__:
+            setattr(cls, "encode", _of_rows(cls.__dict__["encode"]))  # noqa: B010  (no name of one class)
+
     @abstractmethod
     def encode(self, x: Tensor) -> Codes:
         """Normalised activations `[B, d]` -> codes `[B, m]`: by the training rule in training mode, else by the rule of
-        inference. Changes no state."""
+        inference. Changes no state. B may be 0, and x of any real dtype. Raises UserError for another width."""
 
     @abstractmethod
     def hyperparameters(self) -> dict[str, Any]:
@@ -81,10 +107,14 @@ class Dictionary(nn.Module, ABC):
         return sparse.decode(codes, self.W_dec) + self.b_dec
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Raw activations `[..., d]` -> their reconstruction, in the same dtype."""
-        normalised, shift = self.norm(x.reshape(-1, *x.shape[-len(self.input_shape) :]))
+        """Raw activations `[..., d]` -> their reconstruction, in the same dtype; for whole numbers as of `x.float()`.
+
+        Raises UserError for another width, and for complex numbers."""
+        fits = x.shape[max(0, x.ndim - len(self.input_shape)) :] == self.input_shape
+        _require_input(x, fits, f"[..., {', '.join(map(str, self.input_shape))}]")
+        normalised, shift = self.norm(x.reshape(-1, *self.input_shape))
         x_hat = self.norm.undo(self.decode(self.encode(normalised)), shift)
-        return x_hat.view(x.shape).to(x.dtype)
+        return x_hat.view(x.shape).to(x.dtype if x.is_floating_point() else torch.float32)
 
     def inference_rule(self) -> Inference:
         """How codes are made in evaluation mode; a class whose encoder is one matrix says so here. Raises UserError if

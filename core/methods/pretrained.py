@@ -21,7 +21,6 @@ from core.input_norm import InputNorm, Normalisation
 from core.kernels import sparse
 from core.kernels.codes import Codes, DenseCodes
 from core.methods.dictionary import Activation, Dictionary, Inference
-from core.methods.settings import require_k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,7 @@ class PretrainedSettings(Checked):
     subtract_b_dec  whether the encoder sees x - b_dec
     """
 
-    node: ClassVar[str] = "method"
+    node: ClassVar[str] = "dictionary"  # they come from files, not from the configuration
     d_model: int = positive()
     dict_size: int = positive()
     activation: Activation
@@ -43,8 +42,9 @@ class PretrainedSettings(Checked):
 
     def check(self) -> None:
         fits = (self.k is not None) == (self.activation == "topk")
-        require(fits, "method.k", self.k, "be given for topk, and for topk alone")
-        require_k(self.k or 0, self.dict_size)
+        require(fits, "dictionary.k", self.k, "be given for topk, and for topk alone")
+        if self.k is not None and self.k > self.dict_size:
+            raise UserError(f"k is {self.k}, but the dictionary has only {self.dict_size} latents.")
 
 
 class Pretrained(Dictionary):
@@ -89,7 +89,7 @@ class Pretrained(Dictionary):
         Raises UserError where shapes do not fit together or a number is not finite.
         """
         fits = (threshold is not None) == (activation == "jumprelu")
-        require(fits, "method.threshold", threshold, "be given for jumprelu, and for jumprelu alone")
+        require(fits, "dictionary.threshold", threshold, "be given for jumprelu, and for jumprelu alone")
         m, d = W_enc.shape
         rule = {"activation": activation, "k": k, "subtract_b_dec": subtract_b_dec, "input_norm": input_norm}
         method = cls(source or {}, d_model=d, dict_size=m, **rule)

@@ -18,7 +18,7 @@ from core.errors import UserError
 from core.methods.dictionary import Dictionary
 from core.methods.settings import rebuilt
 from core.reading import field, read_object
-from core.tensor_files import FLOATS, read_safetensors
+from core.tensor_files import FLOATS, is_finite, read_safetensors
 
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
 MAX_DEPTH = 8  # of dictionaries that are parts of others
@@ -115,5 +115,5 @@ def _require_numbers(state: Mapping[str, Tensor], fresh: Mapping[str, Tensor], p
         fits = tensor.dtype in FLOATS if fresh[name].is_floating_point() else tensor.dtype == fresh[name].dtype
         if not fits:
             raise UserError(f"{path}: {name} holds numbers of the kind {tensor.dtype}, not {fresh[name].dtype}.")
-        if fresh[name].isfinite().all() and not tensor.isfinite().all():
+        if is_finite(fresh[name]) and not is_finite(tensor):
             raise UserError(f"{path}: {name} contains numbers that are NaN or infinite.")

@@ -28,13 +28,14 @@ from core.atomic import write_table
 from core.building import plain
 from core.errors import UserError
 from core.fleet import Request
+from core.interop.loading import is_one
 from core.methods.batchtopk import BatchTopK
 from core.methods.dictionary import Dictionary
 from core.metrics.reconstruction import VarianceExplained
 from core.preflight import check_method
 from core.runtime import Runtime
 from core.streams.decoder_rows import directions, random_directions
-from experiments.common import meta_node, requests, stored, trained, write_record
+from experiments.common import is_loaded, meta_node, requests, stored, trained, write_record
 from experiments.leask.meta_rows import Rows, family_rows, rows_of, strongest
 from experiments.leask.meta_words import in_words
 from experiments.leask.settings import MetaSaeSettings
@@ -44,21 +45,35 @@ COSINES = "cosines.parquet"
 BINS = np.linspace(-0.2, 1.0, 61)  # of the histograms of cosines
 
 
+def with_family(cfg: DictConfig) -> DictConfig:
+    """The configuration; where `method` loads one dictionary and no family, that one is the family."""
+    if not is_loaded(cfg.method):
+        return cfg
+    has_paths = any(node.get("path") is not None for node in cfg.family)
+    if has_paths and not is_one(str(cfg.method.repo), cfg.method.path):
+        return cfg
+    changed = cfg.copy()
+    changed.family, changed.base = [{}], 0
+    return changed
+
+
 def dictionaries(cfg: DictConfig) -> list[Request]:
     """What the fleet trains for this cell: the base dictionary, or the family where others are looked at."""
+    cfg = with_family(cfg)
     return requests(cfg, *(member(cfg, i) for i in needed(cfg)))
 
 
 def check(cfg: DictConfig) -> None:
     """Raises UserError for a family and places in it that do not fit, and for a dictionary of rows that cannot be."""
+    cfg = with_family(cfg)
     n = len(cfg.family)
     if cfg.base >= n:
         raise UserError(f"base={cfg.base} is no place in the family of {n} dictionaries.")
     if cfg.detail or cfg.rows == "family":
         if n < 2 or cfg.small >= cfg.base:
             raise UserError(
-                f"family has {n} dictionaries, small={cfg.small}, base={cfg.base}: the small one comes before. "
-                "detail=false rows=base needs the base alone."
+                f"family has {n} {'dictionary' if n == 1 else 'dictionaries'}, small={cfg.small}, base={cfg.base}: the "
+                "small one comes before. detail=false rows=base needs the base alone."
             )
         if cfg.n_replacing > cfg.base:
             raise UserError(f"n_replacing={cfg.n_replacing} must be 1 to {cfg.base}, the dictionaries before the base.")
@@ -94,6 +109,7 @@ def member(cfg: DictConfig, place: int) -> dict[str, Any]:
 
 def later_dictionaries(cfg: DictConfig) -> Iterator[list[Request]]:
     """What the fleet trains once the family is there: the meta-dictionaries, then encoders for other decoders."""
+    cfg = with_family(cfg)
     requests_of_cell = wanted(cfg, family_of(cfg)[1])  # all pending cells wait at a yield: the family is not kept
     yield requests_of_cell
     if cfg.detail and cfg.rows == "base":
@@ -123,6 +139,7 @@ def wanted(cfg: DictConfig, rows: Rows) -> list[Request]:
 
 def run(cfg: DictConfig) -> dict[str, float]:
     """Train a meta-dictionary and one on random directions of the same shape; compare. Claims: leask/meta-*."""
+    cfg = with_family(cfg)
     family, rows = family_of(cfg)
     null = null_rows(rows.directions, cfg.seed)
     real, of_null = wanted(cfg, rows)

@@ -50,7 +50,7 @@ from core.fleet import Request
 from core.methods.dictionary import Dictionary
 from core.methods.stitched import Stitched
 from core.preflight import check_method
-from experiments.common import held_out, reference_losses, requests, trained
+from experiments.common import held_out, is_loaded, reference_losses, requests, trained
 from experiments.leask.settings import StitchingSettings
 
 SETTINGS = StitchingSettings
@@ -92,7 +92,9 @@ def named_members(cfg: DictConfig) -> dict[str, dict[str, Any]]:
     made = list(nodes.values())
     if len(made) < 2 or any(node in made[:i] for i, node in enumerate(made)):
         keys = "small and large" if cfg.part == "pair" else "family"
-        raise UserError(f"{keys}: stitching needs two dictionaries or more, each different from the others.")
+        words = f"{keys}: stitching needs two dictionaries or more, each different from the others."
+        how = " Set small.path and large.path, or the path of each in family." if is_loaded(method) else ""
+        raise UserError(f"{words}{how}")
     return nodes
 
 

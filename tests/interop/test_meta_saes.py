@@ -80,10 +80,10 @@ def test_per_token_standardisation_is_read(tmp_path):
     ("cfg", "tensors", "message"),
     [({"sae_type": "jumprelu"}, {}, "sae_type='jumprelu', architecture='standard' is not supported"),
      ({"architecture": "gated"}, {}, "architecture='gated'"),
-     ({"top_k": None}, {}, "top_k is None, not a whole number"),
+     ({"top_k": None}, {}, "top_k is null, not a whole number"),
      ({"top_k": 4}, {}, "top_k is 4, but there are only 3 latents"),
      ({"dict_size": 4}, {}, r"W_enc has the shape \[2, 3\], not \[2, 4\]"),
-     ({"lr": "fast"}, {}, "a setting is not a number"),
+     ({"lr": "fast"}, {}, "lr is 'fast', not a finite number"),
      ({}, {"log_threshold": torch.zeros(3)}, "unknown tensors: log_threshold"),
      ({}, {"W_dec": torch.full((3, 2), torch.nan)}, "W_dec contains numbers")],
 )  # fmt: skip

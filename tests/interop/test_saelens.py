@@ -291,7 +291,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Tensor], str]] = [
     ({**OLD, "normalize_activations": "covariance_whitening"}, {}, "normalize_activations 'covariance_whitening'"),
     ({**OLD, "d_in": 3}, {}, r"W_enc has the shape \[2, 3\], not \[3, 3\]"),
     ({**OLD, "d_sae": "many"}, {}, "d_sae is 'many'"),
-    ({"architecture": "topk", **NEW}, {}, "k is None"),
+    ({"architecture": "topk", **NEW}, {}, "k is null"),
     ({"architecture": "jumprelu", **NEW}, {}, r"sae_weights\.safetensors has no threshold"),
     (OLD, {"extra": torch.ones(2)}, "unknown tensors: extra"),
     (OLD, {"W_dec": torch.full((3, 2), torch.nan)}, "W_dec contains numbers that are NaN"),

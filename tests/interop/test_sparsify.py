@@ -80,10 +80,10 @@ def test_a_topk_by_hand(tmp_path):
      (CFG | {"skip_connection": True}, {}, "skip_connection=True"),
      (CFG | {"activation": "groupmax"}, {}, "activation=groupmax"),
      (CFG | {"signed": True}, {}, "signed=True"),
-     (CFG | {"k": None}, {}, "k is None, not a whole number"),
-     ({"d_in": 2, "k": 1, "num_latents": 0}, {}, "expansion_factor is None"),
+     (CFG | {"k": None}, {}, "k is null, not a whole number"),
+     ({"d_in": 2, "k": 1, "num_latents": 0}, {}, "has no expansion_factor"),
      (CFG | {"num_latents": 4}, {}, r"encoder\.weight has the shape \[3, 2\], not \[4, 2\]"),
-     (CFG | {"k": 9}, {}, r"method\.k is 9"),
+     (CFG | {"k": 9}, {}, "k is 9, but the dictionary has only 3 latents"),
      (CFG, {"W_skip": torch.zeros(2, 2)}, "unknown tensors: W_skip"),
      (CFG, {"W_dec": torch.full((3, 2), torch.inf)}, "W_dec contains numbers")],
 )  # fmt: skip

@@ -102,5 +102,5 @@ def test_a_batchtopk_dictionary_without_threshold_and_an_encoder_of_another_form
 def test_weights_that_do_not_fit_or_are_not_finite_are_refused_by_name(changes, message):
     with pytest.raises(UserError, match=message):
         Pretrained.of(**weights(**changes), activation="relu", subtract_b_dec=False)
-    with pytest.raises(UserError, match=r"method\.k: None"):
+    with pytest.raises(UserError, match=r"dictionary\.k: null"):
         Pretrained.of(**weights(), activation="topk", subtract_b_dec=False)
