@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from core.errors import UserError
-from core.reading import field, kind_of, optional_field, read_object, read_rows
+from core.reading import field, kind_of, optional_field, read_object, read_rows, read_table
 from core.results import FAILED, RESULTS, SCALES
 from reports.left_out import described, note
 from reports.side_files import MAX_BYTES, SCALARS, SideTable
@@ -284,12 +284,12 @@ def _runs(cell: Cell) -> list[Cell]:
     the run lacks it. Raises UserError.
     """
     path = cell.folder / RUNS
-    rows = read_rows(path, most_bytes=MAX_BYTES)
-    if not 0 < len(rows) <= MAX_RUNS:
-        raise UserError(f"{path} has {len(rows):,} rows; a cell has at least one and at most {MAX_RUNS:,} runs.")
+    n_runs = read_table(path, most_bytes=MAX_BYTES).num_rows
+    if not 0 < n_runs <= MAX_RUNS:
+        raise UserError(f"{path} has {n_runs:,} rows; a cell has at least one and at most {MAX_RUNS:,} runs.")
     shared = {name: cell.metrics[name] for name in OF_THE_CELL if name in cell.metrics}
     cells = []
-    for row in rows:
+    for row in read_rows(path, most_bytes=MAX_BYTES):
         known = {key: value for key, value in _flat(row, path) if value is not None and value == value}
         emptied = {key: None for key in row.keys() - known.keys() if key in cell.settings}
         own = {key.removeprefix(METRIC): known.pop(key) for key in list(known) if key.startswith(METRIC)}

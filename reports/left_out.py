@@ -16,7 +16,7 @@ from typing import NamedTuple
 from core.errors import UserError
 from reports.safe_text import plain
 
-HERE = Path(__file__).parents[1]
+REPORTS = Path(__file__).parent
 
 
 class Omission(NamedTuple):
@@ -63,6 +63,7 @@ def described(error: BaseException) -> str:
     """The message of a UserError; the kind, message and place in our code of any other error."""
     if isinstance(error, UserError):
         return str(error)
-    own = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(HERE / "reports")]
-    place = f", {Path(own[-1].filename).relative_to(HERE)}:{own[-1].lineno}" if own else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if Path(f.filename).is_relative_to(REPORTS) and Path(f.filename).name != "culprits.py"]
+    place = f", {Path(own[-1].filename).relative_to(REPORTS.parent)}:{own[-1].lineno}" if own else ""
     return f"{type(error).__name__}: {plain(error, 300)}{place}"

@@ -137,7 +137,7 @@ def _line(text: str) -> str:
     """As `inline`, where a line begins."""
     if isinstance(text, Markup):
         return text
-    escaped = inline(text)
+    escaped = inline(text).lstrip()
     first = _FIRST.match(escaped)
     if first is None:
         return escaped
