@@ -62,7 +62,8 @@ class Claim:
     """One statement of a paper, and the check that it must pass. Claims are read alone.
 
     `paper` is the paper's value, or None with the reason in `paper_note`. `anchors` are values published elsewhere: in
-    the authors' repository, or by others. `needs` names what must be built before the claim can be judged.
+    the authors' repository, or by others. `tolerance` is what the check accepts beside the paper's value, and why.
+    `needs` names what must be built before the claim can be judged.
     """
 
     id: str
@@ -94,7 +95,8 @@ class Claim:
 
     @property
     def paper_says(self) -> str:
-        return str(self.paper) if self.paper is not None else self.paper_note
+        margin = f" (margin: {self.tolerance})" if self.tolerance is not None else ""
+        return (str(self.paper) if self.paper is not None else self.paper_note) + margin
 
     @property
     def others_say(self) -> str:

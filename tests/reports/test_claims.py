@@ -18,7 +18,7 @@ from core.errors import UserError
 from reports import compare, figures, papers
 from reports.checks.outcomes import ROUNDING, range_of
 from reports.claims import PAPERS, load_paper, load_papers, with_derived
-from reports.collect import CONF, KEPT, read_cells
+from reports.collect import CONF, KEPT, Cell, read_cells
 from tests.composing import composed
 
 ROW = "{id: toy/1, origin: own, statement: s, where: w, source: s, confidence: high, paper_note: lower, check: {CHECK}}"
@@ -141,6 +141,7 @@ MUTATIONS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(MUTATIONS, st.booleans())
 def test_a_damaged_claims_file_is_read_or_refused_by_name(changes: list[tuple[int, str]], insert: bool):
@@ -169,9 +170,14 @@ def test_claims_are_counted_by_whose_they_are_and_those_after_the_result_by_them
     assert all(claim.kind.startswith(("the paper", "the authors", "own check", "sanity check")) for claim in claims)
 
 
-def test_every_metric_that_is_read_has_a_range_and_kept_results_lie_in_it():
+@pytest.fixture(scope="module")
+def kept() -> list[Cell]:
+    return with_derived(load_papers(), read_cells(KEPT))
+
+
+def test_every_metric_that_is_read_has_a_range_and_kept_results_lie_in_it(kept: list[Cell]):
     for paper in load_papers():
-        cells = [cell for cell in with_derived([paper], read_cells(KEPT)) if cell.experiment in paper.experiments]
+        cells = [cell for cell in kept if cell.experiment in paper.experiments]
         for experiment in paper.experiments:
             for metric in paper.metrics(experiment):
                 assert any(fnmatchcase(metric, pattern) for pattern in paper.ranges), metric
@@ -187,12 +193,11 @@ def dotted(config: Any, prefix: str = "") -> set[str]:
     return {key for name, value in config.items() for key in dotted(value, f"{prefix}{name}.")}
 
 
-def test_the_settings_that_claims_name_are_settings_of_their_experiments():
+def test_the_settings_that_claims_name_are_settings_of_their_experiments(kept: list[Cell]):
     """A condition on a setting that no cell has would let every cell pass."""
-    cells = read_cells(KEPT)
     for paper in load_papers():
         for experiment, rows in paper.experiments.items():
-            known = {key for cell in cells if cell.experiment == experiment for key in cell.settings}
+            known = {key for cell in kept if cell.experiment == experiment for key in cell.settings}
             if not known:
                 known = dotted(OmegaConf.to_container(composed(f"experiment={experiment}"), resolve=False))
             claims = [claim for claim in paper.claims if claim.experiment == experiment]
@@ -237,13 +242,11 @@ def test_a_claim_that_needs_something_may_name_a_metric_that_nothing_emits_yet(t
     assert load_paper(write_paper(tmp_path, row)).claims[0].needs == "a probe"
 
 
-def test_the_kept_results_have_every_metric_that_is_declared():
-    everything = load_papers()
-    cells = with_derived(everything, read_cells(KEPT))
-    kept = sorted({cell.experiment for cell in cells})
-    assert len(kept) == 13
-    for experiment, rows in [item for paper in everything for item in paper.experiments.items() if item[0] in kept]:
-        emitted = {name for cell in cells if cell.experiment == experiment for name in cell.metrics}
+def test_the_kept_results_have_every_metric_that_is_declared(kept: list[Cell]):
+    names = sorted({cell.experiment for cell in kept})
+    assert len(names) == 13
+    for experiment, rows in [item for paper in load_papers() for item in paper.experiments.items() if item[0] in names]:
+        emitted = {name for cell in kept if cell.experiment == experiment for name in cell.metrics}
         assert {*rows.metrics, *rows.derived} - emitted == set(), experiment
 
 

@@ -187,7 +187,7 @@ def test_claims_are_judged_on_cells_that_bear_them_out_and_on_cells_that_do_not(
         shown = [replace(cell, metrics=metrics, settings={**cell.settings, **settings}) for cell in detailed]
         for number in ("2a", "4", "5", "6a", "6b", "8", "10"):
             found = judge(paper, paper.claim(f"leask/meta-{number}"), "demo", shown, 0)
-            assert found.verdict == verdict, number
+            assert found.word == verdict, number
 
 
 def test_random_weights_of_rows_are_read_largest_first():
