@@ -61,6 +61,7 @@ def test_the_preset_of_the_authors_differs_where_it_trains_worse_and_the_paper_g
         "aux": ("normalized", "r1"),
         "k_aux": (None, 512),
         "b_dec_init": ("mean", "zeros"),
+        "dead_after_tokens": (5120, 20480),
         "grad_clip": (0.005, 100000.0),
     }
     blocks = composed("experiment=leask_batchtopk", "scale=paper").grid.paper

@@ -378,7 +378,7 @@ def test_rows_of_the_encoder_start_along_those_of_the_decoder_at_their_norm(
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"k": 97}, "method.k is 97.*method.dict_size = 96"),
+        ({"k": 97}, "method.k: 97 is too much.*method.dict_size = 96"),
         ({"k": 0}, "method.k"),
         ({"aux": "ghost"}, "method.aux"),
         ({"k_aux": 0}, "method.k_aux"),
