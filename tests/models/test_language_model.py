@@ -344,7 +344,7 @@ def test_gemma_with_fused_attention_is_an_error(folders):
         ({"device": "gpu"}, "model.device: 'gpu' must be one of auto, cpu"),
         ({"source": "???"}, "model.source is not set.*model=bundled"),
         ({"source": "/no/such/folder"}, "model.source: there is no folder /no/such/folder. model=bundled"),
-        ({"attention": "sdpa"}, "model.attention: there is no such setting here. There are: name, source"),
+        ({"attention": "sdpa"}, "model.attention: there is no such setting. Did you mean model.attn_implementation"),
     ],
 )
 def test_the_error_for_a_wrong_setting_names_it_with_a_way_out(gpt2_folder, changed, message):
