@@ -36,7 +36,7 @@ from core.models.files import (
 )
 from core.models.sites import FAMILIES, width_of
 from core.models.tokenizer import check_ids, load_tokenizer, tokenizer_names
-from core.models.weights import check_loaded, check_weights
+from core.models.weights import check_loaded, check_size, check_weights
 from core.reading import kind_of
 
 __all__ = ["DTYPES", "SHIPPED", "Settings", "chosen_device", "family_of", "load_pretrained", "site_width", "used_names"]
@@ -129,13 +129,15 @@ def site_width(cfg: Mapping[str, Any], site: str) -> int:
 def _model(settings: Settings, files: ModelFiles, config: Any) -> Any:
     names = weight_names(files)
     paths = files.get(names)
-    check_weights(settings.source, paths)
+    numbers = check_weights(settings.source, paths)
     check_content(files, names)
     if not sys.stderr.isatty():
         hf_logging.disable_progress_bar()
     gguf = {} if files.gguf is None else {"gguf_file": files.gguf}
     try:
         with _quiet():
+            if files.gguf is None:
+                check_size(settings.source, config, numbers)
             model, info = AutoModelForCausalLM.from_pretrained(
                 files.folder,
                 config=config,
@@ -150,7 +152,7 @@ def _model(settings: Settings, files: ModelFiles, config: Any) -> Any:
             )
     except ImportError as error:
         raise UserError(f"model.attn_implementation={settings.attn_implementation}: {error}") from error
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # the library raises what its parts raise
         raise_if_interrupted(error)
@@ -173,13 +175,13 @@ def _quiet() -> Iterator[None]:
 
 
 def _checked_config(settings: Settings, files: ModelFiles) -> Any:
-    """The model's configuration. Raises UserError for one that is not read here, or that contradicts `settings`."""
+    """The model's configuration. Raises UserError for one that is not read here or contradicts `settings`."""
     given = settings.source
     config = _gguf_config(files) if files.gguf is not None else _config(files)
-    if FAMILIES[config.model_type].needs_eager and settings.attn_implementation != "eager":
+    if FAMILIES[config.model_type].needs_eager and settings.attn_implementation == "sdpa":
         raise UserError(
-            f"model.attn_implementation={settings.attn_implementation}: {config.model_type} soft-caps its attention "
-            "scores, which only eager does here. Set model.attn_implementation=eager."
+            f"model.attn_implementation=sdpa: {config.model_type} soft-caps its attention scores, which sdpa cannot "
+            "do. Set model.attn_implementation=eager."
         )
     if getattr(config, "activation_function", None) == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel instead of eight

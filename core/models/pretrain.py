@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from core.artifacts import Store
+from core.errors import UserError
 from core.seeding import generator
 from core.text.documents import Split, TextSource
 from core.text.tokenizing import bos_token_id, token_ids
@@ -52,7 +53,7 @@ def token_stream(
 ) -> np.ndarray:
     """All documents of a split as one array of token ids (uint16). Each document starts with end-of-text. Cached."""
     if len(tokenizer) > 2**16:
-        raise ValueError(f"lm.vocab_size: {len(tokenizer)} token ids do not fit into 16 bits.")
+        raise UserError(f"lm.vocab_size: {len(tokenizer)} token ids do not fit into 16 bits.")
 
     def make(folder: Path) -> None:
         texts = [document.text for document in source.documents(split, seed=0)]
@@ -78,7 +79,7 @@ class RowBatches:
         self.first_step = first_step
         self.steps_per_epoch = ((len(tokens) - n_ctx) // n_ctx) // rows_per_step
         if self.steps_per_epoch < 1:
-            raise ValueError(f"The corpus has {len(tokens)} tokens, too few for a step of {rows_per_step} x {n_ctx}.")
+            raise UserError(f"The corpus has {len(tokens)} tokens, too few for a step of {rows_per_step} x {n_ctx}.")
 
     def __iter__(self) -> Iterator[Tensor]:
         step = self.first_step

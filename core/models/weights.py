@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM
 
 from core.errors import UserError
 from core.models.files import check_file, count, damaged
@@ -16,19 +19,23 @@ from core.models.sites import FAMILIES
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # of safetensors; tensors of other kinds are masks, or quantised weights
 BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|(attn|attention)\.bias|position_ids)$")
+ROOM = 4  # the numbers of a model against those in its files, at most: some are read more than once
 N_NAMED = 3  # tensors or tokens that a message names
 
 
-def check_weights(source: str, paths: Iterable[Path]) -> None:
-    """Raises UserError for a file that is a pointer, cut or damaged, and for weights that are whole numbers. Reads only
-    the heads of the files."""
+def check_weights(source: str, paths: Iterable[Path]) -> dict[str, int]:
+    """How many numbers each tensor has, by name. Raises UserError for a file that is a pointer, cut or damaged, and for
+    weights that are whole numbers. Reads only the heads of the files."""
+    numbers: dict[str, int] = {}
     for path in paths:
         check_file(path)
         if path.suffix != ".safetensors":
             continue
         try:
             with safe_open(path, framework="pt") as file:
-                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  (no mapping)
+                heads = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+                kinds = {name: head.get_dtype() for name, head in heads.items()}
+                numbers |= {name: math.prod(head.get_shape()) for name, head in heads.items()}
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(damaged(path, f"it is no whole file of safetensors ({error})")) from error
         others = [name for name, kind in kinds.items() if kind not in FLOATS and not BUFFERS.search(name)]
@@ -37,6 +44,30 @@ def check_weights(source: str, paths: Iterable[Path]) -> None:
                 f"model.source: {source} is quantised: {some(others)} of {path.name} are {kinds[others[0]]}. Quantised "
                 "weights are not read here; use the model that they were made from."
             )
+    return numbers
+
+
+def check_size(source: str, config: Any, numbers: Mapping[str, int]) -> None:
+    """Raises UserError for a configuration that describes a far larger model than the files hold, before any of its
+    tensors is made."""
+    held, room = sum(numbers.values()), ROOM * sum(numbers.values())
+    sizes = (config.hidden_size, config.vocab_size, config.num_attention_heads)
+    if config.num_hidden_layers > len(numbers) or max(sizes) > room:
+        described = (
+            f"{config.num_hidden_layers:,} layers, a width of {config.hidden_size:,} and {config.vocab_size:,} tokens"
+        )
+        raise UserError(
+            f"model.source: {source} does not fit its config.json, which describes {described:.200}: the files have "
+            f"{count(len(numbers), 'tensor')} of {held:,} numbers. Correct config.json, or fetch the model again."
+        )
+    with torch.device("meta"):
+        described_numbers = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    if described_numbers > room:
+        raise UserError(
+            f"model.source: {source} does not fit its config.json, which describes {described_numbers:,} numbers: the "
+            "files "
+            f"hold {held:,}. Correct config.json, or fetch the model again."
+        )
 
 
 def check_loaded(source: str, model: Any, info: Mapping[str, Any]) -> None:

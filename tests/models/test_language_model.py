@@ -341,10 +341,10 @@ def test_gemma_with_fused_attention_is_an_error(folders):
         ({"d_model": 23.5}, "model.d_model: 23.5 must be a whole number"),
         ({"n_layers": 12}, "model.n_layers is 12, but .* has 3"),
         ({"dtype": "int8"}, "model.dtype: 'int8' must be one of float32, bfloat16"),
-        ({"device": "gpu"}, "model.device: 'gpu' is not a device"),
+        ({"device": "gpu"}, "model.device: 'gpu' must be one of auto, cpu"),
         ({"source": "???"}, "model.source is not set.*model=bundled"),
         ({"source": "/no/such/folder"}, "model.source: there is no folder /no/such/folder. model=bundled"),
-        ({"attention": "sdpa"}, "model.attention: there is no such setting here. There are: name, source"),
+        ({"attention": "sdpa"}, "model.attention: there is no such setting. Did you mean model.attn_implementation"),
     ],
 )
 def test_the_error_for_a_wrong_setting_names_it_with_a_way_out(gpt2_folder, changed, message):

@@ -208,6 +208,18 @@ NOT_WHOLE: dict[str, tuple[Any, str]] = {
         lambda folder: edit_json(folder / "config.json", vocab_size=100),
         r"config.json has vocab_size 100, the weights are for 300",
     ),
+    "a billion layers": (
+        lambda folder: edit_json(folder / "config.json", n_layer=10**9),
+        r"which describes 1,000,000,000 layers, a width of 32 and 300 tokens: the files have 40 tensors of",
+    ),
+    "a billion tokens": (
+        lambda folder: edit_json(folder / "config.json", vocab_size=10**9),
+        r"does not fit its config.json, which describes 3 layers, a width of 32 and 1,000,000,000 tokens",
+    ),
+    "a billion positions": (
+        lambda folder: edit_json(folder / "config.json", n_positions=10**9),
+        r"does not fit its config.json, which describes [\d,]+ numbers: the files hold [\d,]+\.",
+    ),
     "other shapes": (
         lambda folder: edit_json(folder / "config.json", n_inner=100),
         r"does not fit its config.json: 9 tensors of other shapes: transformer\.h\.0\.mlp\.c_fc\.bias is \[128\], by "
@@ -444,7 +456,7 @@ def test_an_embedding_with_many_rows_more_than_tokens_is_said(folder, capsys):
             {"attn_implementation": "foo"},
             "model.attn_implementation: 'foo' must be one of eager, sdpa, flash_attention_2",
         ),
-        ({"attn_implementation": None}, "model.attn_implementation: None must be one of eager, sdpa"),
+        ({"attn_implementation": None}, "model.attn_implementation: null must be one of eager, sdpa"),
         (
             {"attn_implementation": "kernels-community/flash-attn"},
             "model.attn_implementation: 'kernels-.*must be one of",
@@ -452,13 +464,15 @@ def test_an_embedding_with_many_rows_more_than_tokens_is_said(folder, capsys):
         ({"attn_implementation": "flash_attention_2"}, "model.attn_implementation=flash_attention_2: "),
         ({"attn_implementation": "paged|eager"}, "model.attn_implementation: 'paged.eager' must be one of"),
         ({"dtype": "float64"}, "model.dtype: 'float64' must be one of float32, bfloat16, float16"),
-        ({"revision": 12}, "model.revision: 12 must be a str"),
+        ({"revision": 12}, "model.revision: 12 must be a text or null"),
         ({"revision": ""}, "model.revision: '' must be a commit, branch or tag"),
         ({"source": ""}, "model.source: '' must name a model"),
-        ({"source": 3}, "model.source: 3 must be a str"),
+        ({"source": 3}, "model.source: 3 must be a text"),
         ({"d_model": 0}, "model.d_model: 0 must be positive"),
         ({"n_layers": "six"}, "model.n_layers: 'six' must be a whole number"),
         ({"device": "cuda:77"}, "model.device=cuda:77: this machine has no such GPU"),
+        ({"device": "mps"}, "model.device: 'mps' must be one of auto, cpu"),
+        ({"device": "meta"}, "model.device: 'meta' must be one of auto, cpu"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value_and_the_rule(folder, changed, message):

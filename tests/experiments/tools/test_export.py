@@ -8,6 +8,7 @@ import pytest
 
 import run as runner
 from core.interop import saelens
+from core.models.identity import model_label
 
 SETTINGS = ["scale=smoke", "logging=none", "stream.n_tokens=1024"]
 
@@ -75,6 +76,10 @@ def test_a_trained_dictionary_is_exported_and_scored_again_with_the_same_result(
     sparsity = saelens.read_log_sparsity(first / "saelens")
     assert (10**sparsity).sum().item() == pytest.approx(scores["l0_mean"], rel=1e-4)
 
+    said = json.loads((first / "saelens" / saelens.CFG).read_text())["metadata"]
+    assert said["model_name"] == model_label({"source": "bundled", "revision": None})
+    assert (said["prepend_bos"], said["context_size"], said["packing"]) == (False, 128, "concat")
+
     loaded = ["experiment=leask_batchtopk", "hydra.mode=RUN", "method=pretrained"]
     again = run(tmp_path / "b", *loaded, f'method.repo="{first}/saelens"')
     assert metrics(again)["l0_mean"] == scores["l0_mean"]
@@ -87,6 +92,7 @@ def test_a_trained_dictionary_is_exported_and_scored_again_with_the_same_result(
     assert metrics(native)["nmse_raw_energy"] == scores["nmse_raw_energy"]
     from_cell = ["experiment=export", "method=pretrained", f'method.repo="{first}"', f"export.folder={tmp_path}/out"]
     assert metrics(run(tmp_path / "d", *from_cell))["l0_mean_exported"] == scores["l0_mean"]
+    assert json.loads((tmp_path / "out" / saelens.CFG).read_text())["metadata"] == said
     assert f"export.folder={tmp_path / 'out'} already holds files" in refused(tmp_path / "e", *from_cell)
 
     for arguments, message in (
