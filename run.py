@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 CONF = Path(__file__).parent / "conf"
+ADDRESS_SPACE_BYTES = 1_500_000_000  # that the libraries take before anything is read
 
 
 def list_experiments() -> str:
@@ -71,8 +72,24 @@ def main() -> int:
         return stop.exit_code
 
 
+def memory_limit() -> str | None:
+    """What to say if `ulimit -v` is so low that the libraries cannot even be loaded, which ends some of them hard."""
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY or limit >= ADDRESS_SPACE_BYTES:
+        return None
+    return (
+        f"There is not enough memory: the limit of this process is {limit / 1e9:.2f} GB (`ulimit -v`), and PyTorch "
+        f"alone takes {ADDRESS_SPACE_BYTES / 1e9:g} GB of addresses. Raise the limit: ulimit -v unlimited"
+    )
+
+
 def run_hydra() -> int:
     """Compose and run all cells. An error that the user can fix is printed without a traceback."""
+    if too_little := memory_limit():
+        print(f"error: {too_little}", file=sys.stderr)
+        return 1
     from core.errors import lack_of_memory
     from core.interrupts import raise_if_interrupted
 
@@ -104,6 +121,7 @@ def message_of(error: Exception) -> str | None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from core.atomic import file_of
     from core.errors import NonFiniteLoss, UserError
     from core.overrides import explained
 
@@ -114,6 +132,8 @@ def message_of(error: Exception) -> str | None:
             return None
         if isinstance(error.__cause__, UserError):  # raised while an interpolation was resolved
             return str(error.__cause__)
+    if isinstance(error, OSError) and error.filename is None and (file := file_of(error)):
+        return f"{error}: {file}"
     cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
     return f"{error}{cause}"
 

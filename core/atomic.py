@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import re
 import secrets
@@ -89,6 +90,10 @@ def files_atomically(folder: Path) -> Iterator[Path]:
             for file in [file for file in sorted(scratch.rglob("*")) if file.is_file()]:
                 with atomically(folder / file.relative_to(scratch)) as temporary:
                     file.replace(temporary)
+    except Exception as error:
+        if named := naming(error, file_of(error) or folder):
+            raise named from error
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -119,6 +124,17 @@ def naming(error: Exception, path: Path, temporary: Path | None = None) -> OSErr
         return OSError(error.errno or errno.EIO, error.strerror or str(error), str(path))
     found = OS_ERROR_IN_WORDS.search(str(error))
     return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else None
+
+
+def file_of(error: BaseException) -> Path | None:
+    """The file that was open for writing where an error came from, if a function that it passed through has one."""
+    trace, found = error.__traceback__, None
+    while trace is not None:
+        for value in trace.tb_frame.f_locals.values():
+            if isinstance(value, io.IOBase) and isinstance(name := getattr(value, "name", None), str):
+                found = Path(name)
+        trace = trace.tb_next
+    return found
 
 
 def temporary_name(path: Path) -> Path:

@@ -341,7 +341,9 @@ def _checkpoint_folder(request: Request, store: Store) -> Path:
 
 
 def _discard_checkpoints(store: Store) -> None:
-    """Remove the checkpoints of trainings whose dictionaries are all stored, and finish interrupted removals."""
+    """Remove the checkpoints of trainings whose dictionaries are all stored, finish interrupted removals, and remove
+    what killed processes left unfinished."""
+    store.remove_leftovers()
     discard_finished(store.root / "training", lambda key: (store.root / KIND / key).is_dir())
 
 

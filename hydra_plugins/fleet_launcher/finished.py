@@ -7,7 +7,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from core import results
@@ -26,6 +26,6 @@ class LeaveFinishedCell(Callback):
         except OmegaConfBaseException:  # the run itself raises it
             return
         if finished:
-            with open_dict(config):
+            with read_write(config.hydra), open_dict(config.hydra):
                 config.hydra.output_subdir = None
-                config.hydra.job_logging = OmegaConf.create({"version": 1, "disable_existing_loggers": False})
+                config.hydra.job_logging = OmegaConf.create({"root": None})
