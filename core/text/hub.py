@@ -40,6 +40,10 @@ from core.text.unpacking import FAILURES
 
 SCRIPT_HINT = "name its Parquet files in data.data_files, or try data.revision=refs/convert/parquet"
 HINTS = {"BuilderConfig": "data.config_name", "Bad split": "data.hf_split", "scripts are no longer": SCRIPT_HINT}
+FROM_FILES = (
+    *FAILURES, httpx.HTTPError, datasets.exceptions.DatasetsError, ValueError, RuntimeError, TypeError, LookupError,
+    AttributeError, ArithmeticError, MemoryError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +93,7 @@ class HubText:
         self.text_field, self.conversation_field, self.tag_field = text_field, conversation_field, tag_field
         self.shuffle_buffer, self.special_tokens = s.shuffle_buffer, s.special_tokens
         self._dataset: datasets.IterableDataset | None = None
+        self.files: list[str] = []  # their addresses, in the order of the dataset's shards; known once it is open
 
     @property
     def name(self) -> str:
@@ -143,15 +148,17 @@ class HubText:
         return Document.of(text or "", "" if tag is None else str(tag), where)
 
     @contextmanager
-    def reporting(self) -> Iterator[None]:
-        """Turn errors of reading the data into a UserError with a way out."""
+    def reporting(self, file: str = "") -> Iterator[None]:
+        """Turn errors of reading the data, or one of its files, into a UserError with a way out."""
         try:
             yield
         except UserError:
             raise
-        except (*FAILURES, httpx.HTTPError, datasets.exceptions.DatasetsError, ValueError, RuntimeError) as error:
+        except FROM_FILES as error:
+            place = f" in {file}" if file and _is_damage(error) else ""
             raise UserError(
-                f"data: the dataset {self.path} (revision {self.revision}) cannot be read: {_reason(error, self.path)} "
+                f"data: the dataset {self.path} (revision {self.revision}) cannot be read{place}: "
+                f"{_reason(error, self.path)} "
                 "Or choose data=bundled, which needs no network, or data=local data.path=<your text files>."
             ) from error
 
@@ -170,6 +177,7 @@ class HubText:
                 raise UserError(f"data.data_files: no file of {self.path} at {commit} matches {self.data_files}.")
         else:
             builder = datasets.load_dataset_builder(self.path, self.config_name, revision=commit)
+        self.files = [str(file) for file in (builder.config.data_files or {}).get(self.hf_split, ())]
         dataset = builder.as_streaming_dataset(split=self.hf_split)
         columns = self._columns(dataset.column_names)
         if columns and hasattr(builder.config, "columns"):  # Parquet: do not download other columns
@@ -235,8 +243,9 @@ class HubDocuments:
         dataset = self._source.dataset()
         order = list(range(dataset.num_shards))
         random.Random(derived_seed(self._seed, "files")).shuffle(order)
-        with self._source.reporting():
-            for position in range(first_file, len(order)):
+        files = self._source.files if len(self._source.files) == len(order) else [""] * len(order)
+        for position in range(first_file, len(order)):
+            with self._source.reporting(files[order[position]]):
                 file = dataset.shard(dataset.num_shards, order[position]).reshard()  # Parquet: one shard per row group
                 if within is not None:
                     file.load_state_dict(within)
@@ -264,11 +273,24 @@ def _reason(error: BaseException, path: str) -> str:
         return "offline mode is on (HF_HUB_OFFLINE=1)."
     if isinstance(error, EntryNotFoundError | FileNotFoundError):
         return f"no file matches data.data_files ({_first_line(error)})."
+    if _is_damage(error):
+        return f"it is damaged, or no text ({type(error).__name__}: {_first_line(error)})."
     if isinstance(error, HfHubHTTPError) or not isinstance(error, OSError | httpx.HTTPError):
         hints = [hint for phrase, hint in HINTS.items() if phrase in str(error)]
         return f"{_first_line(error)}{f' ({hints[0]})' if hints else ''}."
     return f"the Hub does not answer ({type(error).__name__}: {_first_line(error)})."
 
 
+def _is_damage(error: BaseException) -> bool:
+    """Whether the content of a file is to blame, and not the way to it: errors of the network are OSErrors that have a
+    number, or of the classes below."""
+    if isinstance(error, HfHubHTTPError | httpx.HTTPError | ConnectionError | TimeoutError | FileNotFoundError):
+        return False
+    if isinstance(error, UnicodeDecodeError | MemoryError | RecursionError):
+        return True
+    return isinstance(error, FAILURES) and not (isinstance(error, OSError) and error.errno is not None)
+
+
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    return "".join(character if character.isprintable() else "?" for character in line)

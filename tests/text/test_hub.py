@@ -51,7 +51,17 @@ def conversations() -> list[dict]:
     ]
 
 
+def damaged(content: bytes) -> bytes:
+    """With a page that cannot be unpacked."""
+    return content[:40] + b"\xff" * 60 + content[100:]
+
+
 DATASETS: dict[str, dict[str, bytes]] = {
+    "tiny/damaged": {
+        "data/0.parquet": parquet(rows_of_parquet()),
+        "data/1.parquet": damaged(parquet(rows_of_parquet())),
+    },
+    "tiny/broken": {"a.jsonl": jsonl([{"text": t} for t in TEXTS[:50]]) + b'{"text": "half'},
     "tiny/parquet": {
         "README.md": b"---\nconfigs:\n- config_name: some\n  data_files: data/*.parquet\n---\n",
         **{f"data/{n}.parquet": parquet(rows_of_parquet()[n * 100 : n * 100 + 100]) for n in range(4)},
@@ -335,3 +345,15 @@ def test_every_configured_dataset_is_a_text_source_with_a_plain_spec(name):
     assert isinstance(source, HubText)
     if len(source.revision) == 40:  # of a branch, the hub says what it is
         assert isinstance(source, TextSource) and json.loads(json.dumps(source.spec)) == source.spec
+
+
+@pytest.mark.parametrize(
+    ("path", "pattern", "message"),
+    [
+        ("tiny/damaged", "data/*.parquet", r"in \S+/data/1\.parquet: it is damaged"),
+        ("tiny/broken", "*.jsonl", "a.jsonl"),
+    ],
+)
+def test_a_damaged_file_is_named_and_the_hub_is_not_blamed(reader, path, pattern, message):
+    error = reader.read(reader.open(path=path, data_files=[pattern]))["error"]
+    assert re.search(message, error) and "does not answer" not in error
