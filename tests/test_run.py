@@ -74,12 +74,53 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_gives_others(cli,
     assert metrics[0]["nmse_token_std"] != metrics[2]["nmse_token_std"]
 
 
+def test_a_sweep_with_a_wrong_setting_in_some_cells_runs_none(cli, capsys):
+    code, folder = cli(*SMOKE, "method=batchtopk,topk", "method.k=8,1000", "stream.n_tokens=1.5")
+    assert code == 1 and not list(folder.rglob("*.json"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "error: 2 settings will not do:" and "method.k: 1000" in lines[1] + lines[2]
+    assert "(In 2 of 4 cells.)" in lines[1] + lines[2] and "  stream.n_tokens: 1.5 must be a whole number." in lines
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        (
+            "data.path=a b/(c).jsonl",
+            """data.path: put the value in quotes, and all of it for the shell: 'data.path="a b/(c).jsonl"'""",
+        ),
+        ("data.path=a(b)", """'data.path="a(b)"'"""),
+        ("seed='1", "seed: put the value in quotes"),
+        ("seed", "seed: write it as seed=<value>."),
+        ("é=1", "'é': no setting has such a name."),
+        ("method.kk=3", "method.kk: there is no such setting. Did you mean method.k?"),
+        ("n_tokens=3", "n_tokens: there is no such setting. Did you mean stream.n_tokens?"),
+        ("stream.n_token=3", "Did you mean stream.n_tokens?"),
+        ("a.b.c=1", "a.b.c: there is no such setting. There are: "),
+        ("model=3", "model: 3 must be one of bundled, "),
+        ("scale=null", "scale: null must be one of demo, paper, smoke."),
+        ("=3", "Hydra: Config group override must be a string or a list. Got int"),
+        ("grid.smoke=abc", "grid: 'abc' must be a list of blocks"),
+        ("grid.smoke=[1]", "must be a list of blocks"),
+        ("hydra.mode=X", "Invalid value 'X', expected one of [RUN, MULTIRUN]"),
+        ("seed=${oc.env:NO_SUCH_VARIABLE}", "seed: its value, ${oc.env:NO_SUCH_VARIABLE}, cannot be found."),
+        ("data=local", "data.path: this setting must be given: data.path=<value>."),
+    ],
+)
+def test_a_command_line_that_hydra_cannot_take_is_explained(tmp_path, monkeypatch, capsys, argument, words):
+    fixed = ["run.py", "experiment=leask_batchtopk", "scale=smoke", f"output_dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", [*fixed, argument])
+    assert runner.main() == 1
+    err = capsys.readouterr().err
+    assert words in err and "Traceback" not in err
+
+
 def test_a_failing_cell_records_its_error_and_does_not_stop_the_others(cli, capsys):
-    code, folder = cli(*SMOKE, "method=batchtopk,topk", "method.k=8,1000")
+    code, folder = cli(*SMOKE, "method=batchtopk,topk", "method.decoder_norm=none", "method.lr=1e30,0.001")
     assert code == 1
     assert len(read(folder)) == 2 and len(read(folder, "failed.json")) == 2
     for record in read(folder, "failed.json").values():
-        assert "method.k" in record["message"] and "method.dict_size" in record["message"]
+        assert "method.lr" in record["message"]
     err = capsys.readouterr().err
     assert "2 of 4 cells failed" in err and "Traceback" not in err
 

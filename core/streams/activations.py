@@ -140,8 +140,8 @@ class ActivationStream:
         if not torch.isfinite(stored).all():
             name, largest = str(self.dtype).removeprefix("torch."), x.abs().max().item()
             raise UserError(
-                f"stream.buffer_dtype: {name} holds numbers up to {torch.finfo(self.dtype).max:,.0f}, but there is an "
-                f"activation of {largest:,.0f} at {self.site}. Take bfloat16 or float32."
+                f"stream.buffer_dtype: {name} holds numbers up to {torch.finfo(self.dtype).max:.5g}, but there is an "
+                f"activation of {largest:.4g} at {self.site}. Take stream.buffer_dtype=float32, or another site."
             )
         return stored
 

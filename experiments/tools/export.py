@@ -32,12 +32,18 @@ def dictionaries(cfg: DictConfig) -> list[Request]:
     return requests(cfg)
 
 
+def check(cfg: DictConfig) -> None:
+    """Raises UserError for a folder that holds files, and for a method that the format cannot hold."""
+    if cfg.export.folder is not None:
+        target(cfg)
+    if not is_loaded(cfg.method):
+        saelens.check_writable(get_class(cfg.method["_target_"]), cfg.method.input_norm, cfg.export.centred_model)
+
+
 def run(cfg: DictConfig) -> dict[str, float]:
     """L0, errors and loss of the dictionary and of the exported one (`_exported`). `log_sparsity` is measured on the
     same held-out text."""
     folder = target(cfg)
-    if not is_loaded(cfg.method):
-        saelens.check_writable(get_class(cfg.method["_target_"]), cfg.method.input_norm, cfg.export.centred_model)
     method = trained(cfg)
     text = held_out(cfg)
     name = made_for(method) or model_label(cfg.model)

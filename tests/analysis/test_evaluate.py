@@ -201,6 +201,14 @@ def test_scoring_changes_neither_modes_nor_buffers_nor_random_state_nor_the_mode
     assert torch.equal(lm.logits(rows), logits)
 
 
+def test_without_downstream_rows_the_figures_of_the_loss_are_left_out_and_the_others_stay(lm, rows):
+    whole = evaluate_dictionary(toy(), text(lm, rows, 8, 8)).metrics()
+    without = evaluate_dictionary(toy(), text(lm, rows, 0, 8)).metrics()
+    assert without == {name: value for name, value in whole.items() if name in without}
+    left_out = whole.keys() - without.keys()
+    assert left_out and all(name.startswith(("ce_", "kl", "loss")) for name in left_out)
+
+
 def test_a_reference_of_another_site_or_other_rows_is_refused(lm, rows):
     reference = downstream_reference(lm, SITE, rows[:4], rows_per_batch=4)
     for site, n_rows in (("resid_pre.2", 4), (SITE, 5)):

@@ -106,6 +106,31 @@ def test_activations_that_are_not_finite_stop_the_stream(open_stream, lm, monkey
         next(open_stream())
 
 
+def stream_of(lm: LanguageModel, words: Any, dtype: torch.dtype, value: float, patch: Any) -> ActivationStream:
+    """A stream with a buffer of `dtype`, in which the first coordinate of every activation is `value`."""
+    capture, first = lm.capture, torch.tensor(0)
+    patch.setattr(lm, "capture", lambda tokens, site: capture(tokens, site).index_fill(2, first, value))
+    rows = RowStream(words, lm.tokenizer, "train", 0, N_CTX, "concat", 64)
+    return ActivationStream(lm, "resid_pre.1", rows, BATCH, BUFFER, 3, 0, dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "message"),
+    [
+        (torch.float16, -70_000.0, "float16 holds numbers up to 65504, but there is an activation of 7e+04"),
+        (torch.bfloat16, 3.4e38, "bfloat16 holds numbers up to 3.3895e+38, but there is an activation of 3.4e+38"),
+    ],
+)
+def test_a_buffer_that_cannot_hold_an_activation_says_how_large_it_is(lm, words, monkeypatch, dtype, value, message):
+    with pytest.raises(UserError) as error:
+        next(stream_of(lm, words, dtype, value, monkeypatch))
+    assert str(error.value).startswith(f"stream.buffer_dtype: {message} at resid_pre.1. Take ")
+
+
+def test_the_largest_number_of_a_dtype_is_held(lm, words, monkeypatch):
+    assert (next(stream_of(lm, words, torch.float16, 65_504.0, monkeypatch)).x[:, 0] == 65_504).all()
+
+
 def test_a_checkpoint_holds_the_position_after_the_chunk_trained_on_not_after_the_one_read_ahead(open_stream):
     data = StreamData(open_stream(), n_batches=10, batches_per_chunk=4)
     chunks = iter(Chunks(data))

@@ -55,7 +55,7 @@ def refused(cell):
     [
         (["method=lca"], "LCA has no encoder of one matrix"),
         (["method=topk", "method.input_norm=token_center"], "export.centred_model=true"),
-        (["method=pretrained"], "method.repo is not set"),
+        (["method=pretrained"], "method.repo: this setting must be given"),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_it_is_trained(arguments, message, refused, tmp_path):
