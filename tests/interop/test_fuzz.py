@@ -191,6 +191,7 @@ def test_what_is_mutated_below_is_read_as_it_stands(name: str, originals: Any) -
 
 
 @pytest.mark.parametrize("name", PUT)
+@pytest.mark.slow
 @FUZZ
 @given(data=st.data())
 def test_damaged_or_swapped_files_are_one_message(name: str, data: st.DataObject, originals: Any) -> None:
@@ -233,6 +234,7 @@ def changed(node: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", [name for name in PUT if name != "gemma scope"])
+@pytest.mark.slow
 @FUZZ
 @given(data=st.data())
 def test_a_field_of_another_type_or_size_is_one_message_or_means_something(
@@ -296,6 +298,7 @@ ONLY_PT: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", PUT)
+@pytest.mark.slow
 @FUZZ
 @given(data=st.data())
 def test_a_changed_tensor_is_one_message_or_works(name: str, data: st.DataObject, originals: Any) -> None:
@@ -327,6 +330,7 @@ def test_a_changed_tensor_is_one_message_or_works(name: str, data: st.DataObject
 
 
 @pytest.mark.parametrize("layout", ["modules", "matrices"])
+@pytest.mark.slow
 @FUZZ
 @given(data=st.data())
 def test_a_mutated_crosscoder_is_one_message_or_whole(layout: str, data: st.DataObject, tmp_path: Path) -> None:
