@@ -1,4 +1,4 @@
-"""A dictionary is taken for what its files say: of one place and one model, trained on some tokens and not on others."""
+"""A dictionary is taken for what its files say: of one place and one model, trained on some tokens, not on others."""
 
 import json
 from pathlib import Path
@@ -94,7 +94,8 @@ def test_names_of_releases_of_transcoders_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stated", "model", "fits"),
     [("gpt2-small", GPT2, True), ("gpt2", GPT2, True), ("openai-community/gpt2", GPT2, True),
-     ("gpt2-medium", GPT2, False), ("pythia-70m", BUNDLED, False), ("bundled", BUNDLED, True), ("local", BUNDLED, True), (None, BUNDLED, True),
+     ("gpt2-medium", GPT2, False), ("pythia-70m", BUNDLED, False), ("bundled", BUNDLED, True),
+     ("local", BUNDLED, True), (None, BUNDLED, True),
      ("EleutherAI/pythia-70m-deduped", {**GPT2, "source": "EleutherAI/pythia-70m"}, False),
      ("pythia-70m", {**GPT2, "source": "EleutherAI/pythia-70m"}, True),
      ("tiny-stories-33M", {**GPT2, "source": "roneneldan/TinyStories-33M"}, True),
