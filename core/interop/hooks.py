@@ -12,6 +12,7 @@ TRANSFORMER_LENS = {
     "hook_mlp_out": "mlp_out",
     "mlp.hook_post": "mlp_hidden",
 }
+SITES = tuple(TRANSFORMER_LENS.values())
 INPUT = " (input)"  # after the name of a module whose input was read, not its output
 LAYER = "([0-9]{1,4})"
 PATTERNS = (  # module paths, which stand for the module's output, and names by which libraries' scripts call them
@@ -41,11 +42,9 @@ def site_of(hook: str) -> str | None:
 
 
 def hook_of(site: str) -> str:
-    """TransformerLens' name of one of our sites. Raises UserError for what is none."""
+    """TransformerLens' name of one of our sites."""
     kind, _, layer = site.partition(".")
     names = {ours: theirs for theirs, ours in TRANSFORMER_LENS.items()}
-    if kind not in names:
-        raise UserError(f"{shown(site)} is no site; these are: {', '.join(names)}, with the number of a layer.")
     return f"blocks.{layer}.{names[kind]}"
 
 

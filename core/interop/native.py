@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from core.errors import UserError
+from core.errors import UserError, shown
+from core.interop.hooks import SITES
 from core.methods.dictionary import Dictionary
 from core.methods.saved import MANIFEST, WEIGHTS, load_dictionary
 from core.reading import optional_field, read_object
@@ -39,8 +38,7 @@ def stored(folder: Path) -> Path:
 def read(folder: Path) -> Dictionary:
     """The dictionary as it was trained. Raises UserError if it is missing or damaged, or was never finished."""
     method = load_dictionary(stored(folder))
-    threshold = getattr(method, "threshold", None)
-    if isinstance(threshold, torch.Tensor) and threshold.isnan().any():
+    if any(buffer.isnan().any() for name, buffer in method.named_buffers() if name.rpartition(".")[2] == "threshold"):
         raise UserError(f"{stored(folder)}: the threshold that inference needs was never measured in training.")
     return method
 
@@ -48,7 +46,10 @@ def read(folder: Path) -> Dictionary:
 def site(folder: Path) -> str | None:
     """Our name of the site where it was trained; None if the store does not have it, or its source has no site."""
     path = stored(folder) / ARTIFACT
-    return optional_field(optional_field(_batches(folder), "stream", dict, path) or {}, "site", str, path)
+    name = optional_field(optional_field(_batches(folder), "stream", dict, path) or {}, "site", str, path)
+    if name is not None and name.partition(".")[0] not in SITES:
+        raise UserError(f"{path}: stream.site is {shown(name)}, which is none of {', '.join(SITES)}.")
+    return name
 
 
 def model(folder: Path) -> Mapping[str, Any]:

@@ -102,6 +102,9 @@ class Dictionary(nn.Module, ABC):
         """bool `[m]`. Where nothing counted how often latents fire, none is called dead."""
         return torch.zeros(self.dict_size, dtype=torch.bool, device=self.W_dec.device)
 
+    def require_sound(self) -> None:
+        """Called when weights were read from a file. Raises UserError where they do not fit together."""
+
     def decode(self, codes: Codes) -> Tensor:
         """codes `[B, m]` -> x_hat `[B, d]`, in normalised space."""
         return sparse.decode(codes, self.W_dec) + self.b_dec

@@ -55,6 +55,7 @@ def load_dictionary(folder: str | Path) -> Dictionary:
         method = rebuilt(description)
         _require_numbers(state, method.state_dict(), folder / WEIGHTS)
         method.load_state_dict(state)
+        method.require_sound()
     except UserError as error:
         raise UserError(f"{folder} contains no readable dictionary: {error}") from error
     except Exception as error:  # constructors raise whatever a damaged description leads to
@@ -115,5 +116,5 @@ def _require_numbers(state: Mapping[str, Tensor], fresh: Mapping[str, Tensor], p
         fits = tensor.dtype in FLOATS if fresh[name].is_floating_point() else tensor.dtype == fresh[name].dtype
         if not fits:
             raise UserError(f"{path}: {name} holds numbers of the kind {tensor.dtype}, not {fresh[name].dtype}.")
-        if is_finite(fresh[name]) and not is_finite(tensor):
+        if is_finite(fresh[name]) and not is_finite(tensor.to(fresh[name].dtype)):
             raise UserError(f"{path}: {name} contains numbers that are NaN or infinite.")

@@ -59,6 +59,13 @@ class Stitched(Dictionary):
         """int64 `[n_kept]`: which latents are kept of a part."""
         return self.get_buffer(f"kept_{number}")
 
+    def require_sound(self) -> None:
+        for number, part in enumerate(self._parts()):
+            kept = self.kept(number)
+            if not torch.equal(kept, kept.unique()) or (len(kept) and not 0 <= kept[0] <= kept[-1] < part.dict_size):
+                raise UserError(f"kept_{number} is no rising list of latents of its part, which has {part.dict_size}.")
+            part.require_sound()
+
     def encode(self, x: Tensor) -> Codes:
         found: list[Codes] = [part.encode(x) for part in self._parts()]
         if all(isinstance(codes, DenseCodes) for codes in found):
