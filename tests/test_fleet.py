@@ -109,9 +109,9 @@ def test_settings_that_do_not_fit_are_reported_and_the_other_dictionaries_are_tr
     unknown = request("topk", _target_="core.methods.no_such_file.TopK")
     prefetch([bad, good, unknown], run("store"))
     err = capfd.readouterr().err
-    assert "not trained together: method.k is 65" in err and "there is no module core.methods.no_such_file" in err
+    assert "not trained together: method.k: 65" in err and "there is no module core.methods.no_such_file" in err
     assert Store(run("store").artifacts_dir).has(KIND, good.spec)
-    with pytest.raises(UserError, match=r"method\.k is 65"):
+    with pytest.raises(UserError, match=r"method\.k: 65"):
         load_or_train(bad, run("store"))
 
 
@@ -177,9 +177,10 @@ def test_a_manifest_may_name_only_methods_of_this_project(setting, tmp_path):
     load_or_train(request("topk"), run("store"))
     folder = Store(run("store").artifacts_dir).path(KIND, request("topk").spec)
     manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "artifact.json").unlink()  # its hash would not fit
     for name in ("os.system", "core.fleet.Fleet", "core.methods.base.nn"):
         (folder / "manifest.json").write_text(json.dumps({**manifest, "class": name}))
-        with pytest.raises(UserError, match=rf"^{re.escape(name)}(: only classes below| is no dictionary)"):
+        with pytest.raises(UserError, match=rf"{re.escape(name)}(: only classes below| is no dictionary)"):
             load_dictionary(folder)
     with pytest.raises(UserError, match="no trained dictionary"):
         load_dictionary(tmp_path)
