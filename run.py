@@ -12,10 +12,11 @@ if __name__ == "__main__":  # until the handlers stand, and after them, a signal
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
 
+import atexit
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -138,8 +139,18 @@ def message_of(error: Exception) -> str | None:
     return f"{error}{cause}"
 
 
+def leave(code: int) -> NoReturn:
+    """End the process. After a stop, at once: taking large libraries apart can take seconds."""
+    if code > 128:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
     if len(sys.argv) == 1:
         print(list_experiments())
         sys.exit(0)
-    sys.exit(main())
+    leave(main())

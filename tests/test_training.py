@@ -167,6 +167,26 @@ def test_a_sigterm_that_lightning_noted_before_the_first_chunk_is_not_lost(
     assert module.steps == [] and not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize(("number_of_chunk", "steps"), [(0, []), (1, [0, 1]), (4, [0, 1, 2, 3, 4])])
+def test_a_signal_while_a_chunk_is_prepared_stops_at_once_if_it_is_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number_of_chunk: int, steps: list[int]
+):
+    """As while text is harvested, which takes long. Later chunks are finished, with a checkpoint."""
+
+    def numbers(self: Numbers) -> Iterator[torch.Tensor]:
+        for number in range(N):
+            if number == number_of_chunk:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield torch.tensor(float(number))
+
+    monkeypatch.setattr(Numbers, "__iter__", numbers)
+    module = Walk()
+    with pytest.raises(Interrupted):
+        fit(tmp_path / "a", module, seconds=0)
+    assert module.steps[:number_of_chunk] == steps[:number_of_chunk] and len(module.steps) <= len(steps)
+    assert (tmp_path / "a").exists() == bool(steps)
+
+
 def test_outside_the_main_thread_a_training_runs_without_handlers(tmp_path: Path, whole: torch.Tensor):
     module = Walk()
     thread = threading.Thread(target=lambda: fit(tmp_path / "a", module))
