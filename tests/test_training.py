@@ -16,7 +16,7 @@ import torch
 
 from core import training
 from core.errors import UserError
-from core.interrupts import Interrupted
+from core.interrupts import Interrupted, handled_by, stop_at_once
 from core.runtime import Runtime
 from core.training import Checkpoints, Work, digest_file, discard_finished, is_whole, make_trainer
 
@@ -181,7 +181,7 @@ def test_a_signal_while_a_chunk_is_prepared_stops_at_once_if_it_is_the_first(
 
     monkeypatch.setattr(Numbers, "__iter__", numbers)
     module = Walk()
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted), handled_by(stop_at_once):  # as around every run
         fit(tmp_path / "a", module, seconds=0)
     assert module.steps[:number_of_chunk] == steps[:number_of_chunk] and len(module.steps) <= len(steps)
     assert (tmp_path / "a").exists() == bool(steps)
