@@ -50,7 +50,7 @@ def test_a_text_is_a_near_duplicate_if_most_of_its_long_lines_were_seen():
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> BundledText:
-    return BundledText(0.02, tmp_path_factory.mktemp("artifacts"))
+    return BundledText(0.02, artifacts_dir=tmp_path_factory.mktemp("artifacts"))
 
 
 def test_the_corpus_has_all_four_kinds_and_no_document_twice(corpus):
@@ -77,7 +77,7 @@ def test_the_order_of_documents_depends_only_on_the_seed(corpus):
 def test_a_second_harvest_is_read_from_the_cache(corpus, monkeypatch):
     folder = corpus.folder()
     monkeypatch.setattr("core.text.bundled.harvest", lambda mb: pytest.fail("harvested again"))
-    assert BundledText(0.02, corpus.store.root).folder() == folder
+    assert BundledText(0.02, artifacts_dir=corpus.store.root).folder() == folder
 
 
 def test_harvesting_twice_gives_the_same_documents():
@@ -86,7 +86,7 @@ def test_harvesting_twice_gives_the_same_documents():
 
 def test_a_budget_that_is_not_positive_is_an_error_that_names_the_setting(tmp_path):
     with pytest.raises(ValueError, match=r"data\.mb_per_package"):
-        BundledText(0, tmp_path)
+        BundledText(0, artifacts_dir=tmp_path)
 
 
 def test_a_missing_lock_file_is_named_in_the_error(tmp_path: Path):
