@@ -23,6 +23,7 @@ from core.interop.loading import load
 from core.methods.batchtopk import BatchTopK
 from core.methods.pretrained import Pretrained
 from core.methods.saved import load_dictionary, save_dictionary
+from core.methods.settings import BEFORE
 from core.methods.stitched import Stitched
 from tests.test_reading import FUZZ, mutations
 
@@ -114,7 +115,7 @@ def our_own() -> BatchTopK:
     method = BatchTopK(
         d_model=D, dict_size=M, k=2, use_enc_bias=False, threshold_rule="ema", threshold_ema_rate=0.5, aux="none",
         aux_coefficient=0.0, k_aux=1, lr=1e-3, betas=(0.9, 0.99), input_norm="token_std", seed=0, decoder_norm="none",
-        dead_after_tokens=64, grad_clip=1.0, warmup_steps=0, decay_fraction=0.0, path="auto",
+        dead_after_tokens=64, grad_clip=1.0, warmup_steps=0, decay_fraction=0.0, path="auto", **BEFORE,
     )  # fmt: skip
     method.threshold.fill_(0.1)
     return method.eval()
