@@ -16,14 +16,16 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from core.atomic import NOT_A_LIST, damage
 from core.errors import UserError
 from core.reading import field, kind_of, optional_field, read_object, read_rows, read_table
 from core.results import FAILED, RESULTS, SCALES
 from reports.left_out import described, note
-from reports.side_files import MAX_BYTES, SCALARS, SideTable
+from reports.side_files import ALTERED, MAX_BYTES, SCALARS, SideTable
 
 HISTOGRAM = SideTable("l0_histogram.parquet", {"l0": "filled", "count": "filled", "count_without_bos": "filled"})
 RUNS = "runs.parquet"
+ENDINGS = (".json", ".parquet")  # of the files beside results.json that the report reads
 EXPERIMENT = re.compile(r"\w[\w.-]{0,99}")
 MAX_RUNS = 20_000  # of a cell
 MAX_DEPTH = 50  # of settings
@@ -107,6 +109,7 @@ def read_cells(outputs: Path) -> list[Cell]:
 def _cells(path: Path) -> list[Cell]:
     """The runs of one cell. Raises UserError."""
     record, folder = _record(path), path.parent
+    altered = _altered(optional_field(record, "files", dict, path) or {}, folder, path)
     config = field(record, "config", dict, path)
     for key, kind in CIRCUMSTANCES.items():
         optional_field(record, key, kind, path)
@@ -115,12 +118,14 @@ def _cells(path: Path) -> list[Cell]:
         scale=record["scale"],
         seed=field(record, "seed", int, path),
         folder=folder,
-        metrics=_numbers(field(record, "metrics", dict, path), folder) | _l0_range(folder),
+        metrics=_numbers(field(record, "metrics", dict, path), folder)
+        | ({} if HISTOGRAM.name in altered else _l0_range(folder)),
         settings=dict(_flat(config, path)),
         record={
             **dict.fromkeys(CIRCUMSTANCES, NOT_RECORDED),
             "versions": {},
             "seconds": field(record, "seconds", float, path),
+            ALTERED: altered,
             **{key: value for key, value in record.items() if key not in ("metrics", "config") and value is not None},
         },
     )
@@ -129,6 +134,23 @@ def _cells(path: Path) -> list[Cell]:
     if isinstance(seeds := config.get("seeds"), list):
         raise UserError(f"{folder / RUNS} is missing. The cell's own metrics are means over its {len(seeds)} seeds.")
     return [cell]
+
+
+def _altered(files: Mapping[str, Any], folder: Path, path: Path) -> frozenset[str]:
+    """The tables that results.json lists, and that are missing or not those that the run wrote. They are left out and
+    named. Raises UserError where the table of runs is one of them, and for a list that is none."""
+    altered: dict[str, str] = {}
+    try:
+        for name, entry in files.items():
+            if Path(name).suffix in ENDINGS and (wrong := damage(folder, {name: entry})):
+                altered[name] = wrong
+    except (*NOT_A_LIST, OSError) as error:
+        raise UserError(f"{path}: the list of files cannot be read ({type(error).__name__}).") from error
+    if RUNS in altered:
+        raise UserError(f"{folder}: {altered[RUNS]}.")
+    for name, wrong in altered.items():
+        note(folder / name, wrong)
+    return frozenset(altered)
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from reports.left_out import note
 Kind = Literal["number", "filled", "text"]  # numbers, some of which may be missing; numbers without gaps; texts
 MAX_ROWS = 2_000_000
 MAX_BYTES = 2**29  # of a table in memory
+ALTERED = "altered files"  # in a cell's record: the names of those that are not what the run wrote
 SCALARS = (str, int, float, bool, type(None))
 
 
@@ -30,6 +31,9 @@ class InFolder(Protocol):
 
     @property
     def folder(self) -> Path: ...
+
+    @property
+    def record(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class SideTable:
 
     def beside(self, cell: InFolder) -> pd.DataFrame | None:
         """The table of one cell; None if it has none, or one that cannot be used. That one is noted."""
-        return self.at(cell.folder)
+        return None if self.name in cell.record.get(ALTERED, ()) else self.at(cell.folder)
 
     def at(self, folder: Path) -> pd.DataFrame | None:
         """As `beside`, in a folder."""
@@ -126,7 +130,7 @@ class Listing(NamedTuple):
 def listing(cell: InFolder) -> Listing | None:
     """What `table.json` beside a cell's results holds; None if it has none, or one that cannot be used (noted)."""
     path = cell.folder / TABLE
-    if not os.path.lexists(path):
+    if TABLE in cell.record.get(ALTERED, ()) or not os.path.lexists(path):
         return None
     try:
         return _listing(path)

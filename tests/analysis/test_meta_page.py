@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from core.analysis.meta_page import TEMPLATE, Latent, MetaLatent, write_page
+from tests.reports.test_render import INJECTIONS, Elements
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\">&amp;${x}\u2028"
@@ -45,6 +46,19 @@ def test_the_page_needs_nothing_else_and_names_what_is_missing(tmp_path: Path):
 def test_numbers_that_json_does_not_know_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="JSON"):
         write_page(tmp_path / "p.html", "", "", [Latent(0, [], float("nan"), [], [])], [], 1)
+
+
+@pytest.mark.parametrize("text", INJECTIONS)
+def test_no_token_or_title_is_more_than_text(text: str, tmp_path: Path):
+    """The page has the elements of its template; what the tokens say stands in its data alone."""
+    latent, meta = Latent(0, [text], 0.5, [(text, text, text)], [(0, 1.0)]), MetaLatent(0, [text], 1, [0])
+    write_page(tmp_path / "p.html", text, text, [latent], [meta], 1)
+    whole, template = Elements((tmp_path / "p.html").read_text()), Elements(TEMPLATE.read_text())
+    assert [tag for tag, _ in whole.found] == [tag for tag, _ in template.found]
+    page = (tmp_path / "p.html").read_text()
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    shown = text.encode("utf-8", "replace").decode()
+    assert data["latents"][0][1] == [shown] and data["metas"][0][1] == [shown]
 
 
 def in_browser(page: Path, steps: str, folder: Path, size: str = "1300,900") -> dict[str, Any]:

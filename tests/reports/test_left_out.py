@@ -12,8 +12,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from core.atomic import _entry
 from core.errors import UserError
-from reports.collect import Cell, found, read_cells, read_failures, with_kept
+from reports.collect import HISTOGRAM, Cell, found, read_cells, read_failures, with_kept
 from reports.culprits import on_the_rest, ordinary_first
 from reports.left_out import Omission, described, note, nothing_left_out, noting
 from reports.matching import order
@@ -177,6 +178,52 @@ def test_a_stacked_cell_without_its_runs_is_not_taken_for_one_run(tmp_path: Path
     cells, [omission] = read(tmp_path)
     assert {cell.folder for cell in cells} == set(folders[1:])
     assert "runs.parquet is missing. The cell's own metrics are means over its 2 seeds." in omission.why
+
+
+def listed(folder: Path, **changes: Any) -> None:
+    """Let results.json list the files beside it, as a run does."""
+    files = [path for path in folder.iterdir() if path.name != "results.json"]
+    changed(folder, files={path.name: _entry(path) for path in files} | changes)
+
+
+def test_a_table_that_is_not_the_one_that_the_run_wrote_is_not_shown(tmp_path: Path):
+    folders = batchtopk(tmp_path)
+    for folder in folders[:3]:
+        listed(folder)
+    pd.DataFrame({"l0": [1, 2], "count": [1, 1], "count_without_bos": [1, 1]}).to_parquet(
+        folders[0] / "l0_histogram.parquet"
+    )
+    (folders[1] / "l0_histogram.parquet").unlink()
+    cells, omissions = read(tmp_path)
+    shown = [cell.folder for cell in cells if HISTOGRAM.has(cell)]
+    assert shown == [folder for folder in sorted(folders) if folder not in folders[:2]]
+    assert ["l0_highest" in cell.metrics for cell in cells if cell.folder in folders[:3]] == [False, False, True]
+    assert {omission.what: omission.why.partition(" bytes")[0] for omission in omissions} == {
+        str(folders[0] / "l0_histogram.parquet"): omissions[0].why.partition(" bytes")[0],
+        str(folders[1] / "l0_histogram.parquet"): "l0_histogram.parquet is missing",
+    }
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_runs_that_are_not_those_that_were_written_leave_the_cell_out(gone: bool, tmp_path: Path):
+    folders = stacks(tmp_path)
+    listed(folders[0])
+    path = folders[0] / "runs.parquet"
+    if gone:
+        path.unlink()
+    else:
+        pd.read_parquet(path).assign(**{"metrics.latent_mcc": 0.99}).to_parquet(path)
+    cells, [omission] = read(tmp_path)
+    assert {cell.folder for cell in cells} == set(folders[1:])
+    assert "runs.parquet is missing" in omission.why if gone else "runs.parquet has " in omission.why
+
+
+@pytest.mark.parametrize("entry", [None, 3, {}, {"bytes": "many", "sha256": 1}, {"bytes": 1e400, "sha256": ""}, []])
+def test_a_list_of_files_that_is_none_is_an_error_of_the_file(entry: Any, tmp_path: Path):
+    folders = batchtopk(tmp_path)
+    listed(folders[0], **{"a.parquet": entry})
+    cells, [omission] = read(tmp_path)
+    assert len(cells) == 15 and "the list of files cannot be read" in omission.why
 
 
 def test_what_is_no_file_is_left_out(tmp_path: Path):
