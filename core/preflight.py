@@ -278,7 +278,7 @@ class Cell:
                 continue  # experiments set the learning rate and its like for every method
             where = f"{path}.{key}"
             if key not in names:
-                self.problems.append(f"{where}: there is no such setting here.{nearest(key, names, f'{path}.')}")
+                self.problems.append(f"{where}: there is no such setting.{nearest(key, names, f'{path}.')}")
             elif isinstance(value, dict) and "_target_" in value:
                 self.check_target(where, value, role)
             else:
