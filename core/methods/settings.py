@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any, ClassVar, Literal
 
 from core.checked import Checked, at_least, between, positive, rule
-from core.errors import UserError
+from core.errors import UserError, shown
 from core.input_norm import Normalisation
 from core.methods.centre import BDecInit
 from core.methods.dictionary import Dictionary
@@ -81,13 +81,13 @@ def method_class(name: str) -> type[Dictionary]:
     """The class of a full name. Raises UserError unless it is a dictionary below `core.methods`."""
     module, _, attribute = name.rpartition(".")
     if not module.startswith("core.methods."):
-        raise UserError(f"{name}: only classes below core.methods are loaded.")
+        raise UserError(f"{shown(name)}: only classes below core.methods are loaded.")
     try:
         cls = getattr(import_module(module), attribute, None)
     except ModuleNotFoundError as error:
-        raise UserError(f"{name}: there is no module {module}.") from error
+        raise UserError(f"{shown(name)}: there is no module {shown(module)}.") from error
     if not (isinstance(cls, type) and issubclass(cls, Dictionary)):
-        raise UserError(f"{name} is no dictionary-learning method.")
+        raise UserError(f"{shown(name)} is no dictionary-learning method.")
     return cls
 
 
