@@ -127,7 +127,10 @@ class Cell:
                 self.problems.append(f"{where}.calibration_batches: {words}")
         own = getattr(module, "check", None)
         if own is not None and not self.problems:
-            self._try(lambda: own(self.cfg))
+            try:
+                self._try(lambda: own(self.cfg))
+            except OmegaConfBaseException as error:  # a setting that the experiment asks for, such as one of `stream`
+                self.problems.append(f"{error.full_key}: the experiment needs this setting, and it is not there.")
 
     def write_numbers(self) -> None:
         """Numbers that were written as texts, or as floats where whole numbers are meant, become numbers."""

@@ -74,7 +74,7 @@ def test_a_cell_asks_for_the_dictionaries_that_it_looks_at():
         (["rows=all"], "rows: 'all' must be one of base, family"),
         (["base=4"], "base=4 is no place"),
         (["detail=true", "base=0"], "the small one comes before"),
-        (["rows=family", "family=[{dict_size: 64}]", "base=0"], "family has 1 dictionaries"),
+        (["rows=family", "family=[{dict_size: 64}]", "base=0"], "family has 1 dictionary"),
         (["detail=true", "n_replacing=3", "base=2"], "n_replacing=3"),
     ],
 )
