@@ -144,9 +144,9 @@ def kind_of(value: object) -> str:
     return _KINDS.get(type(value), type(value).__name__)
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None, most_bytes: int = MAX_TABLE_BYTES) -> pa.Table:
+def read_table(path: Path, columns: Sequence[str] | None = None, most_bytes: int | None = None) -> pa.Table:
     """A Parquet table, or some of its columns. Raises UserError for a file that is missing, damaged or not Parquet, for
-    a column that it lacks, and for a table that would need more than `most_bytes` of memory."""
+    a column that it lacks, and for a table that would need more memory than `most_bytes` (None: 4 GiB)."""
     if not path.is_file():
         raise UserError(f"{path} is missing.")
     try:
@@ -156,7 +156,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None, most_bytes: int
                 raise UserError(f"{path} has no column {', '.join(missing)}.")
             declared = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
             n_columns = len(columns or file.schema_arrow.names)
-            if max(declared, 8 * file.metadata.num_rows * n_columns) > most_bytes:
+            if max(declared, 8 * file.metadata.num_rows * n_columns) > (most_bytes or MAX_TABLE_BYTES):
                 raise UserError(f"{path} declares {file.metadata.num_rows:,} rows of {declared:,} bytes: too many.")
             return file.read(columns=None if columns is None else list(columns))
     except UserError:
@@ -165,9 +165,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None, most_bytes: int
         raise UserError(f"{path} is not a whole Parquet table ({_cause(error)}).") from error
 
 
-def read_rows(
-    path: Path, columns: Sequence[str] | None = None, most_bytes: int = MAX_TABLE_BYTES
-) -> list[dict[str, Any]]:
+def read_rows(path: Path, columns: Sequence[str] | None = None, most_bytes: int | None = None) -> list[dict[str, Any]]:
     """The rows of a Parquet table, by column. Raises UserError as `read_table`, and for values that are no values."""
     table = read_table(path, columns, most_bytes)
     try:
