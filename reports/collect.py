@@ -29,6 +29,9 @@ ENDINGS = (".json", ".parquet")  # of the files beside results.json that the rep
 EXPERIMENT = re.compile(r"\w[\w.-]{0,99}")
 MAX_RUNS = 20_000  # of a cell
 MAX_DEPTH = 50  # of settings
+MAX_RECORD_BYTES = 16 * 2**20  # of a results.json
+MAX_FILES = 1000  # that a results.json lists
+MAX_NAMED = 20  # metrics of one file that are named one by one
 LARGEST_EXACT = 2**53  # a larger integer is a float to numpy in any case
 CIRCUMSTANCES: Mapping[str, type] = {"commit": str, "device": str, "versions": dict}
 NOT_RECORDED = "not recorded"
@@ -140,6 +143,8 @@ def _altered(files: Mapping[str, Any], folder: Path, path: Path) -> frozenset[st
     """The tables that results.json lists, and that are missing or not those that the run wrote. They are left out and
     named. Raises UserError where the table of runs is one of them, and for a list that is none."""
     altered: dict[str, str] = {}
+    if len(files) > MAX_FILES:
+        raise UserError(f"{path} lists {len(files):,} files; a cell has at most {MAX_FILES:,}.")
     try:
         for name, entry in files.items():
             if Path(name).suffix in ENDINGS and (wrong := damage(folder, {name: entry})):
@@ -157,6 +162,8 @@ def _record(path: Path) -> dict[str, Any]:
     """What results.json or failed.json holds, if it names an experiment and a scale. Raises UserError."""
     if not path.is_file():
         raise UserError(f"{path} is not a file.")
+    if (n_bytes := path.stat().st_size) > MAX_RECORD_BYTES:
+        raise UserError(f"{path} has {n_bytes:,} bytes; the report reads up to {MAX_RECORD_BYTES:,}.")
     record = read_object(path)
     experiment, scale = (field(record, key, str, path) for key in ("experiment", "scale"))
     if not EXPERIMENT.fullmatch(experiment):
@@ -168,13 +175,18 @@ def _record(path: Path) -> dict[str, Any]:
 
 def _numbers(metrics: Mapping[str, Any], folder: Path) -> dict[str, float]:
     """The metrics that are finite numbers. The others are left out and named."""
-    numbers = {}
+    good = {name: value for name, value in metrics.items() if is_number(value)}
+    _name_wrong({name: value for name, value in metrics.items() if name not in good}, folder)
+    return {name: value if abs(value) < LARGEST_EXACT else float(value) for name, value in good.items()}
+
+
+def _name_wrong(metrics: Mapping[str, Any], folder: Path) -> None:
+    """Name the metrics that are no numbers, or how many there are of them."""
+    if len(metrics) > MAX_NAMED:
+        note(f"{len(metrics):,} metrics of {folder}", f"they are not finite numbers, such as {next(iter(metrics))}")
+        return
     for name, value in metrics.items():
-        if is_number(value):
-            numbers[name] = value if abs(value) < LARGEST_EXACT else float(value)
-        else:
-            note(f"the metric {name} of {folder}", f"it is {kind_of(value)}, not a finite number")
-    return numbers
+        note(f"the metric {name} of {folder}", f"it is {kind_of(value)}, not a finite number")
 
 
 def is_number(value: object) -> bool:
@@ -310,15 +322,17 @@ def _runs(cell: Cell) -> list[Cell]:
     if not 0 < n_runs <= MAX_RUNS:
         raise UserError(f"{path} has {n_runs:,} rows; a cell has at least one and at most {MAX_RUNS:,} runs.")
     shared = {name: cell.metrics[name] for name in OF_THE_CELL if name in cell.metrics}
-    cells = []
+    cells, wrong = [], dict[str, Any]()
     for row in read_rows(path, most_bytes=MAX_BYTES):
         known = {key: value for key, value in _flat(row, path) if value is not None and value == value}
         emptied = {key: None for key in row.keys() - known.keys() if key in cell.settings}
         own = {key.removeprefix(METRIC): known.pop(key) for key in list(known) if key.startswith(METRIC)}
-        own = {name: float(value) for name, value in _numbers(own, path).items()}
+        wrong = {name: value for name, value in own.items() if not is_number(value)} | wrong
+        own = {name: float(value) for name, value in own.items() if is_number(value)}
         seed = field({"seed": cell.seed, **known}, "seed", int, path)
         settings = {**cell.settings, **emptied, **known}
         cells.append(replace(cell, seed=seed, metrics={**shared, **own}, settings=settings))
+    _name_wrong(wrong, path)
     return cells
 
 

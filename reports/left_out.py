@@ -24,13 +24,29 @@ class Omission(NamedTuple):
     why: str
 
 
-_noted: ContextVar[list[Omission] | None] = ContextVar("_noted", default=None)
+class Omissions(list[Omission]):
+    """Each omission once, in the order in which they were met."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[Omission] = set()
+
+    def is_new(self, omission: Omission) -> bool:
+        """Whether it was not there yet; it is from now on."""
+        if omission in self._seen:
+            return False
+        self._seen.add(omission)
+        self.append(omission)
+        return True
+
+
+_noted: ContextVar[Omissions | None] = ContextVar("_noted", default=None)
 
 
 @contextmanager
 def noting() -> Iterator[list[Omission]]:
     """The list to which `note` adds inside."""
-    omissions: list[Omission] = []
+    omissions = Omissions()
     token = _noted.set(omissions)
     try:
         yield omissions
@@ -53,10 +69,8 @@ def note(what: object, why: object) -> None:
     """Say what is left out and why; once for each inside `noting`."""
     omission = Omission(plain(what), plain(why))
     noted = _noted.get()
-    if noted is None or omission not in noted:
+    if noted is None or noted.is_new(omission):
         print(f"left out: {omission.what}: {omission.why}", file=sys.stderr)
-        if noted is not None:
-            noted.append(omission)
 
 
 def described(error: BaseException) -> str:

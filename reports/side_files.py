@@ -21,6 +21,7 @@ from reports.left_out import note
 
 Kind = Literal["number", "filled", "text"]  # numbers, some of which may be missing; numbers without gaps; texts
 MAX_ROWS = 2_000_000
+MAX_LISTED = 2000  # rows of a table.json
 MAX_BYTES = 2**29  # of a table in memory
 ALTERED = "altered files"  # in a cell's record: the names of those that are not what the run wrote
 SCALARS = (str, int, float, bool, type(None))
@@ -144,6 +145,8 @@ def _listing(path: Path) -> Listing:
         raise UserError(f"{path} is not a file.")
     content = read_object(path)
     rows, notes = field_of(content, "rows", list, path), field_of(content, "notes", list, path)
+    if len(rows) > MAX_LISTED:
+        raise UserError(f"{path} has {len(rows):,} rows; the report shows up to {MAX_LISTED:,}.")
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UserError(f"{path}: row {number} is {kind_of(row)}, not an object with keys.")

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from reports.collect import HISTOGRAM, Cell, found, read_cells, read_failures, w
 from reports.culprits import on_the_rest, ordinary_first
 from reports.left_out import Omission, described, note, nothing_left_out, noting
 from reports.matching import order
+from reports.side_files import listing
 from tests.reports.trees import CONTENTS, batchtopk, stacks
 
 
@@ -126,6 +128,23 @@ def test_a_metric_that_is_no_number_is_left_out_alone(value: Any, named: str, tm
     before.pop(folders[2])
     assert after == before
     assert omission == (f"the metric l0_mean of {folders[2]}", f"it is {named}, not a finite number")
+
+
+def test_files_that_are_too_large_for_a_report_are_left_out_unread(tmp_path: Path):
+    folders = batchtopk(tmp_path)
+    changed(folders[0], metrics={f"m{i}": None for i in range(3000)} | {"fve": 0.5})
+    changed(folders[1], note="x" * 17_000_000)
+    changed(folders[2], files={f"{i}.parquet": 1 for i in range(1001)})
+    (folders[3] / "table.json").write_text(json.dumps({"rows": [{}] * 2001, "notes": []}))
+    started = time.process_time()
+    with noting() as omissions:
+        cells = read_cells(tmp_path)
+        assert listing(next(cell for cell in cells if cell.folder == folders[3])) is None
+    assert time.process_time() - started < 5 and len(cells) == 14
+    named = {omission.what: omission.why for omission in omissions}
+    assert len(named) == 4 and "such as m0" in named[f"3,000 metrics of {folders[0]}"]
+    assert "results.json has 17,0" in named[str(folders[1])] and "lists 1,001 files" in named[str(folders[2])]
+    assert "table.json has 2,001 rows" in named[str(folders[3] / "table.json")]
 
 
 def test_large_numbers_are_numbers_and_small_ones_stay_what_they_are(tmp_path: Path):
