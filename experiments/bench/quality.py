@@ -45,7 +45,7 @@ from experiments.bench.train_step import peers_python
 from experiments.common import held_out_rows, language_model, source
 
 SETTINGS = QualitySettings
-OURS, RUNS = "ours", "runs.parquet"
+OURS, BY_SEED = "ours", "by_seed.parquet"
 ACTIVATIONS, TRAIN, HELD_OUT = "activations", "train.npy", "held_out.npy"
 CALIBRATION_BATCHES = 32  # of the training, that our threshold is measured on
 
@@ -97,13 +97,13 @@ def run(cfg: DictConfig) -> dict[str, float]:
     scores: dict[str, list[Score]] = {}
     with threads(cfg.threads), torch.no_grad():
         score = partial(scored, x=x, kind=cfg.kind, k=cfg.k)
-        scores[OURS] = [score(own_weights(cfg, folder / TRAIN, seed, device)) for seed in cfg.seeds]
+        scores[OURS] = [score(own_weights(cfg, folder / TRAIN, seed, device)) for seed in cfg.training_seeds]
         found, versions, notes = peer_weights(cfg, folder / TRAIN, device)
         scores |= {peer: [score(weights) for weights in found[peer]] for peer in found}
-    save_runs(cfg, scores)
+    save_seeds(cfg, scores)
     lines = [line(who, each, scores[OURS], versions.get(who, "")) for who, each in scores.items()]
     sizes = f"B {cfg.stream.batch_size}, m {cfg.dict_size}, k {cfg.k}, {cfg.n_steps} steps, lr {cfg.lr}"
-    where = f"{language_model(cfg).name}, {cfg.stream.site}, {cfg.input_norm}, {len(cfg.seeds)} seeds"
+    where = f"{language_model(cfg).name}, {cfg.stream.site}, {cfg.input_norm}, {len(cfg.training_seeds)} seeds"
     save_table(Path(cfg.cell_folder), lines, [f"{cfg.kind}, {sizes}", where, hardware(device, cfg.threads), *notes])
     return {name: value for who, each in scores.items() for name, value in metrics(who, each, scores[OURS]).items()}
 
@@ -190,13 +190,13 @@ def peer_weights(
                 k=cfg.k,
                 lr=cfg.lr,
                 decay_fraction=cfg.decay_fraction,
-                seeds=list(cfg.seeds),
+                seeds=list(cfg.training_seeds),
                 n_threads=cfg.threads,
                 device=device.type,
             )
             try:
                 versions[peer] = train_peer(case, python)
-                found[peer] = [Weights.read(Path(folder) / f"{seed}.npz", device) for seed in cfg.seeds]
+                found[peer] = [Weights.read(Path(folder) / f"{seed}.npz", device) for seed in cfg.training_seeds]
             except peers.PeerError as error:
                 notes.append(f"{peer}: left out, {error}")
     for note in notes:
@@ -268,11 +268,11 @@ def line(who: str, each: Sequence[Score], ours: Sequence[Score], version: str) -
     }
 
 
-def save_runs(cfg: DictConfig, scores: Mapping[str, Sequence[Score]]) -> None:
-    """`RUNS`: a row for each library and seed."""
+def save_seeds(cfg: DictConfig, scores: Mapping[str, Sequence[Score]]) -> None:
+    """`BY_SEED`: a row for each library and seed."""
     rows: list[dict[str, Any]] = [
         {"who": who, "seed": seed, **asdict(score)}
         for who, each in scores.items()
-        for seed, score in zip(cfg.seeds, each, strict=True)
+        for seed, score in zip(cfg.training_seeds, each, strict=True)
     ]
-    write_table(pd.DataFrame(rows), Path(cfg.cell_folder) / RUNS)
+    write_table(pd.DataFrame(rows), Path(cfg.cell_folder) / BY_SEED)

@@ -251,7 +251,7 @@ class QualitySettings(Checked):
     n_steps: int = at_least(1)
     lr: float = rule(lambda lr: lr > 0, "be positive")
     decay_fraction: float = between(0, 1)
-    seeds: tuple[int, ...] = not_empty()
+    training_seeds: tuple[int, ...] = not_empty()
     input_norm: Normalisation
     methods: Mapping[str, Any] = not_empty()
     peers_python: str | None = not_empty()

@@ -90,7 +90,7 @@ def test_a_shorter_training_sees_the_first_batches_of_a_longer_one(rows: Path):
         ("kind=jumprelu", "kind: 'jumprelu' must be one of batchtopk, topk"),
         ("lr=0", "lr: 0.0 must be positive"),
         ("peers=[saelense]", "saelense"),
-        ("seeds=[]", "seeds"),
+        ("training_seeds=[]", "training_seeds"),
         ("decay_fraction=2", "decay_fraction: 2.0 must lie between 0 and 1"),
     ],
 )
@@ -107,7 +107,7 @@ def test_the_demo_grid_is_the_whole_comparison():
         "lr": {"0.002", "0.004"},
         "k": {"8", "16", "32"},
     }
-    assert list(composed("experiment=bench_quality", "scale=demo").seeds) == [0, 1, 2]
+    assert list(composed("experiment=bench_quality", "scale=demo").training_seeds) == [0, 1, 2]
 
 
 # ---- a run
@@ -131,7 +131,7 @@ def test_without_peers_ours_is_scored_alone_and_equal_runs_are_equal(shared: Pat
     again, _ = ran(shared, f"b_{kind}", f"kind={kind}", "peers=[]")
     assert metrics == again and 0 < metrics["fvu_ours"] < 1
     assert ("threshold_l0_ours" in metrics) == (kind == "batchtopk")
-    table = pd.read_parquet(folder / quality.RUNS)
+    table = pd.read_parquet(folder / quality.BY_SEED)
     assert list(table["seed"]) == [0, 1] and table["fvu"].mean() == pytest.approx(metrics["fvu_ours"])
 
 
