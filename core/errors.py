@@ -17,8 +17,7 @@ class UserError(ValueError):
 
 def lack_of_memory(error: BaseException) -> UserError | None:
     """The message for an error that comes from a lack of memory, however a library words it; None for any other."""
-    link: BaseException | None = error
-    while link is not None:
+    for link in chain_of(error):
         words = f"{type(link).__name__}: {str(link).strip().partition(chr(10))[0]}".rstrip(": ")
         if isinstance(link, MemoryError) or (not isinstance(link, UserError) and OF_MEMORY.search(words)):
             return UserError(
@@ -26,8 +25,16 @@ def lack_of_memory(error: BaseException) -> UserError | None:
                 "programs, or lower what takes most: stream.buffer_tokens, method.dict_size, trainer.processes, "
                 "trainer.cell_processes."
             )
-        link = link.__cause__ or link.__context__
     return None
+
+
+def chain_of(error: BaseException | None) -> list[BaseException]:
+    """The error, what caused it, and so on. Chains can be circles: an error may be raised again from its own cause."""
+    chain: list[BaseException] = []
+    while error is not None and not any(error is link for link in chain):
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
 
 
 class NonFiniteLoss(RuntimeError):  # noqa: N818  (it names an event, not a mistake)

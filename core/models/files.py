@@ -26,7 +26,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from core import hub
 from core.artifacts import content_key
-from core.errors import UserError
+from core.errors import UserError, chain_of
 from core.inputs import file_hash, note_commit, note_file
 from core.interrupts import raise_if_interrupted
 from core.reading import POINTER, read_object
@@ -274,7 +274,7 @@ def _first(names: list[str], n: int = 3) -> str:
 
 def _not_reached(source: str, repo: str, revision: str, error: BaseException) -> str:
     """One sentence on why a repository cannot be read, with a way out."""
-    causes = causes_of(error)
+    causes = chain_of(error)
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         url = f"https://huggingface.co/{repo}"
         return f"model.source: {source} is gated. Accept its licence at {url} and set HF_TOKEN, or use model=bundled."
@@ -289,7 +289,7 @@ def _not_reached(source: str, repo: str, revision: str, error: BaseException) ->
 
 
 def _not_fetched(files: ModelFiles, name: str, error: BaseException) -> str:
-    causes = causes_of(error)
+    causes = chain_of(error)
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         assert files.repo is not None
         return _not_reached(files.source, files.repo, files.revision, error)
@@ -301,7 +301,7 @@ def _not_fetched(files: ModelFiles, name: str, error: BaseException) -> str:
 
 def _status(error: BaseException) -> str:
     """What the hub or the connection said: the HTTP status, or the first line of the first error."""
-    causes = causes_of(error)
+    causes = chain_of(error)
     for cause in causes:
         if isinstance(cause, HfHubHTTPError):
             hint = ": too many requests, wait a while" if cause.response.status_code == 429 else ""
@@ -322,12 +322,3 @@ def cause_of(error: BaseException) -> str:
 def count(n: int, what: str) -> str:
     """`1 tensor`, `3 tensors`."""
     return f"{n:,} {what}{'' if n == 1 else 's'}"
-
-
-def causes_of(error: BaseException | None) -> list[BaseException]:
-    """An error and those that led to it."""
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    return chain
