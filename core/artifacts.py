@@ -28,12 +28,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from core import atomic
-from core.atomic import NOT_A_LIST, sha256, sync, temporary_name, write_atomically
+from core.atomic import NOT_A_LIST, sync, temporary_name, write_atomically
 from core.errors import UserError
 from core.interrupts import remove_folder
 from core.reading import read_object
-
-__all__ = ["MANIFEST", "Store", "content_key", "damage", "problem", "sha256", "sync", "write_atomically"]
 
 MANIFEST = "artifact.json"
 KEY, TOKEN = re.compile("[0-9a-f]{16}"), re.compile("[0-9a-z_]{8}")  # the parts of an unfinished folder's name

@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from core.artifacts import sha256
+from core.atomic import sha256
 from core.reading import parse_json
 
 HUB, VERSION, FILES = "hub:", "version:", "files:"

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from core import distributed
-from core.artifacts import sha256, sync, write_atomically
+from core.atomic import sha256, sync, write_atomically
 from core.errors import UserError
 from core.hub import COMMITS
 from core.interrupts import Deferred, Interrupted, handled_by, note_signal, remove_folder

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from core.artifacts import write_atomically
+from core.atomic import write_atomically
 from core.errors import UserError
 from reports import figures, render, tables
 from reports.claims import SCALES, Claim, Paper, Scale, load_papers, with_derived

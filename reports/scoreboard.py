@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.artifacts import write_atomically
+from core.atomic import write_atomically
 from core.errors import UserError
 from reports.claims import SCALES, Paper
 from reports.collect import KEPT, folder_of

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from core import artifacts
-from core.artifacts import MANIFEST, Store, content_key, damage, sha256, write_atomically
+from core.artifacts import MANIFEST, Store, content_key, damage
+from core.atomic import sha256, write_atomically
 from core.interrupts import Interrupted
 
 

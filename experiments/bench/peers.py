@@ -18,13 +18,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -78,20 +78,25 @@ class PeerError(RuntimeError):
     """A peer could not be imported, or failed. The message is the last line of its process's output."""
 
 
-def time_peer(case: Case, python: str) -> Timed:
-    """Run a case in its own process. Raises PeerError."""
+def last_line_of(module: str, case: Mapping[str, Any], n_threads: int, python: str) -> str:
+    """The last line that a module prints when it runs a case in a process of its own. Raises PeerError."""
     environment = {
         **os.environ,
-        "OMP_NUM_THREADS": str(case.n_threads),
+        "OMP_NUM_THREADS": str(n_threads),
         "PYTHONPATH": str(ROOT),
         "WANDB_MODE": "disabled",
         "HF_HUB_OFFLINE": "1",
     }
-    command = [python, "-m", "experiments.bench.peers", json.dumps(asdict(case))]
+    command = [python, "-m", module, json.dumps(case)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise PeerError(done.stderr.strip().rpartition("\n")[2])
-    result = json.loads(done.stdout.strip().rpartition("\n")[2])
+    return done.stdout.strip().rpartition("\n")[2]
+
+
+def time_peer(case: Case, python: str) -> Timed:
+    """Run a case in its own process. Raises PeerError."""
+    result = json.loads(last_line_of("experiments.bench.peers", asdict(case), case.n_threads, python))
     return Timed(result["version"], Times(result["seconds"]))
 
 

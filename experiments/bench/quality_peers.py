@@ -11,8 +11,6 @@ Shapes: B rows in the batch, d = d_model, m = dict_size.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -27,7 +25,7 @@ from torch import Tensor
 
 from core.bench import threads
 from core.seeding import generator
-from experiments.bench.peers import PACKAGES, ROOT, Kind, PeerError
+from experiments.bench.peers import PACKAGES, Kind, last_line_of
 
 Peer = Literal["dictionary_learning", "saelens"]
 Arrays = dict[str, np.ndarray]  # W_enc and W_dec [m, d], b_enc [m], b_dec [d]; threshold [] where the library has one
@@ -75,18 +73,7 @@ class Batches:
 
 def train_peer(case: Case, python: str) -> str:
     """Run a case in its own process. Returns the library's version. Raises PeerError."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(case.n_threads),
-        "PYTHONPATH": str(ROOT),
-        "WANDB_MODE": "disabled",
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [python, "-m", "experiments.bench.quality_peers", json.dumps(asdict(case))]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise PeerError(done.stderr.strip().rpartition("\n")[2])
-    return done.stdout.strip().rpartition("\n")[2]
+    return last_line_of("experiments.bench.quality_peers", asdict(case), case.n_threads, python)
 
 
 def dictionary_learning(case: Case, seed: int) -> Arrays:

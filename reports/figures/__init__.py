@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from core.artifacts import write_atomically
+from core.atomic import write_atomically
 from reports import looks
 from reports.claims import PAPERS
 from reports.collect import Cell
