@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 
 from core import distributed
-from core.kernels.codes import Support
+from core.kernels.codes import Support, entries_kept
 from core.kernels.select import Selected, mask_of_largest, select_batchtopk
 
 
-def select_global_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> Selected:
+def select_global_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: float) -> Selected:
     """This rank's part of the W B k largest entries > 0 of x W_enc^T + b_enc over all W ranks: support and values."""
     support, values = select_batchtopk(x, W_enc, b_enc, k * distributed.n_ranks())
     if not distributed.is_active():
         return support, values
-    kept = among_largest(values, k * x.shape[0] * distributed.n_ranks())
+    kept = among_largest(values, entries_kept(k, x.shape[0] * distributed.n_ranks()))
     return Support(support.rows[kept], support.cols[kept], support.shape), values[kept]
 
 
-def mask_of_batchtopk(z: Tensor, k: int) -> Tensor:
+def mask_of_batchtopk(z: Tensor, k: float) -> Tensor:
     """bool `[B, m]`: the same selection, from given pre-activations."""
     flat = z.flatten()
-    n = k * z.shape[0] * distributed.n_ranks()
+    n = entries_kept(k, z.shape[0] * distributed.n_ranks())
     mask = mask_of_largest(flat, n)
     if distributed.is_active():
         candidates = mask.nonzero().squeeze(1)

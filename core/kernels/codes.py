@@ -126,6 +126,11 @@ class DenseCodes:
 Codes = SparseCodes | DenseCodes
 
 
+def entries_kept(k: float, B: int) -> int:
+    """How many entries BatchTopK keeps of B rows. k may be a fraction, since it is a mean over rows."""
+    return round(k * B)
+
+
 def entries(codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, columns and values `[n]` of sparse or dense codes, sorted by row and then by column."""
     if isinstance(codes, SparseCodes):

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from core.kernels.codes import Support
+from core.kernels.codes import Support, entries_kept
 from core.kernels.cuda import on_device
 
 GROUPS_PER_ENTRY = 2  # groups per entry wanted: more give a tighter bound but take longer to search
@@ -46,9 +46,9 @@ def topk(z: Tensor, k: int) -> Selected:
     return _selected(z, k, z.shape[0])
 
 
-def batchtopk(z: Tensor, k: int) -> Selected:
+def batchtopk(z: Tensor, k: float) -> Selected:
     """The B k largest entries > 0 of z `[B, m]`, fp32 or bf16: their support and values in fp32."""
-    return _selected(z, k * z.shape[0], 1)
+    return _selected(z, entries_kept(k, z.shape[0]), 1)
 
 
 def _selected(z: Tensor, n: int, segments: int) -> Selected:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from core.kernels.codes import DenseCodes
+from core.kernels.codes import DenseCodes, entries_kept
 
 
 def keep_largest(z: Tensor, n: int) -> Tensor:
@@ -32,11 +32,11 @@ def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, centre: 
 
 
 def encode_batchtopk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, centre: Tensor | None = None
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: float, centre: Tensor | None = None
 ) -> DenseCodes:
     """The B k largest entries > 0 of the whole matrix of pre-activations."""
     z = pre_activations(x, W_enc, b_enc, centre)
-    keep = keep_largest(z.detach().flatten(), k * z.shape[0]).view_as(z)
+    keep = keep_largest(z.detach().flatten(), entries_kept(k, z.shape[0])).view_as(z)
     return DenseCodes(z.where(keep, 0))
 
 

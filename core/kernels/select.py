@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.kernels.codes import Support
+from core.kernels.codes import Support, entries_kept
 from core.kernels.device import in_bf16, triton_kernels
 
 BLOCK_ENTRIES = 1 << 24  # pre-activations in a block of rows: 64 MiB in fp32
@@ -72,10 +72,10 @@ def select_above(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tens
     return support, values
 
 
-def select_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> Selected:
+def select_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: float) -> Selected:
     """The B k largest entries > 0 of the whole matrix x W_enc^T + b_enc."""
     B, m = x.shape[0], W_enc.shape[0]
-    n = k * B
+    n = entries_kept(k, B)
     if triton := triton_kernels(x):
         return triton.select.batchtopk(_pre_activations(x, W_enc, b_enc), k)
     selected = None

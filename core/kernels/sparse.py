@@ -55,7 +55,7 @@ def encode_topk(
 
 
 def encode_batchtopk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, centre: Tensor | None = None, path: ProductPath = "sparse"
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: float, centre: Tensor | None = None, path: ProductPath = "sparse"
 ) -> Codes:
     """The B k largest entries > 0 of the whole matrix (x - centre) W_enc^T + b_enc; fewer if fewer are > 0. With
     several ranks (`core.distributed`), the largest of all their matrices."""

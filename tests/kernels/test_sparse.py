@@ -151,6 +151,13 @@ def test_batchtopk_by_hand():
     assert codes.dense().tolist() == [[0, 0], [2, 5]]
 
 
+def test_batchtopk_with_a_fraction_for_k_by_hand():
+    """k = 1.5 of two rows keeps three entries, k = 0.5 one."""
+    x = torch.tensor([[3.0, 1.0], [2.0, 5.0]])
+    assert sparse.encode_batchtopk(x, torch.eye(2), None, 1.5).dense().tolist() == [[3, 0], [2, 5]]
+    assert sparse.encode_batchtopk(x, torch.eye(2), None, 0.5).dense().tolist() == [[0, 0], [0, 5]]
+
+
 def test_no_entry_at_or_below_zero_is_kept():
     x = torch.tensor([[-1.0, 0.0, 2.0]])
     for encoder in (sparse.encode_topk, sparse.encode_batchtopk):
