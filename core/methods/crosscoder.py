@@ -184,7 +184,7 @@ class BatchTopKCrosscoder(DictionaryMethod[BatchTopKCrosscoderSettings]):
         """The rule of inference."""
         if self.threshold.isnan():
             raise UserError(
-                "method.threshold_rule: the crosscoder's threshold was never measured, so there are no codes at inference. "
+                "method.threshold_rule: the crosscoder's threshold was never measured, so it cannot encode. "
                 "Train past method.threshold_start, or use threshold_rule=matched_l0 with stream.calibration_batches."
             )
         return sparse.encode_threshold(x, self.W_enc, self.b_enc, self.threshold / self.sizes())
