@@ -29,6 +29,7 @@ from experiments.common import request, requests, stored, write_record
 
 MATCHED = 0.8  # cosine from which a latent stands for a concept
 SPECIFIC: dict[Target, float] = {"error": 0.2, "reconstruction": 0.5}  # |nu| below these: chat-specific (sec. 2.3)
+MIN_ACTIVE = 100  # rows in which a latent must fire for a ratio of its own to be judged
 SHRUNK, KEPT = 0.05, 0.5  # |d_base| / |d_chat| of latents without, and with, a base decoder
 
 
@@ -166,8 +167,8 @@ class Latents:
         return set(self.concept[self.of_kind("chat_only") & (self.delta > 0.95) & low].tolist())
 
     def _correlation(self, target: Target) -> float | None:
-        """Pearson, of 1 - Delta_norm with nu, over living latents with Delta_norm > 0.5."""
-        chosen = self.alive & (self.delta > 0.5)
+        """Pearson, of 1 - Delta_norm with nu, over latents with Delta_norm > 0.5 that fire often enough."""
+        chosen = (self.scaling.n_active >= MIN_ACTIVE) & (self.delta > 0.5)
         nu = self.scaling.nu(target)[chosen]
         pair = torch.stack([1 - self.delta[chosen], nu])
         return float(torch.corrcoef(pair)[0, 1]) if chosen.sum() > 2 and nu.std() > 0 else None
@@ -195,8 +196,8 @@ def shrinkage(crosscoder: Dictionary, x: Tensor, x_hat: Tensor, codes: Codes) ->
     f = codes.dense()  # [B, m]
     ratio = torch.linalg.vector_norm(f.T @ u, dim=1) / (bound * f.sum(0))
     base, chat = torch.linalg.vector_norm(crosscoder.W_dec.detach(), dim=2).T
-    alive = codes.fired()
-    shrunk, kept = alive & (base < SHRUNK * chat), alive & (base > KEPT * chat)
+    judged = (f > 0).sum(0) >= MIN_ACTIVE
+    shrunk, kept = judged & (base < SHRUNK * chat), judged & (base > KEPT * chat)
     values = {
         "shrinkage_ratio_shrunk_highest": _of(ratio, shrunk, torch.amax),
         "shrinkage_ratio_kept_median": _of(ratio, kept, torch.median),
