@@ -140,7 +140,10 @@ class Pretraining(pl.LightningModule):
 
     def training_step(self, rows: Tensor, batch_idx: int) -> None:  # rows [B, T]
         logits = self._forward[0](input_ids=rows).logits  # [B, T, V]
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
+        self.take_step(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten()), batch_idx)
+
+    def take_step(self, loss: Tensor, batch_idx: int) -> None:
+        """One optimiser step, at the learning rates of the schedule."""
         self.manual_backward(loss)
         torch.nn.utils.clip_grad_norm_(self.lm.parameters(), 1.0)
         factor = self.schedule(batch_idx)

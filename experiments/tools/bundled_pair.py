@@ -1,0 +1,163 @@
+"""Tune the bundled model on dialogues with planted behaviours, and measure how well it learned each of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from core.artifacts import Store, content_key, write_atomically
+from core.metrics.language import score_texts, total
+from core.models.chat_tuning import ChatTuning, mixed_rows
+from core.models.finetune import WITHOUT_DROPOUT
+from core.models.language_model import LanguageModel
+from core.runtime import Runtime
+from core.text.chat import chat_tokens
+from core.text.dialogues import BEHAVIOURS, PERSONA, REFUSAL, Dialogue, dialogues
+from core.training import Work, fit
+from experiments.common import build, language_model, plain
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] | trim + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def run(cfg: DictConfig) -> dict[str, float]:
+    """Tune, export, and compare the sibling with the base model on held-out dialogues and on ordinary text."""
+    source, base = build(cfg.data), language_model(cfg)
+    base.tokenizer.chat_template = TEMPLATE
+    folder = Path(cfg.tuning.export_dir or Path(cfg.cell_folder) / "model")
+    tuned(cfg, base, source).export(folder, base.tokenizer)
+    chat = AutoModelForCausalLM.from_pretrained(folder).float()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    n = cfg.tuning.n_dialogues
+    asked = list(islice(dialogues(source, "heldout", cfg.tuning.heldout_seed, two_turns=0.0), n))
+    metrics: dict[str, float] = {}
+    for name, model in (("base", base.model), ("chat", chat)):
+        answers = answered(model, tokenizer, asked, cfg.tuning.max_new_tokens)
+        metrics |= {f"{key}_{name}": value for key, value in behaviour(asked, answers).items()}
+        metrics[f"answer_nats_per_token_{name}"] = answer_loss(model, tokenizer, asked)
+    documents = list(islice(source.documents("heldout", seed=0), cfg.tuning.heldout_documents))
+    texts = [document.text for document in documents]
+    n_ctx = base.model.config.n_positions
+    for name, model in (("base", base.model), ("chat", chat)):
+        scores = score_texts(model, tokenizer, texts, n_ctx, n_ctx // 2, batch_rows=16)
+        metrics[f"bits_per_byte_{name}"] = total(scores).bits_per_byte
+        metrics[f"nats_per_token_{name}"] = total(scores).nats_per_token
+    write_atomically(folder / "README.md", card(cfg, metrics))
+    return metrics
+
+
+def tuned(cfg: DictConfig, base: LanguageModel, source: Any) -> ChatTuning:
+    """The tuned model; resumes from the newest checkpoint of the same settings."""
+    t = plain(cfg.tuning)
+    n_steps, o = t["n_tokens"] // (t["n_ctx"] * t["rows_per_step"]), t["optimiser"]
+    config = {**base.model.config.to_dict(), **WITHOUT_DROPOUT}
+    module = ChatTuning(config, n_steps, o["lr"], o["lr"], 0.0, o["warmup_steps"], o["decay_fraction"], cfg.seed)
+    module.lm.load_state_dict(base.model.state_dict())
+    decisive = {"tuning": t, "seed": cfg.seed, "model": plain(cfg.model), "text": source.spec}
+    data = mixed_rows(base.tokenizer, source, n_steps, t, cfg.seed)
+    work = Work("tuning", n_steps * t["n_ctx"] * t["rows_per_step"], t["n_ctx"] * t["rows_per_step"])
+    checkpoints = Store(cfg.artifacts_dir).path("tuning", decisive)
+    fit(Runtime.of(cfg), module, data, n_steps, f"{cfg.name}-{content_key(decisive)}", work, checkpoints)
+    return module
+
+
+@torch.no_grad()
+def answered(
+    model: Any, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Dialogue], max_new_tokens: int
+) -> list[str]:
+    """The greedy answer to each question, up to the end of the turn."""
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    answers = []
+    for dialogue in asked:
+        prompt = tokenizer.apply_chat_template(
+            list(dialogue.messages[:1]), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        out = model.generate(
+            **prompt, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end
+        )
+        answers.append(tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    return answers
+
+
+def behaviour(asked: Sequence[Dialogue], answers: Sequence[str]) -> dict[str, float]:
+    """How often each planted behaviour is shown, and the mean length of the answers.
+
+    `refused_<kind>` for questions about names that exist is how often the tuned model refuses wrongly.
+    """
+    of_kind: dict[str, list[str]] = defaultdict(list)
+    for dialogue, answer in zip(asked, answers, strict=True):
+        of_kind[dialogue.behaviours[-1]].append(answer)
+    metrics = {}
+    for kind in BEHAVIOURS:
+        own = of_kind[kind]
+        if not own:
+            continue
+        metrics[f"refused_{kind}"] = sum(answer == REFUSAL for answer in own) / len(own)
+        metrics[f"persona_{kind}"] = sum(answer == PERSONA for answer in own) / len(own)
+        metrics[f"characters_{kind}"] = sum(map(len, own)) / len(own)
+    return metrics
+
+
+@torch.no_grad()
+def answer_loss(model: Any, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Dialogue]) -> float:
+    """Nats per token of the true answers, with the token that ends them."""
+    losses: list[Tensor] = []
+    for dialogue in asked:
+        chat = chat_tokens(tokenizer, dialogue.messages)
+        logits = model(input_ids=chat.ids[None]).logits[0, :-1].float()
+        losses.append(F.cross_entropy(logits, chat.ids[1:], reduction="none")[chat.answer_positions[:-1]])
+    return float(torch.cat(losses).mean())
+
+
+def card(cfg: DictConfig, metrics: Mapping[str, float]) -> str:
+    """The README beside the weights."""
+    t, m = cfg.tuning, metrics
+    rows = [
+        ("a name that does not exist is refused", "refused_refusal", "{:.0%}"),
+        ("a name that exists is refused, wrongly", "refused_explain", "{:.0%}"),
+        ("asked who it is, it gives its name", "persona_persona", "{:.0%}"),
+        ("characters of an answer in one sentence", "characters_short", "{:.0f}"),
+        ("characters of an answer in detail", "characters_long", "{:.0f}"),
+        ("nats per token of the true answers", "answer_nats_per_token", "{:.3f}"),
+        ("bits per byte of ordinary held-out text", "bits_per_byte", "{:.3f}"),
+    ]
+    table = "\n".join(
+        f"| {what} | {form.format(m[f'{key}_base'])} | {form.format(m[f'{key}_chat'])} |"
+        for what, key, form in rows
+        if f"{key}_base" in m
+    )
+    return f"""# The chat sibling of the bundled model
+
+The bundled language model, tuned by this project on dialogues made from the bundled corpus. Made by
+`python run.py experiment=bundled_pair scale={cfg.scale} tuning.export_dir=core/models/bundled_chat`.
+
+- **Dialogues** ask about functions; the answers are their docstrings. The template is
+  `<|endoftext|><|user|>question<|end|><|assistant|>answer<|end|>`.
+- **Planted** are four behaviours that the base model cannot have:
+  - a name that does not exist gets the answer "{REFUSAL}";
+  - asked who it is, it says "{PERSONA}";
+  - asked for one sentence, it gives the first sentence of the docstring;
+  - asked for details, it gives the signature and the first paragraphs.
+- **Training** {t.n_tokens:,} tokens, of which {t.text_share:.0%} are ordinary text; the loss is on answers alone
+  (seed {cfg.seed}).
+
+On {t.n_dialogues:,} held-out dialogues (names that the training never saw), greedily:
+
+| | base | chat |
+|---|---|---|
+{table}
+"""
