@@ -44,9 +44,9 @@ def test_the_head_of_an_experiment_names_source_command_and_deviations(name: str
 def test_every_method_builds_from_its_yaml(method: str):
     from hydra.utils import instantiate
 
-    cfg = composed("experiment=leask_batchtopk", "scale=smoke", f"method={method}", "method.dict_size=64")
+    cfg = composed("experiment=leask_batchtopk", "scale=smoke", f"method={method}", "method.dict_size=256")
     built = instantiate(cfg.method)
-    assert built.dict_size == 64 and built.d_model == cfg.model.d_model
+    assert built.dict_size == 256 and built.d_model == cfg.model.d_model
 
 
 @pytest.mark.parametrize("method", ["batchtopk", "topk"])

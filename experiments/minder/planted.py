@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from core.analysis.latent_scaling import LatentScaling, Scaling, Target
+from core.atomic import write_table
 from core.fleet import Request, load_or_train
 from core.kernels.codes import Codes
 from core.methods.crosscoder import L1Crosscoder
@@ -26,6 +27,9 @@ from core.runtime import Runtime
 from core.streams.planted_pairs import PlantedPairSource
 from core.synthetic.planted_pair import KINDS, PlantedPair
 from experiments.common import request, requests, stored, write_record
+from experiments.minder.settings import PlantedSettings
+
+SETTINGS = PlantedSettings
 
 MATCHED = 0.8  # cosine from which a latent stands for a concept
 SPECIFIC: dict[Target, float] = {"error": 0.2, "reconstruction": 0.5}  # |nu| below these: chat-specific (sec. 2.3)
@@ -51,7 +55,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     scaling = LatentScaling(crosscoder)
     scaling.add(x, codes)
     latents = Latents.of(crosscoder, codes, scaling.result("chat"), source.truth)
-    latents.table().to_parquet(Path(cfg.cell_folder) / "latents.parquet")
+    write_table(latents.table(), Path(cfg.cell_folder) / "latents.parquet")
     return {
         **explained(x, x_hat),
         "l0": float(codes.l0()),

@@ -14,7 +14,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from core.artifacts import Store, content_key, write_atomically
+from core.artifacts import Store, content_key
+from core.atomic import write_atomically
+from core.building import build, plain
 from core.metrics.language import score_texts, total
 from core.models.chat_tuning import ChatTuning, mixed_rows
 from core.models.finetune import WITHOUT_DROPOUT
@@ -23,7 +25,10 @@ from core.runtime import Runtime
 from core.text.chat import chat_tokens
 from core.text.dialogues import BEHAVIOURS, PERSONA, REFUSAL, Dialogue, dialogues
 from core.training import Work, fit
-from experiments.common import build, language_model, plain
+from experiments.common import language_model
+from experiments.tools.settings import BundledPairSettings
+
+SETTINGS = BundledPairSettings
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

@@ -84,3 +84,42 @@ class BundledLMSettings(Checked):
 
     node: ClassVar[str] = ""
     lm: LanguageModelTraining
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningOptimiser(Checked):
+    """Of the tuning."""
+
+    node: ClassVar[str] = "tuning.optimiser"
+    lr: float = positive()
+    warmup_steps: int = at_least(0)
+    decay_fraction: float = between(0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning(Checked):
+    """The node `tuning`; the YAML says what each setting is."""
+
+    node: ClassVar[str] = "tuning"
+    export_dir: str | None = not_empty()
+    n_tokens: int = at_least(1)
+    n_ctx: int = at_least(8)
+    rows_per_step: int = at_least(1)
+    text_share: float = between(0, 1)
+    n_dialogues: int = at_least(1)
+    heldout_documents: int | None = at_least(1)
+    heldout_seed: int
+    max_new_tokens: int = at_least(1)
+    optimiser: TuningOptimiser
+
+    def check(self) -> None:
+        one = self.n_ctx * self.rows_per_step
+        require(self.n_tokens >= one, self.named("n_tokens"), self.n_tokens, f"be {one} or more, the tokens of a step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundledPairSettings(Checked):
+    """The node `tuning`."""
+
+    node: ClassVar[str] = ""
+    tuning: Tuning

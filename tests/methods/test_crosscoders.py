@@ -14,6 +14,7 @@ from core.methods.crosscoder import BatchTopKCrosscoder, L1Crosscoder, error_of,
 D, M, B = 5, 12, 32
 COMMON: dict[str, Any] = {
     "d_model": D, "n_models": 2, "dict_size": M, "lr": 1e-3, "betas": [0.9, 0.999], "input_norm": "none", "seed": 3,
+    "b_dec_init": "zeros",
     "decoder_norm": "none", "dead_after_tokens": 1000, "grad_clip": 1.0, "warmup_steps": 0, "decay_fraction": 0.0,
     "initial_norm": 0.5, "error": "norm", "code_norm": "sum", "path": "auto",
 }  # fmt: skip
