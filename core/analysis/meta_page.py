@@ -5,14 +5,11 @@ It replaces the dashboard of Leask et al. 2025.
 
 from __future__ import annotations
 
-import html
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from string import Template
 from typing import Any, NamedTuple
 
-from core.atomic import write_atomically
+from core.analysis import pages
 
 TEMPLATE = Path(__file__).with_name("meta_page.html")
 
@@ -43,18 +40,9 @@ def write_page(
     if len(latents) < n_latents:
         note += f" The page shows the {len(latents):,} most active of {n_latents:,} latents."
     data = {"latents": [_rounded(latent) for latent in latents], "metas": [list(meta) for meta in metas]}
-    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=html.escape(title), note=html.escape(note), data=_json(data)
-    )
-    write_atomically(path, page.encode("utf-8", errors="replace"))
+    pages.write_page(path, TEMPLATE, title, note, data)
 
 
 def _rounded(latent: Latent) -> list[Any]:
     metas = [[id_, round(weight, 4)] for id_, weight in latent.metas]
     return [latent.id, list(latent.tokens), round(latent.rate, 7), [list(c) for c in latent.contexts], metas]
-
-
-def _json(data: Any) -> str:
-    """JSON that cannot close the HTML element around it."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

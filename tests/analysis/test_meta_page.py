@@ -1,19 +1,15 @@
 """The page of latents and meta-latents: what is in it, and what a person sees in a real browser (headless Chromium)."""
 
-import html
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from core.analysis.meta_page import TEMPLATE, Latent, MetaLatent, write_page
+from tests.browser import browser, in_browser
 from tests.reports.test_render import INJECTIONS, Elements
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\">&amp;${x}\u2028"
 
 
@@ -61,39 +57,7 @@ def test_no_token_or_title_is_more_than_text(text: str, tmp_path: Path):
     assert data["latents"][0][1] == [shown] and data["metas"][0][1] == [shown]
 
 
-def in_browser(page: Path, steps: str, folder: Path, size: str = "1300,900") -> dict[str, Any]:
-    """What `steps` (JavaScript, which fills `seen`) found on the page."""
-    probe = folder / "probe.html"
-    script = (
-        "<script>addEventListener('load', async () => { const seen = {};"
-        "const $ = s => document.querySelector(s), nodes = s => [...document.querySelectorAll(s)];"
-        "const all = s => nodes(s).map(n => n.textContent);"
-        "const type = t => { $('#search').value = t; $('#search').dispatchEvent(new Event('input')); };"
-        "const wait = () => new Promise(r => setTimeout(r, 50));"
-        f"{steps}; const out = document.createElement('pre'); out.id = 'seen'; out.textContent = JSON.stringify(seen);"
-        "document.body.append(out); });</script></body>"
-    )
-    probe.write_text(page.read_text().replace("</body>", script))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    command = [
-        str(CHROMIUM),
-        *flags,
-        "--virtual-time-budget=4000",
-        f"--user-data-dir={folder / 'profile'}",
-        f"--window-size={size}",
-        "--dump-dom",
-    ]
-    done = subprocess.run([*command, probe.as_uri()], capture_output=True, text=True, timeout=90)
-    found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)
-    assert found, done.stdout[-2000:] + done.stderr[-2000:]
-    return json.loads(html.unescape(found.group(1)))
-
-
-browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt install chromium)")
-
-
 @browser
-@pytest.mark.slow
 def test_a_person_searches_clicks_and_goes_back_and_forth_between_latents_and_meta_latents(tmp_path: Path):
     steps = """
     seen.first = $('#detail h2').textContent; seen.count = $('#count').textContent;
@@ -128,7 +92,6 @@ def test_a_person_searches_clicks_and_goes_back_and_forth_between_latents_and_me
 
 
 @browser
-@pytest.mark.slow
 def test_any_text_is_shown_as_text(tmp_path: Path):
     steps = """
     location.hash = '#l8'; await wait();
@@ -141,7 +104,6 @@ def test_any_text_is_shown_as_text(tmp_path: Path):
 
 
 @browser
-@pytest.mark.slow
 @pytest.mark.parametrize("size", ["1300,900", "520,900"])
 def test_thousands_of_latents_are_listed_in_parts_and_nothing_overflows(tmp_path: Path, size: str):
     steps = """
