@@ -54,7 +54,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         x_hat = crosscoder.decode(codes)
     scaling = LatentScaling(crosscoder)
     scaling.add(x, codes)
-    latents = Latents.of(crosscoder, codes, scaling.result("chat"), source.truth)
+    latents = Latents.of(crosscoder, codes, scaling, source.truth)
     write_table(latents.table(), Path(cfg.cell_folder) / "latents.parquet")
     return {
         **explained(x, x_hat),
@@ -78,23 +78,25 @@ class Latents:
     delta    Delta_norm
     alive    fired on the held-out rows
     concept  the concept that it stands for; -1: none
+    scaling  with the chat decoder as the probe; mirrored: with the base decoder
     """
 
     delta: Tensor
     alive: Tensor
     concept: Tensor
     scaling: Scaling
+    mirrored: Scaling
     truth: PlantedPair
 
     @classmethod
-    def of(cls, crosscoder: Dictionary, codes: Codes, scaling: Scaling, truth: PlantedPair) -> Latents:
+    def of(cls, crosscoder: Dictionary, codes: Codes, scaling: LatentScaling, truth: PlantedPair) -> Latents:
         W = crosscoder.W_dec.detach()
         norms = torch.linalg.vector_norm(W, dim=2)
         larger = W[torch.arange(len(W)), norms.argmax(1)]  # [m, d], the decoder of the model with the larger one
         cosine, nearest = (normalize(larger, dim=1) @ truth.directions.T).max(1)
         alive = codes.fired()
         concept = nearest.where(alive & (cosine > MATCHED), -1)
-        return cls(relative_norm(W), alive, concept, scaling, truth)
+        return cls(relative_norm(W), alive, concept, scaling.result("chat"), scaling.result("base"), truth)
 
     def of_kind(self, kind: str) -> Tensor:
         """bool `[m]`: which latents stand for a concept of this kind."""
@@ -105,10 +107,18 @@ class Latents:
         return self.alive & in_class(self.delta, "chat_only")
 
     @property
+    def base_only(self) -> Tensor:
+        return self.alive & in_class(self.delta, "base_only")
+
+    @property
     def specific(self) -> Tensor:
         """Chat-only, and Latent Scaling agrees."""
-        low = [self.scaling.nu(target).abs() < bound for target, bound in SPECIFIC.items()]
-        return self.chat_only & torch.stack(low).all(0)
+        return self.chat_only & _low(self.scaling)
+
+    @property
+    def base_specific(self) -> Tensor:
+        """Base-only, and Latent Scaling with the base decoder agrees."""
+        return self.base_only & _low(self.mirrored)
 
     def table(self) -> pd.DataFrame:
         names = ["", *self.truth.kinds]
@@ -121,19 +131,22 @@ class Latents:
                 "concept": self.concept.numpy(),
                 "kind": [names[concept + 1] for concept in self.concept.tolist()],
                 "specific": self.specific.numpy(),
+                "nu_error_of_base": self.mirrored.nu("error").numpy(),
+                "nu_reconstruction_of_base": self.mirrored.nu("reconstruction").numpy(),
+                "base_specific": self.base_specific.numpy(),
             }
         )
 
     def metrics(self, W_dec: Tensor) -> dict[str, float]:
-        base_only = self.alive & in_class(self.delta, "base_only")
         counts: dict[str, Any] = {
             "n_dead": (~self.alive).sum(),
             "n_chat_only": self.chat_only.sum(),
-            "n_base_only": base_only.sum(),
+            "n_base_only": self.base_only.sum(),
             "n_shared": (self.alive & in_class(self.delta, "shared")).sum(),
             "n_specific": self.specific.sum(),
-            "n_specific_by_error": (self.specific & ~self.of_kind("chat_only")).sum(),
-            "n_twins": len(twins(W_dec, self.chat_only, base_only)),
+            "n_base_specific": self.base_specific.sum(),
+            **{f"n_specific_{kind}": (self.specific & self.of_kind(kind)).sum() for kind in KINDS},
+            "n_twins": len(twins(W_dec, self.chat_only, self.base_only)),
             "n_split": len(self._split()),
             "n_chat_concepts_found": len(self._found()),
             **{f"n_chat_only_{kind}": (self.chat_only & self.of_kind(kind)).sum() for kind in KINDS},
@@ -182,6 +195,11 @@ class Latents:
         return float(part.sum() / whole.sum()) if whole.any() else None
 
 
+def _low(scaling: Scaling) -> Tensor:
+    """bool `[m]`: whether both |nu| are below the paper's thresholds."""
+    return torch.stack([scaling.nu(target).abs() < bound for target, bound in SPECIFIC.items()]).all(0)
+
+
 def _of(values: Tensor, chosen: Tensor, statistic: Any) -> float | None:
     return float(statistic(values[chosen])) if chosen.any() else None
 
@@ -205,5 +223,6 @@ def shrinkage(crosscoder: Dictionary, x: Tensor, x_hat: Tensor, codes: Codes) ->
     values = {
         "shrinkage_ratio_shrunk_highest": _of(ratio, shrunk, torch.amax),
         "shrinkage_ratio_kept_median": _of(ratio, kept, torch.median),
+        "shrinkage_ratio_kept_lowest": _of(ratio, kept, torch.amin),
     }
     return {name: value for name, value in values.items() if value is not None}
