@@ -11,7 +11,8 @@ what both have. A high nu of the error means Complete Shrinkage, a high nu of th
 One pass over the tokens, with sums per latent in float64, gives every beta:
   beta(error)      = <p, sum f eps> / (|p|^2 sum f^2) + <p, d^m> / |p|^2
   beta(activation) = <p, sum f eps> / (|p|^2 sum f^2) + beta(reconstruction)
-So memory does not grow with the number of tokens, and only the products at the active entries are computed.
+So memory does not grow with the number of tokens, and only the products at the active entries are computed, some of
+them at a time: the paper's crosscoder has 200,000 active entries in a batch, and a direction of each is 8 GB.
 
 Shapes: B rows, M models (0 base, 1 chat), d = d_model, m = dict_size.
 """
@@ -31,6 +32,7 @@ Probe = Literal["base", "chat"]
 Target = Literal["error", "reconstruction", "activation", "activation_no_bias"]
 MODELS: tuple[Probe, Probe] = ("base", "chat")
 TARGETS: tuple[Target, ...] = ("error", "reconstruction", "activation", "activation_no_bias")
+NUMBERS_AT_ONCE = 2**24  # of the directions of active entries, 128 MB
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,22 @@ class LatentScaling:
         kept = values > 0
         rows, cols, f = rows[kept], cols[kept], values[kept].double()
         x = x.double()
-        x_hat = self.b_dec + x.new_zeros(x.shape).index_add(0, rows, f[:, None, None] * self.W_dec[cols])
+        parts = list(zip(*(part.split(self.entries_at_once) for part in (rows, cols, f)), strict=True))
+        x_hat = self.b_dec.expand(x.shape).clone()
+        for at, latents, amounts in parts:
+            x_hat.index_add_(0, at, amounts[:, None, None] * self.W_dec[latents])
         self.n_active.index_add_(0, cols, torch.ones_like(cols))
         self.f.index_add_(0, cols, f)
         self.f_square.index_add_(0, cols, f.square())
         for target, total in ((x - x_hat, self.error), (x_hat, self.reconstruction)):
-            for probe in range(len(total)):
-                products = torch.einsum("nd,nMd->nM", self.W_dec[cols, probe], target[rows])
-                total[probe].index_add_(0, cols, f[:, None] * products)
+            for at, latents, amounts in parts:
+                there = amounts[:, None, None] * target[at]  # [entries, M, d]
+                for probe, sums in enumerate(total):
+                    sums.index_add_(0, latents, torch.einsum("nd,nMd->nM", self.W_dec[latents, probe], there))
+
+    @property
+    def entries_at_once(self) -> int:
+        return max(1, NUMBERS_AT_ONCE // self.b_dec.numel())
 
     def result(self, probe: Probe) -> Scaling:
         """The betas of what was added so far."""

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from core.analysis import latent_scaling
 from core.analysis.latent_scaling import LatentScaling, Scaling
 from core.kernels.codes import DenseCodes
 
@@ -103,6 +105,34 @@ def test_a_latent_that_never_fires_has_no_beta_and_a_count_of_zero():
     result = scaling(weights, x, f)
     assert int(result.n_active[2]) == 0 and result.nu("error")[2].isnan()
     assert result.nu("error")[[0, 1, 3, 4, 5, 6]].isfinite().all()
+
+
+@pytest.mark.parametrize("numbers_at_once", [1, 30 * 2 * D])
+def test_memory_is_bounded_however_many_entries_are_active(numbers_at_once: int, monkeypatch: pytest.MonkeyPatch):
+    """No tensor that `add` makes is larger than the rows, or the numbers that it may have at once; the betas stay."""
+    weights, x, f = problem()
+    f += 0.1  # all entries are active
+    expected = scaling(weights, x, f)
+    monkeypatch.setattr(latent_scaling, "NUMBERS_AT_ONCE", numbers_at_once)
+    sums = LatentScaling(weights)
+    with Largest() as made:
+        sums.add(x, DenseCodes(f))
+    assert made.numel <= max(x.numel(), f.numel() * 2, numbers_at_once)  # an entry has a row and a column
+    for target, beta in expected.beta.items():
+        torch.testing.assert_close(sums.result("chat").beta[target], beta, rtol=1e-12, atol=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that was made inside."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
 
 
 def test_the_sums_do_not_grow_with_the_number_of_rows():

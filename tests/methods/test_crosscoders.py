@@ -118,13 +118,17 @@ def test_the_auxiliary_loss_by_hand():
     torch.testing.assert_close(method.aux_loss(x, x_hat), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_batch_of_identical_rows_has_a_finite_loss():
-    method = with_random_weights(BatchTopKCrosscoder(**BTK))
+@pytest.mark.parametrize("b_dec_init", ["zeros", "mean", "geometric_median"])
+@pytest.mark.parametrize(("kind", "settings"), [(L1Crosscoder, L1), (BatchTopKCrosscoder, BTK)])
+def test_a_batch_of_identical_rows_has_a_finite_loss(kind: Any, settings: dict[str, Any], b_dec_init: str):
+    method = with_random_weights(kind(**(settings | {"b_dec_init": b_dec_init})))
     method.tokens_since_fired.fill_(1000)
     x = rows(3, 1).expand(8, 2, D)
     method.n_steps = 1
     assert torch.isfinite(method.update(Batch(x), method.configure_optimizers())["loss"])
     assert all(parameter.isfinite().all() for parameter in method.parameters())
+    if b_dec_init != "zeros":
+        torch.testing.assert_close(method.b_dec.data, x[0], rtol=0, atol=2e-3)  # but for one step of Adam
 
 
 def test_a_matched_threshold_has_k_active_latents_per_row_on_its_batches():
