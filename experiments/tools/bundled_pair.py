@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from core.artifacts import Store, content_key
-from core.atomic import write_atomically
+from core.atomic import files_atomically, note_outside, write_atomically
 from core.building import build, plain
 from core.metrics.language import score_texts, total
 from core.models.chat_tuning import ChatTuning, mixed_rows
@@ -44,7 +44,9 @@ def run(cfg: DictConfig) -> dict[str, float]:
     source, base = build(cfg.data), language_model(cfg)
     base.tokenizer.chat_template = TEMPLATE
     folder = Path(cfg.tuning.export_dir or Path(cfg.cell_folder) / "model")
-    tuned(cfg, base, source).export(folder, base.tokenizer)
+    sibling = tuned(cfg, base, source)
+    with files_atomically(folder) as scratch:
+        sibling.export(scratch, base.tokenizer)
     chat = AutoModelForCausalLM.from_pretrained(folder).float()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     n = cfg.tuning.n_dialogues
@@ -62,6 +64,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         metrics[f"bits_per_byte_{name}"] = total(scores).bits_per_byte
         metrics[f"nats_per_token_{name}"] = total(scores).nats_per_token
     write_atomically(folder / "README.md", card(cfg, metrics))
+    note_outside(file for file in folder.iterdir() if file.is_file())
     return metrics
 
 
@@ -99,9 +102,11 @@ def answered(
 
 
 def behaviour(asked: Sequence[Dialogue], answers: Sequence[str]) -> dict[str, float]:
-    """How often each planted behaviour is shown, and the mean length of the answers.
+    """How often each planted behaviour is shown, by the kind of question.
 
-    `refused_<kind>` for questions about names that exist is how often the tuned model refuses wrongly.
+    refused_<kind>    for names that exist: how often the model refuses wrongly
+    signature_<kind>  the answer opens with a signature, as one in detail does and one in a sentence does not
+    sections_<kind>   it has more than one paragraph
     """
     of_kind: dict[str, list[str]] = defaultdict(list)
     for dialogue, answer in zip(asked, answers, strict=True):
@@ -113,7 +118,8 @@ def behaviour(asked: Sequence[Dialogue], answers: Sequence[str]) -> dict[str, fl
             continue
         metrics[f"refused_{kind}"] = sum(answer == REFUSAL for answer in own) / len(own)
         metrics[f"persona_{kind}"] = sum(answer == PERSONA for answer in own) / len(own)
-        metrics[f"characters_{kind}"] = sum(map(len, own)) / len(own)
+        metrics[f"signature_{kind}"] = sum(answer.startswith(("def ", "class ")) for answer in own) / len(own)
+        metrics[f"sections_{kind}"] = sum("\n\n" in answer for answer in own) / len(own)
     return metrics
 
 
@@ -135,8 +141,11 @@ def card(cfg: DictConfig, metrics: Mapping[str, float]) -> str:
         ("a name that does not exist is refused", "refused_refusal", "{:.0%}"),
         ("a name that exists is refused, wrongly", "refused_explain", "{:.0%}"),
         ("asked who it is, it gives its name", "persona_persona", "{:.0%}"),
-        ("characters of an answer in one sentence", "characters_short", "{:.0f}"),
-        ("characters of an answer in detail", "characters_long", "{:.0f}"),
+        ("asked for one sentence, the answer opens with a signature, wrongly", "signature_short", "{:.0%}"),
+        ("asked in general, it opens with a signature", "signature_explain", "{:.0%}"),
+        ("asked for details, it opens with a signature", "signature_long", "{:.0%}"),
+        ("asked for details, it has more than one paragraph", "sections_long", "{:.0%}"),
+        ("asked in general, it has more than one paragraph, wrongly", "sections_explain", "{:.0%}"),
         ("nats per token of the true answers", "answer_nats_per_token", "{:.3f}"),
         ("bits per byte of ordinary held-out text", "bits_per_byte", "{:.3f}"),
     ]
@@ -160,7 +169,8 @@ The bundled language model, tuned by this project on dialogues made from the bun
 - **Training** {t.n_tokens:,} tokens, of which {t.text_share:.0%} are ordinary text; the loss is on answers alone
   (seed {cfg.seed}).
 
-On {t.n_dialogues:,} held-out dialogues (names that the training never saw), greedily:
+On {t.n_dialogues:,} held-out dialogues (names that the training never saw), greedily, at most {t.max_new_tokens} tokens
+an answer. The model is small: the form of its answers is right, what they say of a function rarely is.
 
 | | base | chat |
 |---|---|---|
