@@ -17,9 +17,12 @@ from core.kernels.codes import Support, entries_kept
 from core.kernels.select import Selected, mask_of_largest, select_batchtopk
 
 
-def select_global_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: float) -> Selected:
-    """This rank's part of the W B k largest entries > 0 of x W_enc^T + b_enc over all W ranks: support and values."""
-    support, values = select_batchtopk(x, W_enc, b_enc, k * distributed.n_ranks())
+def select_global_batchtopk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: float, sizes: Tensor | None = None
+) -> Selected:
+    """This rank's part of the W B k largest entries > 0 of x W_enc^T + b_enc over all W ranks: support and values. They
+    are multiplied by `sizes` `[m]`, where it is given, before they are compared."""
+    support, values = select_batchtopk(x, W_enc, b_enc, k * distributed.n_ranks(), sizes)
     if not distributed.is_active():
         return support, values
     kept = among_largest(values, entries_kept(k, x.shape[0] * distributed.n_ranks()))

@@ -9,6 +9,8 @@ kept that may be among the largest. A partition of all candidates then decides e
               selection is repeated by groups
 CUDA devices use `core.kernels.cuda_select`, other devices `topk` on the whole matrix.
 
+With `sizes` `[m]`, a pre-activation is multiplied by its latent's size before it is compared, and is returned so.
+
 Shapes: B rows in the batch, R rows in a block, d = d_model, m = dict_size, n = entries kept. Ties go to the entry with
 the lower row-major position. Entries <= 0 are never kept. NaN counts as the largest value, so that it is not hidden.
 """
@@ -36,13 +38,13 @@ Selected = tuple[Support, Tensor]
 Select = Callable[[Tensor, Tensor, Tensor | None], Selected]
 
 
-def select_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int) -> Selected:
+def select_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, sizes: Tensor | None = None) -> Selected:
     """The k largest entries > 0 of every row of x W_enc^T + b_enc: their support and values."""
     if triton := triton_kernels(x):
-        return triton.select.topk(_pre_activations(x, W_enc, b_enc), k)
+        return triton.select.topk(_pre_activations(x, W_enc, b_enc, sizes), k)
     if not _on_cpu(x):
-        return _of_mask(_pre_activations(x, W_enc, b_enc), lambda z: mask_of_largest(z, k))
-    return _of_blocks(x, W_enc, b_enc, lambda z: _row_candidates(z, k), lambda z: mask_of_largest(z, k))
+        return _of_mask(_pre_activations(x, W_enc, b_enc, sizes), lambda z: mask_of_largest(z, k))
+    return _of_blocks(x, W_enc, b_enc, lambda z: _row_candidates(z, k), lambda z: mask_of_largest(z, k), sizes)
 
 
 class NotSparse(Exception):  # noqa: N818 - it is an answer, not an error
@@ -72,19 +74,19 @@ def select_above(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tens
     return support, values
 
 
-def select_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: float) -> Selected:
+def select_batchtopk(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: float, sizes: Tensor | None = None) -> Selected:
     """The B k largest entries > 0 of the whole matrix x W_enc^T + b_enc."""
     B, m = x.shape[0], W_enc.shape[0]
     n = entries_kept(k, B)
     if triton := triton_kernels(x):
-        return triton.select.batchtopk(_pre_activations(x, W_enc, b_enc), k)
+        return triton.select.batchtopk(_pre_activations(x, W_enc, b_enc, sizes), k)
     selected = None
     if _on_cpu(x):
         large = B * m > CACHED_ENTRIES and B >= 4 * SAMPLED_ROWS
-        selected = _largest_by_columns(x, W_enc, b_enc, n) if large else None
-        selected = selected or _largest_by_groups(x, W_enc, b_enc, n)
+        selected = _largest_by_columns(x, W_enc, b_enc, n, sizes) if large else None
+        selected = selected or _largest_by_groups(x, W_enc, b_enc, n, sizes)
     if selected is None:
-        z = _pre_activations(x, W_enc, b_enc)
+        z = _pre_activations(x, W_enc, b_enc, sizes)
         return _of_mask(z, lambda z: mask_of_largest(z.flatten(), n).view_as(z))
     index, values = selected
     return _support(torch.from_numpy(index), (B, m)), torch.from_numpy(values)
@@ -102,23 +104,29 @@ def mask_of_largest(z: Tensor, n: int) -> Tensor:
     return (above | (equal & (equal.cumsum(-1) <= missing))) & ~(z <= 0)
 
 
-def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, out: Tensor | None = None) -> Tensor:
+def _pre_activations(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, sizes: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     if in_bf16():
         triton = triton_kernels(x)
         assert triton is not None
-        return triton.cuda.pre_activations(x, W_enc, b_enc)
-    if b_enc is None:
-        return torch.mm(x, W_enc.T, out=out)
-    return torch.addmm(b_enc, x, W_enc.T, out=out)
+        z = triton.cuda.pre_activations(x, W_enc, b_enc)
+    elif b_enc is None:
+        z = torch.mm(x, W_enc.T, out=out)
+    else:
+        z = torch.addmm(b_enc, x, W_enc.T, out=out)
+    return z if sizes is None else z.mul_(sizes)
 
 
-def _blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+def _blocks(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, sizes: Tensor | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """(index of the first row, pre-activations `[R, m]`) of every block. Each block overwrites the previous one."""
     n_rows = min(x.shape[0], max(1, BLOCK_ENTRIES // W_enc.shape[0]))
     buffer = x.new_empty(n_rows, W_enc.shape[0])
     for first in range(0, x.shape[0], n_rows):
         rows = x[first : first + n_rows]
-        yield first, _pre_activations(rows, W_enc, b_enc, out=buffer[: rows.shape[0]])
+        yield first, _pre_activations(rows, W_enc, b_enc, sizes, out=buffer[: rows.shape[0]])
 
 
 def _of_blocks(
@@ -127,10 +135,11 @@ def _of_blocks(
     b_enc: Tensor | None,
     choose: Callable[[Tensor], np.ndarray],
     mask_if_nan: Callable[[Tensor], Tensor],
+    sizes: Tensor | None = None,
 ) -> Selected:
     """The entries that `choose` (block -> row-major positions in it) keeps, over all blocks."""
     indices, values = [], []
-    for first_row, z in _blocks(x, W_enc, b_enc):
+    for first_row, z in _blocks(x, W_enc, b_enc, sizes):
         positions = np.flatnonzero(mask_if_nan(z).numpy()) if _has_nan(z) else choose(z)
         indices.append(positions + first_row * z.shape[1])
         values.append(z.numpy().ravel()[positions])
@@ -154,12 +163,14 @@ def _support(index: Tensor, shape: tuple[int, int]) -> Support:
 Positions = tuple[np.ndarray, np.ndarray]  # row-major positions, sorted, and the values there
 
 
-def _largest_by_groups(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, n: int) -> Positions | None:
+def _largest_by_groups(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, n: int, sizes: Tensor | None
+) -> Positions | None:
     """The n largest entries > 0 of x W_enc^T + b_enc; None if there is a NaN."""
     m = W_enc.shape[0]
     index, values = np.empty(0, np.int64), x.new_empty(0).numpy()
     bound = POSITIVE
-    for first_row, z in _blocks(x, W_enc, b_enc):
+    for first_row, z in _blocks(x, W_enc, b_enc, sizes):
         if _has_nan(z):
             return None
         groups = Groups.of(z, -(-n // x.shape[0]))
@@ -173,11 +184,13 @@ def _largest_by_groups(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, n: int) -
     return index, values
 
 
-def _largest_by_columns(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, n: int) -> Positions | None:
+def _largest_by_columns(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, n: int, sizes: Tensor | None
+) -> Positions | None:
     """The same; None also if the estimated bound was too high."""
     B, m = x.shape[0], W_enc.shape[0]
     sample = x[:: B // SAMPLED_ROWS].contiguous()
-    z = _pre_activations(sample, W_enc, b_enc)
+    z = _pre_activations(sample, W_enc, b_enc, sizes)
     if _has_nan(z):
         return None
     wanted = int(SAMPLE_MARGIN * n * len(sample) / B) + 1
@@ -186,8 +199,9 @@ def _largest_by_columns(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, n: int) 
     buffer = x.new_empty(B * min(width, m))
     indices, values = [], []
     for first in range(0, m, width):
-        W, b = W_enc[first : first + width], None if b_enc is None else b_enc[first : first + width]
-        z = _pre_activations(x, W, b, out=buffer[: B * len(W)].view(B, len(W)))
+        W = W_enc[first : first + width]
+        b, s = (None if each is None else each[first : first + width] for each in (b_enc, sizes))
+        z = _pre_activations(x, W, b, s, out=buffer[: B * len(W)].view(B, len(W)))
         if _has_nan(z):
             return None
         positions = np.flatnonzero(z.numpy() >= bound)

@@ -41,28 +41,42 @@ def use_sparse(path: ProductPath, dict_size: int, k: float) -> bool:
 
 
 def encode_topk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, centre: Tensor | None = None, path: ProductPath = "sparse"
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    centre: Tensor | None = None,
+    path: ProductPath = "sparse",
+    sizes: Tensor | None = None,
 ) -> Codes:
     """The k largest entries > 0 of every row of (x - centre) W_enc^T + b_enc, x `[B, d]`, W_enc `[m, d]`.
 
     Subtracting `centre` `[d]` here is cheaper: its gradient, - sum_ij df_ij W_enc_j, then costs only one product of a
     vector and a matrix. The gradient treats the selection as constant.
+
+    sizes  `[m]`, > 0: entries are compared by their product with the size of their latent; codes are without it
     """
     if not use_sparse(path, W_enc.shape[0], k):
         z = reference.pre_activations(x, W_enc, b_enc, centre)
-        return DenseCodes(z.where(mask_of_largest(z.detach(), k), 0))
-    return _encode(x, W_enc, b_enc, centre, partial(select_topk, k=k))
+        return DenseCodes(z.where(mask_of_largest(_times(z.detach(), sizes), k), 0))
+    return _encode(x, W_enc, b_enc, centre, partial(select_topk, k=k, sizes=sizes), sizes)
 
 
 def encode_batchtopk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: float, centre: Tensor | None = None, path: ProductPath = "sparse"
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    k: float,
+    centre: Tensor | None = None,
+    path: ProductPath = "sparse",
+    sizes: Tensor | None = None,
 ) -> Codes:
     """The B k largest entries > 0 of the whole matrix (x - centre) W_enc^T + b_enc; fewer if fewer are > 0. With
-    several ranks (`core.distributed`), the largest of all their matrices."""
+    several ranks (`core.distributed`), the largest of all their matrices. `sizes` as in `encode_topk`."""
     if not use_sparse(path, W_enc.shape[0], k):
         z = reference.pre_activations(x, W_enc, b_enc, centre)
-        return DenseCodes(z.where(mask_of_batchtopk(z.detach(), k), 0))
-    return _encode(x, W_enc, b_enc, centre, partial(select_global_batchtopk, k=k))
+        return DenseCodes(z.where(mask_of_batchtopk(_times(z.detach(), sizes), k), 0))
+    return _encode(x, W_enc, b_enc, centre, partial(select_global_batchtopk, k=k, sizes=sizes), sizes)
 
 
 def encode_threshold(
@@ -109,19 +123,39 @@ def decode(codes: Codes, W_dec: Tensor) -> Tensor:
     return _Decode.apply(codes.values, W_dec.flatten(1), codes.support).view(-1, *W_dec.shape[1:])
 
 
-def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, centre: Tensor | None, select: Select) -> SparseCodes:
+def _encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    centre: Tensor | None,
+    select: Select,
+    sizes: Tensor | None = None,
+) -> SparseCodes:
+    """`sizes` is what `select` multiplied the values with."""
     flat_centre = None if centre is None else centre.flatten()
-    values, support = _Encode.apply(x.flatten(1), W_enc.flatten(1), b_enc, flat_centre, select)
+    values, support = _Encode.apply(x.flatten(1), W_enc.flatten(1), b_enc, flat_centre, select, sizes)
     return SparseCodes.on(support, values)
+
+
+def _times(z: Tensor, sizes: Tensor | None) -> Tensor:
+    return z if sizes is None else z * sizes
 
 
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, centre: Tensor | None, select: Select
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor | None,
+        centre: Tensor | None,
+        select: Select,
+        sizes: Tensor | None,
     ) -> tuple[Tensor, Support]:
         x_centred = x if centre is None else x - centre
         support, values = select(x_centred, W_enc, b_enc)
+        if sizes is not None:
+            values = values / sizes[support.cols]
         ctx.support, ctx.in_bf16 = support, in_bf16()
         ctx.save_for_backward(_factor(x_centred, ctx.in_bf16), W_enc)
         return values, support
@@ -133,7 +167,7 @@ class _Encode(torch.autograd.Function):
         support: Support = ctx.support
         order, offsets, rows = support.by_column
         d_by_column = d_values[order]
-        wants_x, wants_W, wants_b, wants_centre, _select = ctx.needs_input_grad
+        wants_x, wants_W, wants_b, wants_centre, *_ = ctx.needs_input_grad
         d_x = d_W = d_b = d_centre = None
         if wants_x:
             d_x = _sums_of_rows(d_values, support.cols, support.offsets, _factor(W_enc, ctx.in_bf16))
@@ -142,7 +176,7 @@ class _Encode(torch.autograd.Function):
         if wants_b or wants_centre:
             d_b = torch.segment_reduce(d_by_column, "sum", offsets=offsets)
             d_centre = -(d_b @ W_enc) if wants_centre else None
-        return d_x, d_W, d_b if wants_b else None, d_centre, None
+        return d_x, d_W, d_b if wants_b else None, d_centre, None, None
 
 
 class _Decode(torch.autograd.Function):

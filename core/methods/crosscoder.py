@@ -176,9 +176,7 @@ class BatchTopKCrosscoder(DictionaryMethod[BatchTopKCrosscoderSettings]):
 
     def encode_batch(self, x: Tensor, k: float) -> Codes:
         """The training rule: the B k largest v of the batch."""
-        sizes = self.sizes()
-        W, b = self.W_enc * sizes[:, None, None], self.b_enc * sizes
-        return scaled(sparse.encode_batchtopk(x, W, b, k, path=self.settings.path), 1 / sizes)
+        return sparse.encode_batchtopk(x, self.W_enc, self.b_enc, k, path=self.settings.path, sizes=self.sizes())
 
     def encode_rows(self, x: Tensor) -> Codes:
         """The rule of inference."""
@@ -203,10 +201,9 @@ class BatchTopKCrosscoder(DictionaryMethod[BatchTopKCrosscoderSettings]):
         dead = self.dead.nonzero().squeeze(1)
         if self.settings.aux_coefficient == 0 or dead.numel() == 0:
             return x.new_zeros(())
-        sizes = self.sizes()[dead]
-        W, b = self.W_enc[dead] * sizes[:, None, None], self.b_enc[dead] * sizes
-        v = sparse.encode_topk(x, W, b, min(self.settings.k_aux, dead.numel()), path="auto")
-        e_hat = sparse.decode(scaled(v, 1 / sizes), self.W_dec[dead])
+        k, sizes = min(self.settings.k_aux, dead.numel()), self.sizes()[dead]
+        codes = sparse.encode_topk(x, self.W_enc[dead], self.b_enc[dead], k, path="auto", sizes=sizes)
+        e_hat = sparse.decode(codes, self.W_dec[dead])
         e = (x - x_hat).detach()
         centre = distributed.mean(e.mean(0))
         spread = distributed.mean((e - centre).square().sum((1, 2)).mean())

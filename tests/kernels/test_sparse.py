@@ -77,6 +77,28 @@ def test_the_code_path_for_other_devices_selects_the_same_entries(encoder: str, 
     assert_equal(actual, run(reference, encoder, problem))
 
 
+@pytest.mark.parametrize(("path", "on_cpu"), [("sparse", True), ("sparse", False), ("dense", True)])
+@pytest.mark.parametrize("encoder", ENCODERS)
+@settings(max_examples=25, deadline=None)
+@given(problem=problems())
+def test_sizes_decide_what_is_kept_and_leave_the_codes_as_they_are(
+    encoder: str, path: str, on_cpu: bool, problem: dict
+):
+    """The reference multiplies the weights with the sizes, powers of two that round nothing, and divides the codes."""
+    x, W_enc, b_enc, centre, W_dec = problem["tensors"]
+    sizes = 2.0 ** torch.randint(-3, 4, b_enc.shape, generator=torch.Generator().manual_seed(len(x)))
+    scaled = problem | {"tensors": [x, W_enc * sizes[:, None], b_enc * sizes, centre, W_dec / sizes[:, None]]}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("BLOCK_ENTRIES", "block"), ("CACHED_ENTRIES", "cached"), ("SAMPLED_ROWS", "sampled")):
+            patch.setattr(select, name, problem[value])
+        if not on_cpu:
+            patch.setattr(select, "_on_cpu", lambda x: False)
+        codes, x_hat, _, _, d_x, d_W, d_centre, d_dec, *d_b = run(sparse, encoder, problem, path=path, sizes=sizes)
+    c, y, _, _, dx, dW, dcentre, ddec, *db = run(reference, encoder, scaled)
+    expected = [c / sizes, y, dx, dW * sizes[:, None], dcentre, ddec / sizes[:, None], *(each * sizes for each in db)]
+    assert_equal([codes, x_hat, d_x, d_W, d_centre, d_dec, *d_b], expected)
+
+
 @settings(max_examples=40, deadline=None)
 @given(problem=problems(), per_latent=st.booleans())
 def test_codes_above_a_threshold_equal_the_dense_ones(problem: dict, per_latent: bool):
@@ -203,9 +225,9 @@ def test_selection_holds_only_one_block_of_pre_activations(monkeypatch: pytest.M
     buffers = []
     original = select._pre_activations
 
-    def spy(x: Tensor, W: Tensor, b: Tensor | None, out: Tensor | None = None) -> Tensor:
+    def spy(x: Tensor, W: Tensor, b: Tensor | None, sizes: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         buffers.append(out)
-        return original(x, W, b, out)
+        return original(x, W, b, sizes, out)
 
     monkeypatch.setattr(select, "_pre_activations", spy)
     monkeypatch.setattr(select, "BLOCK_ENTRIES", 4 * 32)
