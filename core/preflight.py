@@ -29,6 +29,7 @@ from core.methods.base import DictionaryMethod
 from core.methods.dictionary import Dictionary
 from core.methods.settings import Settings, settings_of
 from core.models import loading
+from core.models.pair import PairSettings
 from core.settings import Shared
 from core.streams.source import Source, source_of
 
@@ -40,7 +41,8 @@ OF_HYDRA: dict[str, Any] = {  # what a node may say of how it is built
     "_convert_": Literal["none", "partial", "object", "all"] | None,
     "_recursive_": bool | None,
 }
-BUILT = {"method", "data", "facts", "stream"}  # groups that are built from a class
+TEXTS = ("data", "facts", "dialogues")
+BUILT = {"method", "stream", *TEXTS}  # groups that are built from a class
 _NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 PARTS = re.compile(r"[^.\[\]]+")  # of a dotted name
 INNER = re.compile(r"\$\{([\w.]+)\}")
@@ -103,6 +105,7 @@ class Cell:
             if isinstance(node := self.values.get(name), dict) and "_target_" not in node:
                 self.problems.append(f"{name}._target_: this setting is missing.")
         self._model(self.values.get("model"))
+        self._pair(self.values.get("pair"))
         for path, node in targets(self.values):
             self.check_target(path, node, path.rpartition(".")[2])
         return module
@@ -218,6 +221,12 @@ class Cell:
         if isinstance(device, str):
             self._try(lambda: loading.chosen_device(device))
 
+    def _pair(self, node: Any) -> None:
+        if isinstance(node, dict) and not any(is_within(path, "pair") for path in self.absent):
+            self._settings(PairSettings, node, "pair")
+            if isinstance(device := node.get("device"), str):
+                self._try(lambda: loading.chosen_device(device))
+
     def check_target(self, path: str, node: Plain, role: str) -> None:
         """A node that is built from a class, by that class's own rules. `role`: what it is for, such as method."""
         name = node["_target_"]
@@ -237,8 +246,8 @@ class Cell:
             self._source(path, node)
         else:
             before = len(self.problems)
-            self._call(path, kind, node, role, complete=role in ("data", "facts", "method"))
-            if role in ("data", "facts") and len(self.problems) == before:
+            self._call(path, kind, node, role, complete=role in (*TEXTS, "method"))
+            if role in TEXTS and len(self.problems) == before:
                 self._build(path, node, role)
 
     def _method(self, path: str, node: Plain, role: str) -> None:

@@ -1,8 +1,8 @@
 """The settings that experiments share, with their types and rules. `core.preflight` checks them when a run starts.
 
 What a dictionary is trained on (`stream`) is checked by its source (`core.streams`), `method` by the method
-(`core.methods.settings`), `model` by `core.models.loading`, `data` by the text that it names. An experiment's module
-has the schema of its own settings as `SETTINGS`.
+(`core.methods.settings`), `model` by `core.models.loading`, `pair` by `core.models.pair`, `data` and `dialogues` by
+the text that they name. An experiment's module has the schema of its own settings as `SETTINGS`.
 """
 
 from __future__ import annotations
@@ -122,6 +122,8 @@ class Shared(Checked):
     evaluation: Evaluation | None = None
     model: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
+    pair: dict[str, Any] | None = None
+    dialogues: dict[str, Any] | None = None
     method: dict[str, Any] | None = None
     stream: dict[str, Any] | None = None
     facts: dict[str, Any] | None = None

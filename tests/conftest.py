@@ -88,6 +88,58 @@ def words_data(words: WordSource, tmp_path_factory: pytest.TempPathFactory) -> d
     return {"_target_": "core.text.local.LocalText", "path": str(path)}
 
 
+TEMPLATE = (  # writes its own BOS, and refuses roles that do not alternate
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
+    "{% endif %}{{ '<|' + message['role'] + '|>' + message['content'] | trim + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_chat_folder(tmp_path_factory: pytest.TempPathFactory, tiny_lm_folder: Path) -> Path:
+    """The tiny model with noise added to its weights, and a chat template: its chat sibling."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tiny_chat")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_lm_folder),
+        AutoTokenizer.from_pretrained(tiny_lm_folder),
+    )
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=noise)
+    tokenizer.chat_template = TEMPLATE
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tiny_lm_folder: Path, tiny_chat_folder: Path) -> dict[str, Any]:
+    """The group `pair` for the tiny model and its chat sibling."""
+    return {
+        "name": "tiny", "base": str(tiny_lm_folder), "chat": str(tiny_chat_folder), "revision_base": None,
+        "revision_chat": None, "dtype": "float32", "device": "cpu", "attn_implementation": "sdpa",
+        "site": "resid_post.1", "base_token_map": {}, "drop_first": 0, "drop_bos": True, "d_model": 32,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def words_dialogues(words: WordSource, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The group `dialogues` for dialogues of random words as a local file; one in three has two turns."""
+    path = tmp_path_factory.mktemp("dialogues") / "dialogues.jsonl"
+    lines = []
+    for i, text in enumerate(words.texts):
+        parts = [" ".join(text.split()[a : a + 6]) for a in range(0, 24, 6)]
+        roles = ["user", "assistant"] * (2 if i % 3 == 0 else 1)
+        messages = [{"role": role, "content": part} for role, part in zip(roles, parts, strict=False)]
+        lines.append(json.dumps({"messages": messages}))
+    path.write_text("\n".join(lines))
+    return {"_target_": "core.text.dialogue_sources.LocalDialogues", "path": str(path)}
+
+
 SMALL_STREAM = {
     "site": "resid_pre.1", "n_tokens": 1536, "n_ctx": 16, "packing": "concat", "max_document_tokens": 64,
     "batch_size": 64, "buffer_tokens": 512, "buffer_dtype": "float32", "rows_per_forward": 8, "batches_per_chunk": 4,

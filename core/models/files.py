@@ -31,7 +31,7 @@ from core.inputs import file_hash, note_commit, note_file
 from core.interrupts import raise_if_interrupted
 from core.reading import POINTER, read_object
 
-SHIPPED = {"bundled": Path(__file__).parent / "bundled"}  # by `model.source`: models that come with the code
+SHIPPED = {name: Path(__file__).parent / name for name in ("bundled", "bundled_chat")}  # models that come with the code
 OFFLINE = "model=bundled needs no network."
 CONFIG, WEIGHTS, INDEX, GGUF = "config.json", "model.safetensors", "model.safetensors.index.json", ".gguf"
 

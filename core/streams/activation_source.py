@@ -26,7 +26,7 @@ from core.streams.source import Source, Stream
 from core.text.rows import Packing, RowStream
 
 BufferDtype = Literal["float32", "bfloat16", "float16"]
-HUB_TEXT = "core.text.hub.HubText"
+HUB_TEXTS = ("core.text.hub.HubText", "core.text.dialogue_sources.HubDialogues")
 BESIDE_THE_STREAM = ("seed", "model", "data", "devices")  # settings with a place of their own in the spec
 
 
@@ -155,5 +155,5 @@ def pinned_text(node: Any) -> Any:
     """A plain `data` node in which every data set of the hub, also one within another text, is named by its commit."""
     if isinstance(node, Mapping):
         inner = {key: pinned_text(value) for key, value in node.items()}
-        return {**inner, "revision": build(inner).commit} if inner.get("_target_") == HUB_TEXT else inner
+        return {**inner, "revision": build(inner).commit} if inner.get("_target_") in HUB_TEXTS else inner
     return [pinned_text(value) for value in node] if isinstance(node, list) else node

@@ -10,9 +10,11 @@ served since. A resumed stream computes the current fill again and serves the sa
 
 from __future__ import annotations
 
+import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,65 +44,81 @@ def reported(rows: Mapping[str, Any]) -> dict[str, float]:
     return counts
 
 
-class ActivationStream:
-    """An endless iterator of `Batch`es with `x` `[batch_size, d]` in fp32, not normalised: each dictionary
-    does that itself. The buffer stores `dtype`; with the model's own dtype nothing is lost.
+class Fill(NamedTuple):
+    """x `[N, ...]` in the buffer's dtype, tokens and positions `[N]`, and what a `Batch` has as truth, `[N]` each."""
 
-    `buffer_tokens` must be a multiple of `batch_size` and of `n_ctx`. The buffer is announced, then allocated once.
-    Raises UserError for sizes that do not fit together and FloatingPointError for activations that are not finite.
+    x: Tensor
+    tokens: Tensor
+    positions: Tensor
+    truth: dict[str, Tensor]
+
+
+class Rows(Protocol):
+    """A position in the text."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class BufferedStream(ABC):
+    """An endless iterator of `Batch`es in fp32, not normalised: each dictionary does that itself.
+
+    The buffer stores `dtype`; with the model's own dtype nothing is lost. It is announced, then allocated once.
+    site  where the activations are taken, for messages
     """
 
     def __init__(
-        self,
-        lm: LanguageModel,
-        site: str,
-        rows: RowStream,
-        batch_size: int,
-        buffer_tokens: int,
-        rows_per_forward: int,
-        seed: int,
-        dtype: torch.dtype = torch.float32,
+        self, rows: Rows, site: str, batch_size: int, buffer_tokens: int, seed: int, dtype: torch.dtype
     ) -> None:
-        check_sizes(batch_size, buffer_tokens, rows.n_ctx)
-        self.lm, self.site, self.rows = lm, site, rows
-        self.batch_size, self.buffer_tokens, self.rows_per_forward = batch_size, buffer_tokens, rows_per_forward
-        self.seed, self.dtype = seed, dtype
+        self.rows, self.site, self.seed, self.dtype = rows, site, seed, dtype
+        self.batch_size, self.buffer_tokens = batch_size, buffer_tokens
         self.batches_per_fill = buffer_tokens // batch_size
         self.fill, self.served = 0, 0  # number of the current fill; batches served from it
         self._rows_at_fill = rows.state_dict()
-        self._buffer: Tensor | None = None  # [N, d], allocated by the first fill
+        self._buffer: Tensor | None = None  # [N, *row_shape], allocated by the first fill
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    @property
+    @abstractmethod
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of the activations at one token."""
+
+    @abstractmethod
+    def read(self) -> None:
+        """Fill the buffer, `_tokens`, `_positions` and `_truth` from the rows that come next."""
+
+    @abstractmethod
+    def permutation(self) -> Tensor:
+        """The order in which the current fill is served, `[N]`."""
 
     def __iter__(self) -> Iterator[Batch]:
         return self
-
-    @property
-    def device(self) -> torch.device:
-        return self.lm.device
-
-    @property
-    def width(self) -> int:
-        return self.lm.width(self.site)
 
     def __next__(self) -> Batch:
         self.prepare()
         chosen = self._order[self.served * self.batch_size : (self.served + 1) * self.batch_size]
         self.served += 1
         assert self._buffer is not None
-        return Batch(self._buffer[chosen].float(), self._tokens[chosen], self._positions[chosen])
+        truth = {name: values[chosen] for name, values in self._truth.items()}
+        return Batch(self._buffer[chosen].float(), self._tokens[chosen], self._positions[chosen], truth)
 
     def prepare(self) -> None:
         """Fill the buffer, unless it holds the next batch."""
         if self._buffer is None or self.served == self.batches_per_fill:
             self._refill(advance=self.served == self.batches_per_fill)
 
-    def in_order(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The current fill in the order served, on the CPU: x `[N, d]` in the buffer's dtype, tokens, positions."""
+    def in_order(self) -> Fill:
+        """The current fill in the order served, on the CPU."""
         self.prepare()
         assert self._buffer is not None
         x = torch.empty(self._buffer.shape, dtype=self.dtype)
         for part, chosen in zip(x.split(self.batch_size), self._order.split(self.batch_size), strict=True):
             part.copy_(self._buffer[chosen])
-        return x, self._tokens[self._order].cpu(), self._positions[self._order].cpu()
+        truth = {name: values[self._order].cpu() for name, values in self._truth.items()}
+        return Fill(x, self._tokens[self._order].cpu(), self._positions[self._order].cpu(), truth)
 
     def state_dict(self) -> dict[str, Any]:
         """Enough to continue with exactly the next batch."""
@@ -118,9 +136,9 @@ class ActivationStream:
         if self._buffer is not None:
             self._refill(advance=False)
 
-    def report(self) -> dict[str, float]:
-        """How often the text was read, and what was replaced in it (`core.text.rows.counts_of`)."""
-        return reported(self.rows.state_dict())
+    def rows_read(self) -> dict[str, Any]:
+        """The text's position after all that was read."""
+        return self.rows.state_dict()
 
     def _refill(self, advance: bool) -> None:
         if advance:
@@ -128,13 +146,10 @@ class ActivationStream:
             self._rows_at_fill = self.rows.state_dict()
         if self._buffer is None:
             self._allocate()
-        n_rows = self.buffer_tokens // self.rows.n_ctx
-        for start in range(0, n_rows, self.rows_per_forward):
-            self._fill_rows(start, min(self.rows_per_forward, n_rows - start))
-        g = generator(self.seed, "shuffle", self.fill)
-        self._order = torch.randperm(self.buffer_tokens, generator=g).to(self.lm.device)
+        self.read()
+        self._order = self.permutation().to(self.device)
 
-    def _stored(self, x: Tensor) -> Tensor:
+    def stored(self, x: Tensor) -> Tensor:
         """Activations in the buffer's dtype. Raises UserError if that cannot hold them."""
         stored = x.to(self.dtype)
         if not torch.isfinite(stored).all():
@@ -146,16 +161,63 @@ class ActivationStream:
         return stored
 
     def _allocate(self) -> None:
-        width, device = self.width, self.device
-        n_bytes = self.buffer_tokens * width * self.dtype.itemsize
+        shape, device, n = self.row_shape, self.device, self.buffer_tokens
+        n_bytes = n * math.prod(shape) * self.dtype.itemsize
         print(
-            f"shuffle buffer on {device}: {self.buffer_tokens:,} tokens x {width} x {self.dtype.itemsize} bytes "
+            f"shuffle buffer on {device}: {n:,} tokens x {' x '.join(map(str, shape))} x {self.dtype.itemsize} bytes "
             f"= {n_bytes / 1e6:,.1f} MB",
             file=sys.stderr,
         )
-        self._buffer = torch.empty(self.buffer_tokens, width, dtype=self.dtype, device=device)
-        self._tokens = torch.empty(self.buffer_tokens, dtype=torch.long, device=device)
-        self._positions = torch.arange(self.rows.n_ctx, device=device).repeat(self.buffer_tokens // self.rows.n_ctx)
+        self._buffer = torch.empty(n, *shape, dtype=self.dtype, device=device)
+        self._tokens = torch.empty(n, dtype=torch.long, device=device)
+        self._positions = torch.empty(n, dtype=torch.long, device=device)
+        self._truth: dict[str, Tensor] = {}
+
+
+class ActivationStream(BufferedStream):
+    """The stream of one model, with `x` `[batch_size, d]`. `buffer_tokens` must be a multiple of `batch_size` and of
+    `n_ctx`.
+
+    Raises UserError for sizes that do not fit together and FloatingPointError for activations that are not finite.
+    """
+
+    rows: RowStream
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        site: str,
+        rows: RowStream,
+        batch_size: int,
+        buffer_tokens: int,
+        rows_per_forward: int,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        check_sizes(batch_size, buffer_tokens, rows.n_ctx)
+        super().__init__(rows, site, batch_size, buffer_tokens, seed, dtype)
+        self.lm, self.rows_per_forward = lm, rows_per_forward
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return (self.lm.width(self.site),)
+
+    def report(self) -> dict[str, float]:
+        """How often the text was read, and what was replaced in it (`core.text.rows.counts_of`)."""
+        return reported(self.rows_read())
+
+    def permutation(self) -> Tensor:
+        return torch.randperm(self.buffer_tokens, generator=generator(self.seed, "shuffle", self.fill))
+
+    def read(self) -> None:
+        n_rows = self.buffer_tokens // self.rows.n_ctx
+        self._positions.copy_(torch.arange(self.rows.n_ctx).repeat(n_rows))
+        for start in range(0, n_rows, self.rows_per_forward):
+            self._fill_rows(start, min(self.rows_per_forward, n_rows - start))
 
     def _fill_rows(self, start: int, n_rows: int) -> None:
         tokens = self.rows.next_rows(n_rows).to(self.lm.device)  # [R, T]
@@ -169,5 +231,5 @@ class ActivationStream:
             )
         begin = start * self.rows.n_ctx
         assert self._buffer is not None
-        self._buffer[begin : begin + len(x)] = self._stored(x)
+        self._buffer[begin : begin + len(x)] = self.stored(x)
         self._tokens[begin : begin + len(x)] = tokens.flatten()

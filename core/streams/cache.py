@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from core.artifacts import content_key
 from core.atomic import atomically, write_atomically
 from core.batch import Batch
 from core.errors import UserError
-from core.streams.activations import ActivationStream, check_sizes, reported
+from core.streams.activations import BufferedStream, reported
 
 MANIFEST = "cache.json"
 NOT_IN_THE_KEY = ("n_tokens", "batch_size", "batches_per_chunk", "calibration_batches")  # settings of `stream`
@@ -51,13 +52,15 @@ def fill_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Shard:
-    """One fill: x `[N, d]`, tokens and positions `[N]`; the text's position before (`rows`) and after it."""
+    """One fill: x `[N, ...]`, tokens and positions `[N]`; the text's position before (`rows`) and after it; and what a
+    batch has as truth, `[N]` each."""
 
     x: Tensor
     tokens: Tensor
     positions: Tensor
     rows: dict[str, Any]
     rows_after: dict[str, Any]
+    truth: dict[str, Tensor] = field(default_factory=dict)
 
     def batches(self, batch_size: int, first: int, device: torch.device) -> Iterator[Batch]:
         """Batches from number `first` on, as copies on the device."""
@@ -67,6 +70,7 @@ class Shard:
                 self.x[part].to(device, torch.float32, copy=True),
                 self.tokens[part].to(device, torch.long),
                 self.positions[part].to(device, torch.long),
+                {name: _whole(values[part].to(device)) for name, values in self.truth.items()},
             )
 
 
@@ -111,10 +115,9 @@ class Shards:
             self._damaged.add(fill)
             print(f"activation cache: {path} is damaged and will be computed again: {error}", file=sys.stderr)
             return None
-        rows, after = (
-            {**about[place], "pending": tensors.pop(f"{place}.pending").long()} for place in ("rows", "rows_after")
-        )
-        return Shard(**tensors, rows=rows, rows_after=after)
+        rows, after = ({**about[place], **_below(place, tensors)} for place in ("rows", "rows_after"))
+        truth = _below("truth", tensors)
+        return Shard(**tensors, rows=rows, rows_after=after, truth=truth)
 
     def write(self, fill: int, shard: Shard) -> None:
         """Store a shard, replacing a damaged one, unless another process is writing or has written it.
@@ -129,7 +132,7 @@ class Shards:
                 if self.path(fill).is_file() and fill not in self._damaged:  # written by another run meanwhile
                     return
                 if self._manifest is None:
-                    manifest = {"spec": self.spec, "d": shard.x.shape[1]}
+                    manifest = {"spec": self.spec, "d": shard.x[0].numel()}
                     write_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
                 self._save(fill, shard)
         except Timeout:
@@ -199,8 +202,9 @@ class Shards:
     def _save(self, fill: int, shard: Shard) -> None:
         places = {"rows": shard.rows, "rows_after": shard.rows_after}
         tensors = {"x": shard.x, "tokens": shard.tokens.int(), "positions": shard.positions.int()}
-        tensors |= {f"{name}.pending": rows["pending"].int() for name, rows in places.items()}
-        plain = {name: {k: v for k, v in rows.items() if k != "pending"} for name, rows in places.items()}
+        for name, values in {**places, "truth": shard.truth}.items():
+            tensors |= {f"{name}.{key}": _short(v) for key, v in values.items() if isinstance(v, Tensor)}
+        plain = {name: {k: v for k, v in rows.items() if not isinstance(v, Tensor)} for name, rows in places.items()}
         about = json.dumps({"cache": self.key, "fill": fill, **plain})
         with atomically(self.path(fill)) as temporary:
             save_file(tensors, temporary, metadata={"about": about, "sha256": _digest(tensors, about)})
@@ -209,27 +213,27 @@ class Shards:
 class CachedStream:
     """The stream that `live` opens: shards that exist are read, missing ones are computed and written.
 
-    `live` is called, and the language model loaded, at the first missing shard. States of this stream and of an
-    `ActivationStream` are interchangeable. `stream` holds the settings of that name. Batches after the first
+    `live` is called, and the language model loaded, at the first missing shard. States of this stream and of that of
+    `live` are interchangeable. `stream` holds the settings of that name. Batches after the first
     `n_batches` are served but not written. In memory are the shard being served and the one being written or read
-    ahead. Raises UserError if the sizes do not fit together, or the disk is too small.
+    ahead. Raises UserError if the disk is too small. `token_bytes`: those of a token besides x.
     """
 
     def __init__(
         self,
         shards: Shards,
-        live: Callable[[], ActivationStream],
+        live: Callable[[], BufferedStream],
         stream: Mapping[str, Any],
         n_batches: int,
         device: torch.device,
+        token_bytes: int = TOKEN_BYTES,
     ) -> None:
         batch_size, buffer_tokens = stream["batch_size"], stream["buffer_tokens"]
-        check_sizes(batch_size, buffer_tokens, stream["n_ctx"])
         self.shards, self.batch_size, self.device, self._open_live = shards, batch_size, device, live
         self.batches_per_fill = buffer_tokens // batch_size
         self.n_fills = -(-n_batches // self.batches_per_fill)
-        width, dtype = shards.width() or self._live.width, getattr(torch, stream["buffer_dtype"])
-        shards.announce(self.n_fills, buffer_tokens * (width * dtype.itemsize + TOKEN_BYTES))
+        width, dtype = shards.width() or math.prod(self._live.row_shape), getattr(torch, stream["buffer_dtype"])
+        shards.announce(self.n_fills, buffer_tokens * (width * dtype.itemsize + token_bytes))
         self._worker = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         self._source: Iterator[Batch] | None = None  # batches of the current fill, once it is opened
@@ -251,7 +255,7 @@ class CachedStream:
         return next(self._source)
 
     def state_dict(self) -> dict[str, Any]:
-        """As `ActivationStream.state_dict`."""
+        """As `BufferedStream.state_dict`."""
         used_up = self.served == self.batches_per_fill
         return {
             "fill": self.fill + used_up,
@@ -266,12 +270,16 @@ class CachedStream:
         self.fill, self.served, self._rows = state["fill"], state["served"], state["rows"]
         self._source = None
 
+    def rows_read(self) -> dict[str, Any]:
+        """As `BufferedStream.rows_read`."""
+        return self._rows if self._source is None else self._rows_after
+
     def report(self) -> dict[str, float]:
         """As `ActivationStream.report`."""
-        return reported(self._rows if self._source is None else self._rows_after)
+        return reported(self.rows_read())
 
     @cached_property
-    def _live(self) -> ActivationStream:
+    def _live(self) -> BufferedStream:
         return self._open_live()
 
     def _open(self) -> Iterator[Batch]:
@@ -300,10 +308,26 @@ class CachedStream:
         if self._writing is not None:
             self._writing.result()
         if self.shards.writable and self.fill < self.n_fills:
-            shard = Shard(*live.in_order(), rows=self._rows, rows_after=self._rows_after)
+            x, tokens, positions, truth = live.in_order()
+            shard = Shard(x, tokens, positions, self._rows, self._rows_after, truth)
             self._writing = self._worker.submit(self.shards.write, self.fill, shard)
             if self.fill + 1 == self.n_fills:
                 self._writing.result()
+
+
+def _below(place: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file that belong to a place, taken out of it, as they were before `_short`."""
+    names = [name for name in tensors if name.startswith(f"{place}.")]
+    return {name.removeprefix(f"{place}."): _whole(tensors.pop(name)) for name in names}
+
+
+def _short(values: Tensor) -> Tensor:
+    """As a file has it: whole numbers in 32 bits."""
+    return values if values.dtype == torch.bool else values.int()
+
+
+def _whole(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.bool else values.long()
 
 
 def _digest(tensors: Mapping[str, Tensor], about: str) -> str:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
-from core.text.rows import bos_token_id
+from core.text.tokenizing import bos_token_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Role = Literal["bos", "template", "system", "user", "assistant"]
-ROLES: tuple[Role, ...] = ("bos", "template", "system", "user", "assistant")  # an id is a place in this list
+Role = Literal["bos", "template", "system", "user", "assistant", "text"]  # text: of no dialogue
+ROLES: tuple[Role, ...] = ("bos", "template", "system", "user", "assistant", "text")  # an id is a place in this list
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
 
@@ -84,11 +84,7 @@ def chat_tokens(
     Raises UserError for a tokenizer without a template, for messages that the template refuses (roles that do not
     alternate, for instance), and for a template that changes a message's text.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            f"pair.chat: the tokenizer {tokenizer.name_or_path!r} has no chat template, so {where} cannot be written. "
-            "Set chat_template in its tokenizer_config.json, or choose a chat model."
-        )
+    check_template(tokenizer)
     try:
         text = str(tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False))
     except Exception as error:  # what a template raises has no common base class
@@ -106,6 +102,15 @@ def chat_tokens(
     )
 
 
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError for a tokenizer without a chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"pair.chat: the tokenizer {tokenizer.name_or_path!r} has no chat template, so dialogues cannot be "
+            "written. Set chat_template in its tokenizer_config.json, or choose a chat model."
+        )
+
+
 Span = tuple[int, int, Role]  # first character, the one after the last, and whose words they are
 
 
@@ -115,7 +120,7 @@ def _spans(text: str, messages: Sequence[Message], where: str) -> list[Span]:
     for message in messages:
         content = message["content"].strip()  # templates strip, too
         role: Any = "assistant" if message["role"] in ("assistant", "model") else message["role"]
-        if role not in ROLES:
+        if role not in ("system", "user", "assistant"):
             raise UserError(f"{where}: the role {message['role']!r} is not one of system, user, assistant.")
         start = text.find(content, position)
         if start < 0:
