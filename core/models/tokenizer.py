@@ -15,7 +15,12 @@ from core.models.files import ModelFiles, cause_of, check_file, count, read_part
 from core.models.weights import some
 
 TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # read if they are there
+BESIDE = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)  # read if they are there
 FROM_MERGES = ("gpt2", "gpt_neox", "qwen2", "qwen3")  # families whose tokenizer is built from VOCABULARY and MERGES
 PROBE = "the quick brown fox jumps over the lazy dog and then it sleeps for an hour"
 MOSTLY_USED = 0.9  # a smaller part of the embedding than this with a token of its own is said

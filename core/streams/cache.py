@@ -36,7 +36,7 @@ from core.artifacts import content_key
 from core.atomic import atomically, write_atomically
 from core.batch import Batch
 from core.errors import UserError
-from core.streams.activations import BufferedStream, reported
+from core.streams.activations import BufferedStream, check_sizes, reported
 
 MANIFEST = "cache.json"
 NOT_IN_THE_KEY = ("n_tokens", "batch_size", "batches_per_chunk", "calibration_batches")  # settings of `stream`
@@ -216,7 +216,8 @@ class CachedStream:
     `live` is called, and the language model loaded, at the first missing shard. States of this stream and of that of
     `live` are interchangeable. `stream` holds the settings of that name. Batches after the first
     `n_batches` are served but not written. In memory are the shard being served and the one being written or read
-    ahead. Raises UserError if the disk is too small. `token_bytes`: those of a token besides x.
+    ahead. `token_bytes`: those of a token besides x. Raises UserError if the sizes do not fit together, or the disk is
+    too small.
     """
 
     def __init__(
@@ -229,6 +230,7 @@ class CachedStream:
         token_bytes: int = TOKEN_BYTES,
     ) -> None:
         batch_size, buffer_tokens = stream["batch_size"], stream["buffer_tokens"]
+        check_sizes(batch_size, buffer_tokens, stream.get("n_ctx", 1))
         self.shards, self.batch_size, self.device, self._open_live = shards, batch_size, device, live
         self.batches_per_fill = buffer_tokens // batch_size
         self.n_fills = -(-n_batches // self.batches_per_fill)

@@ -1,4 +1,4 @@
-"""Two models on the same tokens: what a batch holds, and that it is the same from disk, after a stop, and on two devices."""
+"""Two models on the same tokens: what a batch holds; the same from disk, after a stop, and on two devices."""
 
 import json
 from collections.abc import Callable
