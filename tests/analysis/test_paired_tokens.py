@@ -73,5 +73,5 @@ def test_fewer_rows_than_asked_for_are_all_there_are(pair: ModelPair, source: Pa
 
 
 def test_less_than_two_rows_are_refused(pair: ModelPair, source: PairedActivationSource):
-    with pytest.raises(UserError, match="evaluation.n_rows: 1 must be 2 or more"):
+    with pytest.raises(UserError, match=r"evaluation.n_rows: 1 must be 2 or more"):
         read_paired_tokens(source.rows(pair.tokenizer, "heldout", 0), 1)
