@@ -17,7 +17,7 @@ Shapes: R rows (dialogues) of T tokens, m = dict_size, d = d_model, n answer pos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -26,11 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.analysis.paired_tokens import PairedTokens
+from core.errors import UserError
 from core.kernels import sparse
 from core.kernels.codes import Codes
 from core.methods.crosscoder import scaled
 from core.methods.dictionary import Dictionary
-from core.models.language_model import LanguageModel
+from core.models.pair import ModelPair
 from core.seeding import derived_seed, generator
 from core.text.chat import answer_positions, first_of_answers, is_role
 
@@ -59,34 +61,13 @@ class Intervention:
             raise ValueError(f"{self.name}: {self.kind} {'needs' if self.latents is None else 'takes no'} latents.")
 
 
-@dataclass(frozen=True, eq=False)
-class Dialogues:
-    """Right-padded rows. `[R, T]` each: ids; roles, as places in `core.text.chat.ROLES`; valid, bool.
-
-    valid  where the crosscoder was trained: no padding, no position that its source drops. Elsewhere its codes mean
-           nothing, and every intervention but `template` leaves h^base.
-    real   no padding; dropped positions count.
-    """
-
-    ids: Tensor
-    roles: Tensor
-    valid: Tensor
-    real: Tensor
-
-    @property
-    def answers(self) -> Tensor:
-        """bool `[R, T]`: positions that predict an answer."""
-        return answer_positions(self.roles, self.real)
-
-    @property
-    def first(self) -> Tensor:
-        """bool `[R, T]`: those that predict tokens 2 to `FIRST` + 1 of an answer."""
-        return first_of_answers(self.roles, self.real, FIRST + 1)
-
-
 class PairOfActivations:
     """One batch: what both models say, `[R, T, 2, d]`, and the crosscoder's codes; makes edited activations `[R, T, d]`
-    in the models' own units, fp32."""
+    in the models' own units, fp32.
+
+    valid  bool `[R, T]`: where the crosscoder was trained. Elsewhere, at padding and at positions that its source
+           leaves out, its codes mean nothing, and every intervention but `template` leaves h^base.
+    """
 
     def __init__(self, crosscoder: Dictionary, h: Tensor, roles: Tensor, valid: Tensor) -> None:
         self.crosscoder, self.h = crosscoder, h.float()
@@ -134,7 +115,7 @@ class PatchedKL:
 
     names     of the interventions
     kl        `[I, n]` float64
-    first     bool `[n]`: one of the first tokens of an answer, see `Dialogues.first`
+    first     bool `[n]`: whether it predicts one of the tokens 2 to `FIRST` + 1 of an answer
     dialogue  `[n]`: the row that it is in
     """
 
@@ -207,41 +188,38 @@ class KLMeans:
 
 @torch.no_grad()
 def patched_kl(
-    chat: LanguageModel,
-    capture: Callable[[Tensor], Tensor],
-    site: str,
+    pair: ModelPair,
     crosscoder: Dictionary,
-    dialogues: Dialogues,
+    tokens: PairedTokens,
     interventions: Sequence[Intervention],
     rows_per_batch: int,
 ) -> PatchedKL:
-    """KL(chat || chat with edited activations at `site`) for every intervention at every answer position.
-
-    capture  ids `[R, T]` -> activations of both models at the site, `[R, T, 2, d]`
-    """
-    answers, first = dialogues.answers, dialogues.first
-    kl: list[Tensor] = []
-    for start in range(0, len(dialogues.ids), rows_per_batch):
-        here = slice(start, start + rows_per_batch)
-        ids, at = dialogues.ids[here], answers[here]
+    """KL(chat || chat with edited activations at the pair's site) at every answer position of dialogues, for every
+    intervention. Raises UserError where no answer is long enough."""
+    kl, first, dialogue = [], [], []
+    for start in range(0, len(tokens), rows_per_batch):
+        part = tokens[slice(start, start + rows_per_batch)]
+        at = answer_positions(part.roles)
         if not at.any():
             continue
-        activations = PairOfActivations(crosscoder, capture(ids), dialogues.roles[here], dialogues.valid[here])
-        reference = _logits(chat, activations.h[:, :, 1], ids, site, at)
+        activations = PairOfActivations(crosscoder, pair.capture(part.ids), part.roles, part.valid)
+        reference = _logits(pair, activations.h[:, :, 1], part.ids, at)
         rows = [
-            kl_of_logits(reference, _logits(chat, activations.edited(intervention), ids, site, at))
+            kl_of_logits(reference, _logits(pair, activations.edited(intervention), part.ids, at))
             for intervention in interventions
         ]
         kl.append(torch.stack(rows).double().cpu())
+        first.append(first_of_answers(part.roles, FIRST + 1)[at])
+        dialogue.append(at.nonzero()[:, 0] + start)
+    if not first or not torch.cat(first).any():
+        raise UserError("dialogues: no dialogue has an answer of two tokens or more within stream.n_ctx.")
     names = tuple(intervention.name for intervention in interventions)
-    total = torch.cat(kl, dim=1) if kl else torch.empty(len(names), 0, dtype=torch.float64)
-    dialogue = torch.arange(len(answers))[:, None].expand(answers.shape)
-    return PatchedKL(names, *(part.numpy() for part in (total, first[answers], dialogue[answers])))
+    return PatchedKL(names, *(torch.cat(parts, dim=-1).cpu().numpy() for parts in (kl, first, dialogue)))
 
 
-def _logits(chat: LanguageModel, x: Tensor, ids: Tensor, site: str, at: Tensor) -> Tensor:
+def _logits(pair: ModelPair, x: Tensor, ids: Tensor, at: Tensor) -> Tensor:
     """Logits at the chosen positions `[n, V]`, where x `[R, T, d]` are the chat model's activations at the site."""
-    logits = chat.logits_with(x.to(chat.device, chat.dtype), ids, site)
+    logits = pair.chat.logits_with(x.to(pair.device, pair.chat.dtype), ids, pair.site)
     return logits[at.to(logits.device)]
 
 

@@ -53,24 +53,21 @@ def is_role(roles: Tensor, *wanted: Role) -> Tensor:
     return torch.isin(roles, torch.tensor([ROLES.index(role) for role in wanted], device=roles.device))
 
 
-def answer_positions(roles: Tensor, real: Tensor | None = None) -> Tensor:
+def answer_positions(roles: Tensor) -> Tensor:
     """bool `[..., T]`: positions whose next token is a part of an answer, or the token that ends it.
 
-    The last template token before an answer, which predicts its first token, is one of them. `real` is False at
-    padding, whose role says nothing.
+    The last template token before an answer, which predicts its first token, is one of them. Padding has the role -1.
     """
     answer, template = is_role(roles, "assistant"), is_role(roles, "template")
-    if real is not None:
-        answer, template = answer & real, template & real
     wanted = answer.clone()
     wanted[..., 1:] |= answer[..., :-1] & template[..., 1:]  # the end of the turn
     return torch.cat([wanted[..., 1:], wanted.new_zeros(*wanted.shape[:-1], 1)], dim=-1)
 
 
-def first_of_answers(roles: Tensor, real: Tensor | None, n: int) -> Tensor:
+def first_of_answers(roles: Tensor, n: int) -> Tensor:
     """bool `[..., T]`: of each run of adjacent answer positions the first n, without those at a template token. So the
     one that predicts an answer's first token drops out (authors' code of Minder et al. 2025, `mask_k_first`)."""
-    answers = answer_positions(roles, real)
+    answers = answer_positions(roles)
     place = torch.arange(1, roles.shape[-1] + 1, device=roles.device).expand(roles.shape)
     before = place.where(~answers, 0).cummax(-1).values  # the place of the last position that is in no run
     return answers & (place - before <= n) & ~is_role(roles, "template")

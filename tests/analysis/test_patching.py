@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from core.analysis.paired_tokens import PairedTokens
 from core.analysis.patching import (
-    Dialogues,
     Intervention,
     PairOfActivations,
     PatchedKL,
@@ -20,9 +20,11 @@ from core.analysis.patching import (
     patched_kl,
     random_half,
 )
+from core.errors import UserError
 from core.methods.crosscoder import BatchTopKCrosscoder, L1Crosscoder
 from core.models.language_model import LanguageModel
-from core.text.chat import ROLES
+from core.text.chat import ROLES, answer_positions, first_of_answers
+from core.text.paired_rows import Row
 from tests.methods.test_crosscoders import BTK, L1, with_random_weights
 from tests.text.test_chat_positions import roles
 
@@ -39,16 +41,25 @@ def language_model(seed: int) -> LanguageModel:
 BASE, CHAT = language_model(0), language_model(1)
 
 
-def capture(ids: Tensor) -> Tensor:
-    return torch.stack([BASE.capture(ids, SITE), CHAT.capture(ids, SITE)], dim=2)
+class Pair:
+    """A `ModelPair` without tokenizers."""
+
+    site, chat, device = SITE, CHAT, CHAT.device
+
+    def __init__(self, base: LanguageModel = BASE) -> None:
+        self.base = base
+
+    def capture(self, ids: Tensor) -> Tensor:
+        return torch.stack([self.base.capture(ids, SITE), CHAT.capture(ids, SITE)], dim=2)
 
 
-def dialogues(texts: tuple[str, ...] = TEXTS) -> Dialogues:
+PAIR: Any = Pair()
+
+
+def dialogues(texts: tuple[str, ...] = TEXTS, n_dropped: int = 1) -> PairedTokens:
     ids = torch.randint(V, (len(texts), T), generator=torch.Generator().manual_seed(5))
-    real = torch.tensor([[letter != "." for letter in text] for text in texts])
-    valid = real.clone()
-    valid[:, 0] = False  # BOS is dropped
-    return Dialogues(ids, torch.stack([roles(text) for text in texts]), valid, real)
+    rows = [Row(ids[i, : len(text.rstrip("."))], roles(text.rstrip(".")), True) for i, text in enumerate(texts)]
+    return PairedTokens.of(rows, n_dropped)
 
 
 def crosscoder(kind: str = "l1", norm: str = "none") -> Any:
@@ -65,7 +76,9 @@ def crosscoder(kind: str = "l1", norm: str = "none") -> Any:
 @pytest.fixture(params=[("l1", "none"), ("btk", "none"), ("btk", "scalar"), ("l1", "token_std")], ids=str)
 def pair(request: Any) -> PairOfActivations:
     given = dialogues()
-    return PairOfActivations(crosscoder(*request.param), capture(given.ids), given.roles, torch.ones_like(given.real))
+    return PairOfActivations(
+        crosscoder(*request.param), PAIR.capture(given.ids), given.roles, torch.ones_like(given.valid)
+    )
 
 
 def test_replacing_every_latent_with_the_biases_is_the_chat_reconstruction_plus_the_base_error(pair):
@@ -100,7 +113,7 @@ def test_no_latent_leaves_the_base_model_and_the_sum_over_single_latents_is_all(
 
 def test_adding_is_replacing_without_taking_the_base_decoder_away():
     given, method = dialogues(), crosscoder()
-    pair = PairOfActivations(method, capture(given.ids), given.roles, torch.ones_like(given.real))
+    pair = PairOfActivations(method, PAIR.capture(given.ids), given.roles, torch.ones_like(given.valid))
     chosen = members(torch.tensor([1, 4, 5]), M)
     f = method.encode(pair.h.flatten(0, 1)).dense()[:, chosen]  # [R T, 3]
     added = pair.edited(Intervention("add", "add", chosen)).flatten(0, 1) - pair.h[:, :, 0].flatten(0, 1)
@@ -111,7 +124,7 @@ def test_adding_is_replacing_without_taking_the_base_decoder_away():
 
 def test_the_template_patch_takes_the_chat_model_at_template_tokens_only():
     given = dialogues()
-    pair = PairOfActivations(crosscoder(), capture(given.ids), given.roles, given.valid)
+    pair = PairOfActivations(crosscoder(), PAIR.capture(given.ids), given.roles, given.valid)
     edited, template = pair.edited(Intervention("template", "template")), given.roles == ROLES.index("template")
     assert torch.equal(edited[template], pair.h[:, :, 1][template])
     assert torch.equal(edited[~template], pair.h[:, :, 0][~template])
@@ -119,7 +132,7 @@ def test_the_template_patch_takes_the_chat_model_at_template_tokens_only():
 
 def test_positions_that_training_drops_keep_the_base_model():
     given = dialogues()
-    pair = PairOfActivations(crosscoder(), capture(given.ids), given.roles, given.valid)
+    pair = PairOfActivations(crosscoder(), PAIR.capture(given.ids), given.roles, given.valid)
     for kind in ("all", "error"):
         edited = pair.edited(Intervention(kind, cast(Any, kind)))
         assert torch.equal(edited[~given.valid], pair.h[:, :, 0][~given.valid])
@@ -145,20 +158,21 @@ def test_the_kl_by_hand():
 def test_the_kl_is_that_of_whole_models_at_answer_positions():
     """Each edit is compared with a forward pass in which the block's output is replaced by a hook."""
     given, method = dialogues(), crosscoder()
+    answers = answer_positions(given.roles)
     wanted = [Intervention("none", "none"), Intervention("all", "all"), Intervention("template", "template")]
-    result = patched_kl(CHAT, capture, SITE, method, given, wanted, rows_per_batch=2)
-    pair = PairOfActivations(method, capture(given.ids), given.roles, given.valid)
+    result = patched_kl(PAIR, method, given, wanted, rows_per_batch=2)
+    pair = PairOfActivations(method, PAIR.capture(given.ids), given.roles, given.valid)
     log_p = CHAT.model(given.ids).logits.log_softmax(-1)
     for i, intervention in enumerate(wanted):
         x = pair.edited(intervention).detach()
         hook = CHAT.model.transformer.h[0].register_forward_hook(lambda *_, x=x: x)
         log_q = CHAT.model(given.ids).logits.log_softmax(-1)
         hook.remove()
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1)[given.answers]
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)[answers]
         np.testing.assert_allclose(result.kl[i], kl.numpy(), rtol=1e-4, atol=1e-6)
-    assert result.kl.shape[1] == int(given.answers.sum()) and result.kl[0].mean() > 0.01
-    assert result.dialogue.tolist() == given.answers.nonzero()[:, 0].tolist()
-    assert int(result.first.sum()) == int(given.first.sum()) < int(given.answers.sum())
+    assert result.kl.shape[1] == int(answers.sum()) and result.kl[0].mean() > 0.01
+    assert result.dialogue.tolist() == answers.nonzero()[:, 0].tolist()
+    assert int(result.first.sum()) == int(first_of_answers(given.roles, 10).sum()) < int(answers.sum())
 
 
 def test_a_perfect_crosscoder_leaves_no_kl():
@@ -170,18 +184,19 @@ def test_a_perfect_crosscoder_leaves_no_kl():
         method.W_enc.copy_(torch.cat([eye, -eye]))
         method.W_dec.copy_(torch.cat([eye, -eye]))
     every = [Intervention(kind, cast(Any, kind)) for kind in ("none", "all", "error")]
-    everywhere = dialogues()
-    everywhere = Dialogues(everywhere.ids, everywhere.roles, torch.ones_like(everywhere.real), everywhere.real)
-    none, all_, error = patched_kl(CHAT, capture, SITE, method, everywhere, every, 3).kl
+    everywhere = dialogues(n_dropped=0)
+    none, all_, error = patched_kl(PAIR, method, everywhere, every, 3).kl
     np.testing.assert_allclose(all_, 0, atol=1e-5)
     np.testing.assert_allclose(error, none, atol=1e-4)
-
-    def same(ids: Tensor) -> Tensor:
-        return CHAT.capture(ids, SITE)[:, :, None].expand(-1, -1, 2, -1)
-
-    none, _, error = patched_kl(CHAT, same, SITE, method, everywhere, every, 3).kl
+    itself: Any = Pair(CHAT)
+    none, _, error = patched_kl(itself, method, everywhere, every, 3).kl
     np.testing.assert_allclose(none, 0, atol=1e-5)
     np.testing.assert_allclose(error, 0, atol=1e-5)
+
+
+def test_dialogues_without_an_answer_are_refused():
+    with pytest.raises(UserError, match="no dialogue has an answer"):
+        patched_kl(PAIR, crosscoder(), dialogues(("btuut",)), [Intervention("none", "none")], 2)
 
 
 def result_of(kl: list[list[float]], dialogue: list[int], first: list[bool]) -> PatchedKL:

@@ -5,12 +5,12 @@ from torch import Tensor
 
 from core.text.chat import ROLES, ChatTokens, answer_positions, first_of_answers
 
-LETTERS = {"b": "bos", "t": "template", "u": "user", "a": "assistant", "s": "system", ".": "bos"}
+LETTERS = {role[0]: place for place, role in enumerate(ROLES) if role != "text"}
 
 
 def roles(text: str) -> Tensor:
-    """One letter for each token."""
-    return torch.tensor([ROLES.index(LETTERS[letter]) for letter in text])  # type: ignore[arg-type]
+    """One letter for each token; a dot is padding."""
+    return torch.tensor([LETTERS.get(letter, -1) for letter in text])
 
 
 def marked(mask: Tensor) -> str:
@@ -31,23 +31,23 @@ def test_the_first_tokens_are_counted_in_every_answer_and_leave_out_the_template
     """With n = 3 of each run: the template token drops out, so two remain; an answer of one token has one."""
     text = "btutaaaaatutatt"
     assert marked(answer_positions(roles(text))) == "---xxxxxx--xx--"
-    assert marked(first_of_answers(roles(text), None, 3)) == "----xx------x--"
+    assert marked(first_of_answers(roles(text), 3)) == "----xx------x--"
 
 
-def test_padding_is_no_answer_whatever_its_role():
-    text = "btutaataaa"
-    real = torch.tensor([True] * 7 + [False] * 3)
-    assert marked(answer_positions(roles(text), real)) == "---xxx----"
-    assert marked(first_of_answers(roles(text), real, 10)) == "----xx----"
+def test_padding_ends_nothing_and_is_no_answer():
+    text = "btutaata..."
+    assert marked(answer_positions(roles(text))) == "---xxxx----"
+    assert marked(answer_positions(roles("btutaa..."))) == "---xx----"
+    assert marked(first_of_answers(roles(text), 10)) == "----xx-----"
 
 
 def test_rows_are_handled_like_single_dialogues():
     rows = torch.stack([roles("btutaat"), roles("butaaat")])
     assert [marked(row) for row in answer_positions(rows)] == ["---xxx-", "--xxxx-"]
-    assert [marked(row) for row in first_of_answers(rows, None, 2)] == ["----x--", "---x---"]
+    assert [marked(row) for row in first_of_answers(rows, 2)] == ["----x--", "---x---"]
 
 
 def test_nine_of_a_long_answer_remain():
     text = "btut" + 20 * "a" + "t"
-    assert int(first_of_answers(roles(text), None, 10).sum()) == 9
-    assert marked(first_of_answers(roles(text), None, 10)).index("x") == 4  # predicts the second token of the answer
+    assert int(first_of_answers(roles(text), 10).sum()) == 9
+    assert marked(first_of_answers(roles(text), 10)).index("x") == 4  # predicts the second token of the answer
