@@ -77,6 +77,17 @@ def bootstrap_interval(
     return Interval(float(statistic(array, axis=0)), float(low), float(high), len(array))
 
 
+def roc_auc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """`[n]`: for each column of scores `[N, n]` the chance that a row with label True has a higher score than one with
+    label False; ties count one half. NaN where one of the two is missing."""
+    positive = labels.astype(bool)
+    n, others = int(positive.sum()), int((~positive).sum())
+    if not n or not others:
+        return np.full(scores.shape[1], np.nan)
+    ranks = stats.rankdata(scores, axis=0)[positive].sum(0)
+    return np.asarray((ranks - n * (n + 1) / 2) / (n * others))
+
+
 def sign_test(differences: Sequence[float]) -> float:
     """Two-sided p-value of the exact sign test of "positive and negative differences are equally likely".
 

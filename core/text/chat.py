@@ -73,6 +73,26 @@ def first_of_answers(roles: Tensor, n: int) -> Tensor:
     return answers & (place - before <= n) & ~is_role(roles, "template")
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A dialogue up to where an answer begins, and the id of the token that will end it."""
+
+    chat: ChatTokens
+    end: int
+
+
+def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str = "a dialogue") -> Prompt:
+    """The tokens after which the model answers. Raises UserError as `chat_tokens` does, and for a template that puts no
+    token after an answer."""
+    chat = chat_tokens(tokenizer, [*messages, {"role": "assistant", "content": "x"}], where)
+    last = int(chat.is_role("assistant").nonzero().max())
+    others = (~chat.is_role("assistant")[:last]).nonzero()
+    start = int(others.max()) + 1
+    if last + 1 == len(chat.ids):
+        raise UserError(f"pair.chat: the chat template of {tokenizer.name_or_path!r} puts no token after an answer.")
+    return Prompt(ChatTokens(chat.ids[:start], chat.roles[:start]), int(chat.ids[last + 1]))
+
+
 def chat_tokens(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str = "a dialogue"
 ) -> ChatTokens:
