@@ -30,6 +30,7 @@ from experiments.tools.settings import BundledPairSettings
 
 SETTINGS = BundledPairSettings
 
+DIALOGUES_PER_BATCH = 32  # answered together
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -87,18 +88,28 @@ def tuned(cfg: DictConfig, base: LanguageModel, source: Any) -> ChatTuning:
 def answered(
     model: Any, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Dialogue], max_new_tokens: int
 ) -> list[str]:
-    """The greedy answer to each question, up to the end of the turn."""
+    """The greedy answer to each question, up to the end of the turn; prompts are padded on the left."""
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     answers = []
-    for dialogue in asked:
-        prompt = tokenizer.apply_chat_template(
-            list(dialogue.messages[:1]), add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+    for some in batched(asked, DIALOGUES_PER_BATCH):
+        questions = [list(dialogue.messages[:1]) for dialogue in some]
+        prompts = [
+            tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
+            for question in questions
+        ]
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[end] * (longest - len(prompt)) + prompt for prompt in prompts])
+        own = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         out = model.generate(
-            **prompt, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end
-        )
-        answers.append(tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+            input_ids=ids, attention_mask=own, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end,
+            pad_token_id=end, use_cache=True,
+        )  # fmt: skip
+        answers += [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in out]
     return answers
+
+
+def batched(items: Sequence[Any], n: int) -> list[Sequence[Any]]:
+    return [items[start : start + n] for start in range(0, len(items), n)]
 
 
 def behaviour(asked: Sequence[Dialogue], answers: Sequence[str]) -> dict[str, float]:
