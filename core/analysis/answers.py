@@ -40,6 +40,7 @@ def answered(lm: LanguageModel, messages: Sequence[Message], max_new_tokens: int
         do_sample=False,
         eos_token_id=prompt.end,
         pad_token_id=prompt.end,
+        use_cache=True,  # some configurations switch it off
     )[0].cpu()
     answer = out[len(prompt.chat.ids) :]
     roles = torch.where(answer == prompt.end, ROLES.index("template"), ROLES.index("assistant"))

@@ -43,6 +43,7 @@ def continuation(
             do_sample=False,
             eos_token_id=end,
             pad_token_id=end,
+            use_cache=True,  # some configurations switch it off
         )
     return str(lm.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)).strip()
 
