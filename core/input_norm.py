@@ -12,7 +12,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-Normalisation = Literal["token_std", "token_center", "scalar", "none", "layer_norm", "token_norm"]
+Normalisation = Literal["token_std", "token_center", "scalar", "shared_scalar", "none", "layer_norm", "token_norm"]
+
+CONSTANT = ("scalar", "shared_scalar")  # kinds whose scale is measured once
 
 
 class Shift(NamedTuple):
@@ -30,6 +32,8 @@ class InputNorm(nn.Module):
              token_center  per token, subtract the mean over d (as centring the weights that write to the residual
                            stream does)
              scalar        one constant for all tokens, measured on the first activations so that E|x|^2 = d; a buffer
+             shared_scalar one constant for all tokens and all leading axes, so that E|x|^2 = d over all of them: ratios
+                           between models stay what they are
              none          activations as they are
              layer_norm    token_std undone without the 1e-5, as SAELens does; codes are the same
              token_norm    per token, scaled to the norm sqrt(d) (SAELens: constant_norm_rescale)
@@ -43,18 +47,19 @@ class InputNorm(nn.Module):
         if kind not in get_args(Normalisation):
             raise ValueError(f"input_norm: {kind!r} is not one of {', '.join(get_args(Normalisation))}.")
         self.kind = kind
-        self.register_buffer("scale", torch.ones((*leading, 1) if leading else ()))
+        self.register_buffer("scale", torch.ones((*leading, 1) if leading and kind != "shared_scalar" else ()))
 
     @property
     def shared_as(self) -> str | None:
         """Norms with the same word give the same result for a batch; None: this one has a constant of its own."""
-        return None if self.kind == "scalar" else self.kind
+        return None if self.kind in CONSTANT else self.kind
 
     def fit(self, x: Tensor) -> None:
-        """Measure what `scalar` needs on activations `[N, d]` or `[N, *leading, d]`; nothing for the other kinds."""
-        if self.kind == "scalar":
-            rms = x.float().square().sum(-1).mean(0).sqrt() / math.sqrt(x.shape[-1])
-            self.scale.copy_(rms.view(self.scale.shape))
+        """Measure the constants on activations `[N, d]` or `[N, *leading, d]`; nothing for the kinds without one."""
+        if self.kind in CONSTANT:
+            square = x.float().square().sum(-1)
+            mean = square.mean() if self.kind == "shared_scalar" else square.mean(0)
+            self.scale.copy_((mean.sqrt() / math.sqrt(x.shape[-1])).view(self.scale.shape))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Shift]:
         """`[..., d]` -> the same normalised, in fp32, and what `undo` needs."""
@@ -62,7 +67,7 @@ class InputNorm(nn.Module):
         zero, one = x.new_zeros(()), x.new_ones(())
         if self.kind == "none":
             return x, Shift(zero, one)
-        if self.kind == "scalar":
+        if self.kind in CONSTANT:
             return x / self.scale, Shift(zero, self.scale)
         if self.kind == "token_norm":
             rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / math.sqrt(x.shape[-1])

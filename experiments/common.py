@@ -52,7 +52,7 @@ def request(cfg: DictConfig, method: Any = None) -> Request:
     node = method_node(cfg, method)
     if is_loaded(node):
         raise UserError("method=pretrained: this experiment trains its dictionaries; choose another method.")
-    ready = partial(check_held_out_text, cfg) if "evaluation" in cfg and "n_ctx" in cfg.stream else None
+    ready = partial(check_held_out_text, cfg) if "evaluation" in cfg and "packing" in cfg.stream else None
     return Request(node, source(cfg), cfg.trainer.precision, ready=ready)
 
 

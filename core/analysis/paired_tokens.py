@@ -17,7 +17,7 @@ from core.errors import UserError
 from core.models.pair import ModelPair
 from core.notices import say_once
 from core.text.documents import Distinct, TextSource
-from core.text.paired_rows import PairedRows, Row, RowReader, counts_of_pair, say_pair_counts
+from core.text.paired_rows import PairedRows, Row, counts_of_pair, say_pair_counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,28 +87,35 @@ class PairedTokens:
 
 
 def read_paired_tokens(rows: PairedRows, n_rows: int) -> tuple[PairedTokens, dict[str, float]]:
-    """n_rows rows, one half of text and one of dialogues, or as many as there are; each text once. And what was read.
+    """n_rows / 2 dialogues and text with as many wanted tokens, or as many as there are; each text once. And what was
+    read.
 
-    Says on standard error that there are fewer. Raises UserError if a half is empty.
+    Says on standard error that there are fewer. Raises UserError if one of the two is empty.
     """
+    if n_rows < 2:
+        raise UserError(f"evaluation.n_rows: {n_rows} must be 2 or more: one half of the rows are dialogues.")
+    chat = list(islice(rows.chat.one_pass(), n_rows // 2))
+    if not chat:
+        raise rows.chat.empty()
+    if len(chat) < n_rows // 2:
+        say_once(
+            f"evaluation.n_rows={n_rows:,}: {rows.chat.source.name} holds out {len(chat):,} dialogues; all are read."
+        )
+    missing = sum(len(row.ids) - rows.skipped for row in chat)
     assert isinstance(rows.text.source, TextSource)
     rows.text.source = Distinct(rows.text.source)
-    wanted = n_rows // 2
-    if wanted < 1:
-        raise UserError(f"evaluation.n_rows: {n_rows} must be 2 or more: one half of the rows are dialogues.")
-    read = [_first(reader, wanted) for reader in (rows.text, rows.chat)]
-    tokens = PairedTokens.of([row for half in read for row in half], rows.skipped)
+    text: list[Row] = []
+    for row in rows.text.one_pass():
+        text.append(row.cut(missing + rows.skipped))
+        missing -= len(text[-1].ids) - rows.skipped
+        if not missing:
+            break
+    if not text:
+        raise rows.text.empty()
+    if missing:
+        say_once(f"evaluation.n_rows={n_rows:,}: {rows.text.source.name} holds out {missing:,} tokens too few of text.")
+    tokens = PairedTokens.of([*text, *chat], rows.skipped)
     state = rows.state_dict()
     say_pair_counts(state, rows.text.n_ctx, "evaluation")
     counts = {name: n for name, n in counts_of_pair(state).items() if not name.endswith("passes")}
     return tokens, {**counts, "heldout_rows": float(len(tokens)), "heldout_tokens": float(tokens.n_tokens)}
-
-
-def _first(reader: RowReader, n: int) -> list[Row]:
-    rows = list(islice(reader.one_pass(), n))
-    if not rows:
-        raise reader.empty()
-    if len(rows) < n:
-        what = "dialogues" if reader.is_chat else "text"
-        say_once(f"evaluation.n_rows: the {what} held out of {reader.source.name} have {len(rows):,} rows of {n:,}.")
-    return rows

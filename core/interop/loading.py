@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from core.errors import UserError
-from core.input_norm import Normalisation
+from core.input_norm import CONSTANT, Normalisation
 from core.inputs import note_commit, note_file
 from core.interop import crosscoder, dictionary_learning, gemma_scope, meta_saes, native, saelens, sparsify
 from core.interop.hooks import check_names, check_site, hook_of
@@ -155,9 +155,10 @@ def _with_norm(method: Dictionary, input_norm: Normalisation, folder: Path) -> P
             f"method.input_norm={input_norm}: the dictionary in {folder} has its own input normalisation, "
             f"{method.norm.kind}. Set method.input_norm=null."
         )
-    if input_norm == "scalar":
+    if input_norm in CONSTANT:
         raise UserError(
-            "method.input_norm=scalar needs a measured constant, which a loaded dictionary lacks. Set it to null."
+            f"method.input_norm={input_norm} needs a measured constant, which a loaded dictionary lacks. Set it to "
+            "null."
         )
     m = at_inference(method)
     threshold = m.threshold if m.settings.activation == "jumprelu" else None

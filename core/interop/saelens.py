@@ -34,7 +34,7 @@ from torch import Tensor
 
 from core.atomic import atomically, write_atomically
 from core.errors import UserError, shown
-from core.input_norm import Normalisation
+from core.input_norm import CONSTANT, Normalisation
 from core.interop.hooks import hook_of
 from core.interop.training_facts import TrainingFacts
 from core.methods.dictionary import Dictionary
@@ -64,6 +64,7 @@ NORMS: dict[str, Normalisation] = {
 THEIR_NORMS: dict[Normalisation, str] = {
     "none": "none",
     "scalar": "none",  # folded
+    "shared_scalar": "none",  # folded
     "token_center": "none",  # of activations that are centred
     "token_std": "layer_norm",
     "layer_norm": "layer_norm",
@@ -207,7 +208,7 @@ def _folded(dictionary: Pretrained) -> dict[str, Tensor]:
     """The tensors of the format. Settings that it does not have are folded into them."""
     W_enc, W_dec, c = dictionary.W_enc.data, dictionary.W_dec.data, dictionary.norm.scale
     b_enc, b_dec = dictionary.b_enc.data, dictionary.b_dec.data
-    if dictionary.norm.kind == "scalar":
+    if dictionary.norm.kind in CONSTANT:
         W_enc, W_dec, b_dec = W_enc / c, W_dec * c, b_dec * c
     elif dictionary.norm.kind == "token_center":
         if dictionary.settings.subtract_b_dec:  # the encoder's input keeps the mean of b_dec

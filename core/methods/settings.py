@@ -28,7 +28,7 @@ class Settings(Checked):
     dict_size          number m of latents
     lr, betas          of Adam (eps 1e-8, no weight decay)
     input_norm         how activations are normalised first (`core.input_norm`); losses are in that space.
-                       `scalar` is measured on the first batch
+                       `scalar` and `shared_scalar` are measured on the first batch
     seed               of the initialisation, which depends on the shape as well: sizes share no rows
     b_dec_init         where b_dec starts (`core.methods.centre`): `zeros`, or `mean` or `geometric_median` of the first
                        batch, over all ranks. Parameters that a training starts from (`core.fleet.Start`) go before it

@@ -29,6 +29,31 @@ def in_class(delta: Tensor, name: str) -> Tensor:
     return (delta >= low) & (delta <= high)
 
 
+class ExplainedVariance:
+    """Fraction of variance explained in each model and in both, over batches: 1 - var(x - x_hat) / var(x), summed over
+    d. Both variances are around the mean over all rows."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.sums: list[Tensor] = []  # of x, x - x_hat `[M, d]`, and of their squares, in float64
+
+    def add(self, x: Tensor, x_hat: Tensor) -> None:
+        """x and x_hat `[B, M, d]`."""
+        parts = [x.double(), (x - x_hat).double()]
+        new = [*(part.sum(0) for part in parts), *(part.square().sum(0) for part in parts)]
+        self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.sums else new
+        self.n += len(x)
+
+    def metrics(self) -> dict[str, float]:
+        """`fve`, `fve_base`, `fve_chat`."""
+        total, error = (
+            (squares - sums.square() / self.n).sum(1)
+            for sums, squares in zip(self.sums[:2], self.sums[2:], strict=True)
+        )
+        base, chat = (1 - error / total).tolist()
+        return {"fve": float(1 - error.sum() / total.sum()), "fve_base": base, "fve_chat": chat}
+
+
 def twins(W_dec: Tensor, chat_only: Tensor, base_only: Tensor, cosine: float = TWIN_COSINE) -> Tensor:
     """`[n, 2]`: pairs (chat-only latent, base-only latent) whose directions in their own models have a cosine above the
     bound. Each latent is in one pair at most: pairs are taken greedily, the largest cosine first. Masks are bool `[m]`.

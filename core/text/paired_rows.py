@@ -37,6 +37,10 @@ class Row(NamedTuple):
     roles: Tensor
     is_chat: bool
 
+    def cut(self, n: int) -> Row:
+        """Its first n tokens."""
+        return Row(self.ids[:n], self.roles[:n], self.is_chat)
+
 
 class RowReader(ABC):
     """Endless rows of more than `skipped` tokens. A source that ends is read again with seed + 1, + 2, ...
@@ -206,7 +210,7 @@ class ChatRows(RowReader):
             self._reason = str(error)
             return []
         self.counts["cut"] += len(chat.ids) > self.n_ctx
-        return [Row(chat.ids[: self.n_ctx], chat.roles[: self.n_ctx], True)]
+        return [Row(chat.ids, chat.roles, True).cut(self.n_ctx)]
 
 
 class PairedRows:
@@ -224,10 +228,8 @@ class PairedRows:
         rows: list[Row] = []
         missing = n
         while missing > 0:
-            row = next(reader)
-            row = Row(row.ids[: missing + self.skipped], row.roles[: missing + self.skipped], row.is_chat)
-            rows.append(row)
-            missing -= len(row.ids) - self.skipped
+            rows.append(next(reader).cut(missing + self.skipped))
+            missing -= len(rows[-1].ids) - self.skipped
         return rows
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,7 +5,42 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from core.checked import Checked, at_least
+from core.checked import Checked, at_least, positive, rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairEvaluation(Checked):
+    """The node `evaluation`: held-out dialogues, n_rows / 2 of them, and text with as many tokens."""
+
+    node: ClassVar[str] = "evaluation"
+    seed: int
+    n_rows: int = at_least(2)
+    rows_per_batch: int = at_least(1)
+    keep_activations: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matching(Checked):
+    """The node `matching`: an L1 crosscoder is trained with other coefficients until it has as many active latents.
+
+    l0         wanted, per held-out token
+    tolerance  how far off it may be, as a share
+    rounds     trainings at most; the closest is used
+    """
+
+    node: ClassVar[str] = "matching"
+    l0: float = positive()
+    tolerance: float = rule(lambda share: 0 < share < 1, "lie between 0 and 1")
+    rounds: int = at_least(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrosscoderSettings(Checked):
+    """What every experiment on a pair of models has."""
+
+    node: ClassVar[str] = ""
+    evaluation: PairEvaluation
+    matching: Matching
 
 
 @dataclass(frozen=True, kw_only=True)

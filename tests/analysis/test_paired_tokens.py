@@ -41,8 +41,8 @@ def source(tiny_pair: Any, words_data: Any, words_dialogues: Any) -> PairedActiv
 
 def test_batches_hold_the_activations_at_valid_positions_in_order(pair: ModelPair, source: PairedActivationSource):
     tokens, counts = read_paired_tokens(source.rows(pair.tokenizer, "heldout", 0), 10)
-    assert len(tokens) == counts["heldout_rows"] == 10 and tokens.is_chat.sum() == 5
-    assert counts["heldout_tokens"] == tokens.n_tokens
+    assert len(tokens) == counts["heldout_rows"] and tokens.is_chat.sum() == 5
+    assert counts["heldout_tokens"] == tokens.n_tokens == 2 * tokens.chats().n_tokens
     batches = list(tokens.batches(pair, 3))
     assert [len(b.x) for b in batches] == [int(part.sum()) for part in tokens.valid.split(3)]
     place = 0
@@ -69,7 +69,7 @@ def test_fewer_rows_than_asked_for_are_all_there_are(pair: ModelPair, source: Pa
     tokens, counts = read_paired_tokens(source.rows(pair.tokenizer, "heldout", 0), 100_000)
     n_chat = len(list(source.rows(pair.tokenizer, "heldout", 0).chat.one_pass()))
     assert int(tokens.is_chat.sum()) == n_chat and counts["heldout_rows"] == len(tokens)
-    assert "dialogues held out of local dialogues have" in capsys.readouterr().err
+    assert f"local dialogues holds out {n_chat} dialogues; all are read" in capsys.readouterr().err
 
 
 def test_less_than_two_rows_are_refused(pair: ModelPair, source: PairedActivationSource):
