@@ -93,6 +93,8 @@ LOOKS: Mapping[str, Look] = {
     "TopK SAE": Look(TOPK, "v"),
     "BatchTopK": Look(BATCHTOPK, "o"),
     "JumpReLU": Look(JUMPRELU, "^"),
+    "L1Crosscoder": Look(SAE, "s"),
+    "BatchTopKCrosscoder": Look(BATCHTOPK, "o"),
     **{f"MLP{width}": _mlp(width) for width in (16, 32, 64, 128, 256, 512, 1024)},
     "MLPEncoder": _mlp(128),
     "TopK MLP": replace(_mlp(32), marker="8", line="--", hollow=True),
