@@ -20,19 +20,27 @@ Shapes: B rows, M models (0 base, 1 chat), d = d_model, m = dict_size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from core.kernels.codes import Codes, entries
-from core.methods.dictionary import Dictionary
 
 Probe = Literal["base", "chat"]
 Target = Literal["error", "reconstruction", "activation", "activation_no_bias"]
 MODELS: tuple[Probe, Probe] = ("base", "chat")
 TARGETS: tuple[Target, ...] = ("error", "reconstruction", "activation", "activation_no_bias")
 NUMBERS_AT_ONCE = 2**24  # of the directions of active entries, 128 MB
+
+
+class Decoder(Protocol):
+    """A dictionary of several models, as far as it is needed here."""
+
+    @property
+    def W_dec(self) -> Tensor: ...  # noqa: N802  [m, M, d]
+    @property
+    def b_dec(self) -> Tensor: ...  # [M, d]
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class Scaling:
 class LatentScaling:
     """The sums of `Scaling` over batches."""
 
-    def __init__(self, dictionary: Dictionary) -> None:
+    def __init__(self, dictionary: Decoder) -> None:
         self.W_dec = dictionary.W_dec.detach().double()  # [m, M, d]
         self.b_dec = dictionary.b_dec.detach().double()  # [M, d]
         m, M = self.W_dec.shape[:2]

@@ -206,8 +206,12 @@ class BatchTopKCrosscoder(DictionaryMethod[BatchTopKCrosscoderSettings]):
         e_hat = sparse.decode(codes, self.W_dec[dead])
         e = (x - x_hat).detach()
         centre = distributed.mean(e.mean(0))
-        spread = distributed.mean((e - centre).square().sum((1, 2)).mean())
-        return (e - e_hat).square().sum((1, 2)).mean() / spread if spread > 0 else x.new_zeros(())
+        spread = distributed.mean(self.square(e - centre).mean())
+        return self.square(e - e_hat).mean() / spread if spread > 0 else x.new_zeros(())
+
+    def square(self, e: Tensor) -> Tensor:
+        """The squared size `[B]` of errors `[B, M, d]`."""
+        return e.square().sum((1, 2))
 
     @torch.no_grad()
     def observe(self, codes: Codes) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from core.batch import Batch
-from core.checked import at_least, between, positive
+from core.checked import at_least, between, positive, require
 from core.errors import UserError
 from core.runtime import Runtime
 from core.seeding import generator
@@ -23,21 +23,27 @@ class PlantedPairSource(Source):
 
     n_steps  batches of the training
     counts   of concepts, by kind
+    p        that a concept is present in a row: one number, or one for each kind
     seed     of the directions and of the rows
     """
 
     d_model: int = positive()
     n_steps: int = positive()
     counts: dict[str, int]
-    p: float = between(0, 1)
+    p: float | dict[str, float]
     weak_strength: float = at_least(0)
     p_both: float = between(0, 1)
     noise: float = at_least(0)
     seed: int
 
     def check(self) -> None:
-        if unknown := sorted(set(self.counts) - set(KINDS)):
-            raise UserError(f"stream.counts: {', '.join(unknown)} is no kind of concept; use {', '.join(KINDS)}.")
+        for name, table in (("counts", self.counts), ("p", self.p)):
+            if isinstance(table, dict) and (unknown := sorted(set(table) - set(KINDS))):
+                raise UserError(f"stream.{name}: {', '.join(unknown)} is no kind of concept; use {', '.join(KINDS)}.")
+        for own in self.p.values() if isinstance(self.p, dict) else [self.p]:
+            require(0 <= own <= 1, "stream.p", own, "lie between 0 and 1")
+        if isinstance(self.p, dict) and (missing := sorted(set(self.counts) - set(self.p))):
+            raise UserError(f"stream.p: there is no number for {', '.join(missing)}, which stream.counts has.")
 
     @property
     def n_batches(self) -> int:

@@ -33,7 +33,7 @@ AMPLITUDES = (0.75, 1.25)
 class PlantedPair:
     """
     counts         of concepts, by kind
-    p              probability that a concept is present in a row
+    p              probability that a concept is present in a row: one for all, or one for each kind
     weak_strength  of `weak_base` concepts in the base model
     p_both         see above
     noise          expected norm of the noise in each model
@@ -42,7 +42,7 @@ class PlantedPair:
 
     d_model: int
     counts: Mapping[str, int]
-    p: float
+    p: float | Mapping[str, float]
     weak_strength: float
     p_both: float
     noise: float
@@ -64,6 +64,11 @@ class PlantedPair:
         return torch.tensor([own == kind for own in self.kinds])
 
     @cached_property
+    def frequencies(self) -> Tensor:
+        """`[C]`, the probability of each concept."""
+        return torch.tensor([self.p[kind] if isinstance(self.p, Mapping) else self.p for kind in self.kinds])
+
+    @cached_property
     def strengths(self) -> Tensor:
         """`[2, C]`."""
         base = {"weak_base": self.weak_strength, "chat_only": 0.0}
@@ -73,7 +78,7 @@ class PlantedPair:
     def rows(self, n: int, g: torch.Generator) -> Batch:
         """`x [n, 2, d]`. Truth: `concepts [n, 2, C]`, how much of each concept is in each model."""
         C = len(self.kinds)
-        present = torch.rand(n, C, generator=g) < self.p
+        present = torch.rand(n, C, generator=g) < self.frequencies
         amplitude = torch.empty(n, C).uniform_(*AMPLITUDES, generator=g) * present
         draw = torch.rand(n, C, generator=g)
         alone = (draw >= self.p_both) & self.of_kind("sometimes")

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from core.analysis.latent_scaling import LatentScaling, Scaling, Target
+from core.analysis.specificity import MIN_ACTIVE, SPECIFIC, correlation
 from core.atomic import write_table
 from core.fleet import Request, load_or_train
 from core.kernels.codes import Codes
@@ -32,8 +33,6 @@ from experiments.minder.settings import PlantedSettings
 SETTINGS = PlantedSettings
 
 MATCHED = 0.8  # cosine from which a latent stands for a concept
-SPECIFIC: dict[Target, float] = {"error": 0.2, "reconstruction": 0.5}  # |nu| below these: chat-specific (sec. 2.3)
-MIN_ACTIVE = 100  # rows in which a latent must fire for a ratio of its own to be judged
 SHRUNK, KEPT = 0.05, 0.5  # |d_base| / |d_chat| of latents without, and with, a base decoder
 
 
@@ -186,9 +185,7 @@ class Latents:
     def _correlation(self, target: Target) -> float | None:
         """Pearson, of 1 - Delta_norm with nu, over latents with Delta_norm > 0.5 that fire often enough."""
         chosen = (self.scaling.n_active >= MIN_ACTIVE) & (self.delta > 0.5)
-        nu = self.scaling.nu(target)[chosen]
-        pair = torch.stack([1 - self.delta[chosen], nu])
-        return float(torch.corrcoef(pair)[0, 1]) if chosen.sum() > 2 and nu.std() > 0 else None
+        return correlation(1 - self.delta[chosen], self.scaling.nu(target)[chosen])
 
     @staticmethod
     def _share(part: Tensor, whole: Tensor) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from core.checked import Checked, at_least, positive, rule
 
@@ -48,4 +48,29 @@ class PlantedSettings(Checked):
     """Rows that a crosscoder is measured on."""
 
     node: ClassVar[str] = ""
+    n_heldout: int = at_least(2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named(Checked):
+    """`name`: what reports call the tool, if not by its method's class."""
+
+    node: ClassVar[str] = "coder"
+    name: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolsSettings(Checked):
+    """
+    tool       `crosscoder` or a variant of it; `difference`: a dictionary of chat minus base; `principal` components of
+               the difference; its `mean`
+    case       the pair, a name in `cases`, which hold its concepts
+    n_heldout  rows that the tool is measured on, and that the untrained tools read
+    """
+
+    node: ClassVar[str] = ""
+    tool: Literal["crosscoder", "difference", "principal", "mean"]
+    coder: Named
+    case: str
+    cases: dict[str, Any]
     n_heldout: int = at_least(2)

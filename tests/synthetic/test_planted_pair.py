@@ -1,18 +1,22 @@
 """The planted pair of models has the frequencies, strengths and noise that it states."""
 
+from typing import Any
+
 import pytest
 import torch
 
+from core.errors import UserError
 from core.seeding import generator
+from core.streams.planted_pairs import PlantedPairSource
 from core.synthetic.planted_pair import KINDS, PlantedPair
 
 COUNTS = {"shared": 5, "weak_base": 3, "chat_only": 2, "base_only": 2, "sometimes": 4}
 N = 40_000
 
 
-def pair(**changes: float) -> PlantedPair:
-    settings = {"p": 0.1, "weak_strength": 0.3, "p_both": 0.5, "noise": 0.0} | changes
-    return PlantedPair(24, COUNTS, seed=1, **settings)  # type: ignore[arg-type]
+def pair(**changes: Any) -> PlantedPair:
+    settings: dict[str, Any] = {"p": 0.1, "weak_strength": 0.3, "p_both": 0.5, "noise": 0.0} | changes
+    return PlantedPair(24, COUNTS, seed=1, **settings)
 
 
 def test_concepts_are_there_as_often_and_as_strongly_as_stated():
@@ -45,3 +49,34 @@ def test_activations_are_sums_of_directions_and_noise_of_the_stated_norm():
 def test_directions_have_unit_norm_and_depend_on_the_seed_alone():
     assert torch.equal(pair().directions, pair(noise=1.0).directions)
     torch.testing.assert_close(pair().directions.norm(dim=1), torch.ones(16))
+
+
+def test_kinds_may_be_of_different_frequency():
+    planted = pair(p={kind: 0.005 if kind == "chat_only" else 0.1 for kind in KINDS})
+    present = (planted.rows(N, generator(0, "rows")).truth["concepts"] > 0).double().amax(1).mean(0)
+    assert present[planted.of_kind("chat_only")].tolist() == pytest.approx([0.005] * 2, abs=0.0015)
+    assert present[planted.of_kind("shared")].tolist() == pytest.approx([0.1] * 5, abs=0.006)
+    same = pair(p=dict.fromkeys(KINDS, 0.1)).rows(50, generator(0, "rows"))
+    assert torch.equal(same.x, pair(p=0.1).rows(50, generator(0, "rows")).x)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"p": 1.5}, r"stream\.p: 1\.5 must lie between 0 and 1"),
+        ({"p": {"shared": 2.0}}, r"stream\.p: .* must lie between 0 and 1"),
+        ({"p": {"shared": 0.1, "other": 0.1}}, r"stream\.p: other is no kind of concept"),
+        (
+            {"p": {"shared": 0.1}, "counts": {"shared": 1, "chat_only": 1}},
+            r"stream\.p: there is no number for chat_only",
+        ),
+        ({"counts": {"nothing": 1}}, r"stream\.counts: nothing is no kind"),
+    ],
+)
+def test_frequencies_and_counts_that_do_not_fit_are_named(changes: dict[str, Any], message: str):
+    settings: dict[str, Any] = {
+        "d_model": 8, "n_steps": 2, "batch_size": 4, "batches_per_chunk": 1, "calibration_batches": 0, "p": 0.1,
+        "counts": {"shared": 1}, "weak_strength": 0.3, "p_both": 0.5, "noise": 0.0, "seed": 0,
+    }  # fmt: skip
+    with pytest.raises(UserError, match=message):
+        PlantedPairSource(**(settings | changes))
