@@ -25,7 +25,7 @@ from core.analysis.model_changes import UNKNOWN, Changes
 from core.atomic import write_table
 from core.errors import UserError
 from core.fleet import Request, load_or_train
-from core.methods.dictionary import Dictionary
+from core.methods.base import DictionaryMethod
 from core.runtime import Runtime
 from core.seeding import generator
 from core.streams.differences import DifferenceSource
@@ -41,7 +41,7 @@ OVERSTATED = 0.2  # as the threshold of Latent Scaling's error has it
 N_WARM, N_TIMED = 10, 60  # steps
 TRAINED = ("crosscoder", "difference")  # tools that are dictionaries, of pairs of rows and of their differences
 
-Reports = dict[str, Changes]  # by rule; the first one is the tool's own
+Reports = dict[str, Changes]  # by rule: the tool's own; by decoder norms; by what each latent adds to the difference
 
 
 def dictionaries(cfg: DictConfig) -> list[Request]:
@@ -72,7 +72,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     metrics: dict[str, float] = {"training_seconds": 0.0, "n_rows_read": float(cfg.n_heldout)}
     if cfg.tool in TRAINED:
         asked = wanted(cfg)
-        dictionary = load_or_train(asked, Runtime.of(cfg)).cpu()
+        dictionary = cast(DictionaryMethod[Any], load_or_train(asked, Runtime.of(cfg)).cpu())
         write_record(cfg, "dictionary", stored(cfg, asked.spec))
         metrics["training_seconds"] = training_seconds(asked, Runtime.of(cfg))
         metrics["n_rows_read"] += pairs.n_batches * pairs.batch_size
@@ -94,7 +94,9 @@ def run(cfg: DictConfig) -> dict[str, float]:
     return metrics
 
 
-def of_dictionary(dictionary: Dictionary, x: Tensor, is_difference: bool) -> tuple[Reports, dict[str, float]]:
+def of_dictionary(
+    dictionary: DictionaryMethod[Any], x: Tensor, is_difference: bool
+) -> tuple[Reports, dict[str, float]]:
     """Its reports, and what it explains of each model and of the difference; x `[B, 2, d]`."""
     rows = x[:, 1] - x[:, 0] if is_difference else x
     with torch.no_grad():
@@ -112,10 +114,12 @@ def of_dictionary(dictionary: Dictionary, x: Tensor, is_difference: bool) -> tup
         "fve_difference": fve(x[:, 1] - x[:, 0], x_hat[:, 1] - x_hat[:, 0]),
         "l0": float(codes.l0()),
     }
+    by_difference = model_changes.of_difference(W_dec[:, 1] - W_dec[:, 0], codes, x)
+    of_each = getattr(dictionary.settings, "bridge", 0) > -1  # else only the difference of the decoders is learned
     reports = {
-        "own": model_changes.one_sided_by_scaling(W_dec, codes, scaling),
+        "own": model_changes.one_sided_by_scaling(W_dec, codes, scaling) if of_each else by_difference,
         "by_norm": model_changes.one_sided_by_norm(W_dec, codes),
-        "by_difference": model_changes.of_difference(W_dec[:, 1] - W_dec[:, 0], codes, x),
+        "by_difference": by_difference,
     }
     return reports, explained
 

@@ -132,7 +132,7 @@ def test_the_subgradient_says_which_latents_lose_their_base_decoder(name: str, s
     metrics, _ = measured(name, seed)
     assert metrics["shrinkage_ratio_shrunk_highest"] <= 1.05
     assert metrics["shrinkage_ratio_kept_median"] == pytest.approx(1.0, abs=0.05)
-    assert metrics["shrinkage_ratio_kept_lowest"] >= 0.9
+    assert metrics["shrinkage_ratio_kept_lowest"] >= (0.85 if name == "l1_norm" else 0.95)
 
 
 @pytest.mark.slow
@@ -150,5 +150,5 @@ def test_what_the_base_model_alone_has_is_found_from_its_side(seed: int, measure
     metrics, latents = measured("btk", seed)
     own = latents[(latents["kind"] == "base_only") & (latents["delta"] < 0.1)]
     assert own["concept"].nunique() == 4 and own["base_specific"].all()
-    assert own[["nu_error_of_base", "nu_reconstruction_of_base"]].abs().to_numpy().max() < 0.05
+    assert own[["nu_error_of_base", "nu_reconstruction_of_base"]].abs().to_numpy().max() < 0.1
     assert metrics["n_base_specific"] >= 4

@@ -59,8 +59,12 @@ def diagonals(cells: Sequence[Cell]) -> Figure | None:
               "nu of the reconstruction")  # fmt: skip
     left.set_title("weak concepts, every latent", fontsize=9)
     right.set_title("concepts sometimes in one model, chat-only latents", fontsize=9)
-    figure.legend(handles=_legend(cells), loc="outside lower center", ncols=2)
-    figure.suptitle(f"{cells[0].scale} scale, medians over a run's latents, one point a run", fontsize=10)
+    points = _legend(cells)
+    for entry in points:
+        entry.set(linestyle="none", markerfacecolor="white")
+    figure.legend(handles=points, loc="outside lower center", ncols=2)
+    note = "BatchTopK near 0: latents for the rows in which the chat model alone has the concept"
+    figure.suptitle(f"{cells[0].scale} scale, medians over a run's latents, one point a run\n{note}", fontsize=10)
     return figure
 
 
@@ -83,6 +87,7 @@ def counts(cells: Sequence[Cell]) -> Figure | None:
             _against(row[2], own, "metrics.l0", metric, error)
         row[2].axvline(truth, color=GREY, linestyle="--", linewidth=1.0)
         row[0].set_ylabel(label)
+        row[0].set_ylim(bottom=-0.5)
     for axes, label in zip(panels[-1], ("mu of L1", "k of BatchTopK", "measured L0 (dashed: the truth)"), strict=True):
         axes.set_xlabel(label)
     figure.legend(handles=_legend(cells, with_errors=True), loc="outside lower center", ncols=4)
@@ -186,7 +191,8 @@ def _against(axes: Axes, cells: Sequence[Cell], x: str, metric: str, error: str)
 def _both_nu(axes: Axes, cells: Sequence[Cell]) -> None:
     axes.plot([0.5, 0.5, -0.2], [-0.2, 0.2, 0.2], color=GREY, linestyle=":", linewidth=1.2)  # specific: below and left
     tables = [table for cell in cells if (table := LATENTS.beside(cell)) is not None]
-    for kind, colour in zip((*KINDS, ""), (*shades(len(KINDS)), GREY), strict=True):
+    leaning = [kind for kind in KINDS if kind != "base_only"]
+    for kind, colour in zip((*leaning, ""), (*shades(len(leaning)), GREY), strict=True):
         for number, table in enumerate(tables):
             own = table[(table["kind"] == kind) & (table["delta"] > 0.6) & (table["n_active"] >= FEWEST_ACTIVE)]
             axes.scatter(
