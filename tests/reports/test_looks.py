@@ -73,7 +73,7 @@ def test_one_method_has_one_look_under_all_its_names():
 
 
 def test_a_new_method_has_a_look_that_depends_on_its_name_alone():
-    assert look("NoSuchMethod") == Look("#44AA99", "X") and look("NoSuchMethod").colour in RESERVE
+    assert look("NoSuchMethod") == Look("#CC79A7", "d") and look("NoSuchMethod").colour in RESERVE
     assert look("MLP2048").colour == look("MLP1024").colour and look("MLP48") != look("MLP32")
     variant = look("SC read slowly")
     assert variant.colour == look("SC").colour and variant.hollow and variant not in LOOKS.values()

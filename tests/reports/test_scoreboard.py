@@ -31,10 +31,10 @@ def test_the_scoreboard_counts_the_verdicts_of_the_kept_results(table: str):
     lines = table.splitlines()
     assert lines[0] == "| paper | claims | agree | partly | disagree | inconclusive | on one value | from |"
     rows = [re.split(r" ?\| ?", line)[1:-1] for line in lines[2:]]
-    assert [row[-1] for row in rows if row[-1]] == [
-        "demo scale, 4 of 4 experiments",
-        "paper scale, 9 of 10 experiments",
-    ]
+    kept = [(row[0].partition("]")[0], row[-1]) for row in rows if row[-1]]
+    assert kept[0] == ("[Leask et al. 2025, Bussmann et al. 2024", "demo scale, 4 of 4 experiments")
+    assert kept[-1] == ("[O'Neill et al. 2025", "paper scale, 9 of 10 experiments")
+    assert {name for name, _ in kept[1:-1]} == {"[Minder et al. 2025"}
     counted = [row for row in rows if row[2]]
     [total] = [line for line in (module.KEPT / "README.md").read_text().splitlines() if line.startswith("| all |")]
     *firm, on_one = re.split(r" ?\| ?", total)[5:-1]
@@ -79,7 +79,7 @@ def test_the_readmes_scoreboard_is_up_to_date(table: str):
 
 def test_the_tables_in_the_pages_of_results_are_up_to_date(report: Report):
     pages = result_pages()
-    assert [page.name for page in pages] == ["results-leask.md", "results-oneill.md"]
+    assert [page.name for page in pages] == ["results-leask.md", "results-minder.md", "results-oneill.md"]
     for page in pages:
         text = page.read_text()
         assert text.count("<!-- claims: ") >= 2 and text.count("<!-- counts: ") == 1
