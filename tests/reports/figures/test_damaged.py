@@ -25,6 +25,8 @@ SIDE_FILES = {
     "leask_stitching": {
         "latents.parquet": ["latents"], "interpolation.parquet": ["interpolation"], "frankenstein.parquet": ["grown"],
     },
+    "minder_planted": {"latents.parquet": ["nu"]},
+    "minder_tools": {},
     "oneill_ablations": {"atoms.parquet": ["geometry"]},
     "oneill_classical": {},
     "oneill_known_codes": {"curves.parquet": ["curves"]},

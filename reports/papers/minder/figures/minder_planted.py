@@ -105,18 +105,10 @@ def scatters(cells: Sequence[Cell]) -> Figure | None:
         ("BatchTopK, k 1.4", BTK, "norm", 1.4),
         ("BatchTopK, k 3", BTK, "norm", 3.0),
     ]
-    groups = [
-        (
-            title,
-            [
-                c
-                for c in cells
-                if _as_planted(c) and (c.method, c.get("method.error"), c.get(KNOBS[m][0])) == (m, e, at)
-            ],
-        )
-        for title, m, e, at in chosen
-    ]
-    groups = [(title, own) for title, own in groups if own]
+    groups = []
+    for title, *wanted in chosen:
+        own = [cell for cell in cells if _as_planted(cell) and _setting(cell) == wanted and LATENTS.has(cell)]
+        groups += [(title, own)] if own else []
     if not groups:
         return None
     figure = Figure(figsize=(1.0 + 2.9 * len(groups), 3.9), layout="constrained")
@@ -134,6 +126,12 @@ def scatters(cells: Sequence[Cell]) -> Figure | None:
 
 def _as_planted(cell: Cell, *varied: str) -> bool:
     return all(cell.get(key) == value for key, value in PLANTED.items() if key not in varied)
+
+
+def _setting(cell: Cell) -> list[object]:
+    """Method, error, and the value of the method's knob."""
+    knob = KNOBS.get(str(cell.method), ("", ""))[0]
+    return [cell.method, cell.get("method.error"), cell.get(knob)]
 
 
 def _true_l0(cell: Cell) -> float:
