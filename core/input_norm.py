@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 Normalisation = Literal["token_std", "token_center", "scalar", "shared_scalar", "none", "layer_norm", "token_norm"]
-
+AnyNormalisation = Normalisation | Literal["affine"]  # affine: its numbers come from a file; no training measures them
 CONSTANT = ("scalar", "shared_scalar")  # kinds whose scale is measured once
+AFFINE = "affine"
 
 
 class Shift(NamedTuple):
@@ -37,22 +38,34 @@ class InputNorm(nn.Module):
              none          activations as they are
              layer_norm    token_std undone without the 1e-5, as SAELens does; codes are the same
              token_norm    per token, scaled to the norm sqrt(d) (SAELens: constant_norm_rescale)
+             affine        subtract an offset `[*leading, d]` and divide by a scale; both are buffers that are given
     leading  axes of a row before the last, `(n_models,)` for `[N, n_models, d]`: `scalar` has a constant for each entry
+    d_model  d, which `affine` needs
     """
 
     scale: Tensor  # []; [*leading, 1] where there are leading axes
+    offset: Tensor  # [*leading, d], of `affine` alone
 
-    def __init__(self, kind: Normalisation = "token_std", leading: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        kind: AnyNormalisation = "token_std",
+        leading: Sequence[int] = (),
+        d_model: int | None = None,
+    ) -> None:
         super().__init__()
-        if kind not in get_args(Normalisation):
-            raise ValueError(f"input_norm: {kind!r} is not one of {', '.join(get_args(Normalisation))}.")
+        if kind not in (*get_args(Normalisation), AFFINE):
+            raise ValueError(f"input_norm: {kind!r} is not one of {', '.join(get_args(Normalisation))}, {AFFINE}.")
         self.kind = kind
         self.register_buffer("scale", torch.ones((*leading, 1) if leading and kind != "shared_scalar" else ()))
+        if kind == AFFINE:
+            if d_model is None:
+                raise ValueError("input_norm: affine needs d_model.")
+            self.register_buffer("offset", torch.zeros(*leading, d_model))
 
     @property
     def shared_as(self) -> str | None:
         """Norms with the same word give the same result for a batch; None: this one has a constant of its own."""
-        return None if self.kind in CONSTANT else self.kind
+        return None if self.kind in (*CONSTANT, AFFINE) else self.kind
 
     def fit(self, x: Tensor) -> None:
         """Measure the constants on activations `[N, d]` or `[N, *leading, d]`; nothing for the kinds without one."""
@@ -69,6 +82,8 @@ class InputNorm(nn.Module):
             return x, Shift(zero, one)
         if self.kind in CONSTANT:
             return x / self.scale, Shift(zero, self.scale)
+        if self.kind == AFFINE:
+            return (x - self.offset) / self.scale, Shift(self.offset, self.scale)
         if self.kind == "token_norm":
             rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
             return x / rms, Shift(zero, rms)

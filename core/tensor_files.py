@@ -75,9 +75,10 @@ class Weights:
             raise UserError(f"{self.path} has no {name}; it contains {_listed(self._held)}.")
         return tuple(self._remaining[name].shape)
 
-    def take(self, name: str, *shape: int) -> Tensor:
+    def take(self, name: str, *shape: int, or_nan: bool = False) -> Tensor:
         """The tensor in fp32. Raises UserError if it is missing, has another shape, is not finite, or holds no floating
-        point numbers of at least 16 bits (quantised weights mean nothing without their scales)."""
+        point numbers of at least 16 bits (quantised weights mean nothing without their scales). `or_nan`: NaN will do.
+        """
         actual = self.shape(name)
         if actual != shape:
             raise UserError(f"{self.path}: {name} has the shape {list(actual)}, not {list(shape)}.")
@@ -88,7 +89,7 @@ class Weights:
                 f"{self.path}: {name} holds numbers of the kind {kind}; only floats of 16 to 64 bits are read."
             )
         tensor = stored.float()
-        if not is_finite(tensor):
+        if not is_finite(tensor.nan_to_num(0, torch.inf, -torch.inf) if or_nan else tensor):
             why = " in float32" if stored.dtype == torch.float64 else ""
             raise UserError(f"{self.path}: {name} contains numbers that are NaN or infinite{why}.")
         return tensor.contiguous()

@@ -12,7 +12,7 @@ from hydra_plugins.blocks_sweeper.sweeper import cells_of
 from tests.composing import CONF, ROOT, composed
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if path.stem != "pretrained")
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if not path.stem.startswith("pretrained"))
 DATA = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
 KEPT = ROOT / "reports/results"
 SCALES = ("smoke", "demo", "paper")

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from core.kernels.codes import Codes, entries
+from core.methods.dictionary import Dictionary
 
 Probe = Literal["base", "chat"]
 Target = Literal["error", "reconstruction", "activation", "activation_no_bias"]
@@ -67,6 +68,8 @@ class LatentScaling:
     """The sums of `Scaling` over batches."""
 
     def __init__(self, dictionary: Decoder) -> None:
+        if isinstance(dictionary, Dictionary):
+            dictionary.require_one_code()
         self.W_dec = dictionary.W_dec.detach().double()  # [m, M, d]
         self.b_dec = dictionary.b_dec.detach().double()  # [M, d]
         m, M = self.W_dec.shape[:2]

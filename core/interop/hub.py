@@ -32,7 +32,6 @@ class _Query:
     inner: PurePosixPath
     revision: str
     formats: Formats
-    node: str  # of the configuration, for messages
     only_first: bool
 
     def files(self, names: Collection[str]) -> list[str]:
@@ -47,7 +46,6 @@ def dictionary_folder(
     path: str | None,
     revision: str | None,
     formats: Formats,
-    node: str = "method",
     only_first: bool = False,
 ) -> tuple[Path, str | None]:
     """The folder with one dictionary's files, and its commit (None for a local folder).
@@ -55,7 +53,6 @@ def dictionary_folder(
     repo, path   a local folder or a name on the hub, and a folder within it; `path` may also name a file there
     revision     on the hub, `main` if None
     formats      the formats to look for; from a repository, the files of all complete formats are fetched
-    node         for messages: the node of the configuration that has repo, path and revision
     only_first   fetch only the first complete format
 
     The hub is asked once. If it does not answer, the local cache is used. Raises UserError.
@@ -68,11 +65,11 @@ def dictionary_folder(
     if local.is_dir():
         if not (local / inner).is_dir():
             held = ", ".join(sorted(entry.name for entry in local.iterdir())[:12]) or "nothing"
-            raise UserError(f"{node}.path: {local} has no folder {inner}; it contains {held}.")
+            raise UserError(f"method.path: {local} has no folder {inner}; it contains {held}.")
         return local / inner, None
     if repo.startswith(("/", "~", ".")) or repo.count("/") != 1:
-        raise UserError(f"{node}.repo: there is no folder {local}, and it is not a name on the hub (owner/name).")
-    return _fetched(_Query(repo, inner, revision or "main", formats, node, only_first))
+        raise UserError(f"method.repo: there is no folder {local}, and it is not a name on the hub (owner/name).")
+    return _fetched(_Query(repo, inner, revision or "main", formats, only_first))
 
 
 def _names(formats: Formats) -> list[str]:
@@ -92,7 +89,7 @@ def _fetched(query: _Query) -> tuple[Path, str]:
         if not names:
             held = ", ".join(listed[:12])
             raise UserError(
-                f"{query.node}.path: {repo}, folder {inner}, contains no dictionary in a known format, only {held}."
+                f"method.path: {repo}, folder {inner}, contains no dictionary in a known format, only {held}."
             )
         files = [Path(hf_hub_download(repo, str(inner / name), revision=commit)) for name in names]
         return files[0].parent, commit
@@ -132,20 +129,20 @@ def _is_answer(error: BaseException) -> bool:
 
 def _reason(error: BaseException, query: _Query) -> str:
     """One sentence on why the dictionary cannot be read, with a way out."""
-    node, repo, inner, revision = query.node, query.repo, query.inner, query.revision
+    repo, inner, revision = query.repo, query.inner, query.revision
     if isinstance(error, GatedRepoError):
-        return f"{node}.repo: {repo} is gated. Accept its licence at https://huggingface.co/{repo}, then set HF_TOKEN."
+        return f"method.repo: {repo} is gated. Accept its licence at https://huggingface.co/{repo}, then set HF_TOKEN."
     if isinstance(error, RevisionNotFoundError):
-        return f"{node}.revision: {repo} has no revision {revision!r} on the hub."
+        return f"method.revision: {repo} has no revision {revision!r} on the hub."
     if isinstance(error, RepositoryNotFoundError | HFValidationError):
-        return f"{node}.repo: {repo} is neither a local folder nor a readable model repository on the hub."
+        return f"method.repo: {repo} is neither a local folder nor a readable model repository on the hub."
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return f"{node}.path: {repo} has no folder {inner} at revision {revision}."
+        return f"method.path: {repo} has no folder {inner} at revision {revision}."
     if isinstance(error, OfflineModeIsEnabled):
         why = "offline mode is on (HF_HUB_OFFLINE=1)"
     else:
         why = str(error).strip().partition("\n")[0] or type(error).__name__
     return (
-        f"{node}.repo: {repo}, folder {inner}, could not be fetched, and is not complete in the local cache ({why}). "
-        f"Fetch it with a network, or set {node}.repo to a local folder."
+        f"method.repo: {repo}, folder {inner}, could not be fetched, and is not complete in the local cache ({why}). "
+        "Fetch it with a network, or set method.repo to a local folder."
     )

@@ -5,8 +5,8 @@ Only the files of one dictionary are fetched from a repository, at one commit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from core.errors import UserError
@@ -14,16 +14,19 @@ from core.input_norm import CONSTANT, Normalisation
 from core.inputs import note_commit, note_file
 from core.interop import crosscoder, dictionary_learning, gemma_scope, meta_saes, native, saelens, sparsify
 from core.interop.hooks import check_names, check_site, hook_of
-from core.interop.hub import dictionary_folder
+from core.interop.hub import Formats, dictionary_folder
 from core.interop.trained_on import check_identity, check_model
 from core.interop.training_facts import told
 from core.methods.batchtopk import BatchTopK
 from core.methods.dictionary import Dictionary
 from core.methods.pretrained import Pretrained, at_inference
+from core.methods.pretrained_crosscoder import PretrainedCrosscoder
 from core.reading import optional_field
 from core.remarks import remark
 
-Format = Literal["auto", "saelens", "gemma_scope", "dictionary_learning", "sparsify", "meta_saes", "native"]
+Format = Literal[
+    "auto", "saelens", "gemma_scope", "dictionary_learning", "sparsify", "meta_saes", "crosscoder", "native"
+]
 NEEDED: dict[str, tuple[str, ...]] = {  # by format: required files, the most distinctive first
     "saelens": (saelens.WEIGHTS, saelens.CFG),
     "sparsify": (sparsify.WEIGHTS, sparsify.CFG),
@@ -33,6 +36,8 @@ NEEDED: dict[str, tuple[str, ...]] = {  # by format: required files, the most di
     "native": (native.MANIFEST, native.WEIGHTS),
 }
 OPTIONAL = {"saelens": (saelens.SCALER, saelens.SPARSITY)}
+PAIRS = "Crosscoders are read with method=pretrained_crosscoder, in experiments on pairs of models."
+CROSSCODER: Formats = {name: ((name,), (crosscoder.TRAINER, crosscoder.CONFIG)) for name in crosscoder.WEIGHTS}
 
 
 def load(
@@ -45,12 +50,14 @@ def load(
     model: Mapping[str, Any] | None = None,
     dict_size: int | None = None,
     input_norm: Normalisation | None = None,
-    norm_scaling_factor: float | None = None,
+    norm_scaling_factor: float | Sequence[float] | None = None,
     threshold: float | None = None,
+    n_models: int = 1,
 ) -> Dictionary:
     """A dictionary for inference, on the CPU.
 
-    repo, path           a name on the hub or a local folder, and the folder within it (or its `params.npz`)
+    repo, path           a name on the hub or a local folder, and the folder within it (or its `params.npz`, or a
+                         crosscoder's file)
     revision             commit, tag or branch on the hub; ignored for a local folder
     format               `auto` detects it from the file names; `native` is a dictionary trained here (its folder in the
                          store, or the folder of a cell that used it)
@@ -59,24 +66,43 @@ def load(
     model                the language model in use, as in conf/model; checked if the files name theirs; None: no check
     input_norm           used if the files have none: `token_center` for dictionaries of a model with centred writing
                          weights whose cfg.json is older than that setting
-    norm_scaling_factor  see `core.interop.saelens.read`
+    norm_scaling_factor  see `core.interop.saelens.read`; two numbers for `core.interop.crosscoder.read`
     threshold            see `core.interop.meta_saes.read`
+    n_models             2 for a crosscoder
 
     What the files say of its training is in `source` (`core.interop.training_facts`), and remarked where it changes the
     meaning of figures. Raises UserError if the dictionary cannot be read, or does not fit the arguments.
     """
     if format not in get_args(Format):
         raise UserError(f"method.format: {format!r} is not one of {', '.join(get_args(Format))}.")
-    formats = {name: (files, OPTIONAL.get(name, ())) for name, files in NEEDED.items() if format in ("auto", name)}
-    folder, commit = dictionary_folder(repo, path, revision, formats)
-    kind = _format(folder, format)
+    pair = n_models > 1
+    if pair and format not in ("auto", "crosscoder", "native"):
+        raise UserError(f"method.format: {format} has dictionaries of one model; a crosscoder is of {n_models}.")
+    formats: Formats = {
+        **{name: (files, OPTIONAL.get(name, ())) for name, files in NEEDED.items() if not pair or name == "native"},
+        **(CROSSCODER if pair else {}),
+    }
+    if format not in ("auto", "crosscoder"):
+        formats = {format: formats[format]}
+    file = PurePosixPath(path or "").name
+    if file in CROSSCODER and pair:
+        formats = {file: CROSSCODER[file]}
+    folder, commit = dictionary_folder(repo, path, revision, formats, only_first=pair)
+    kind = _pair_format(folder, format) if pair else _format(folder, format)
     _note(folder, kind, repo, revision, commit)
-    check_names(site, repo, path)
+    if not pair:
+        check_names(site, repo, path)
     try:
-        method = _read(folder, kind, repo, path, norm_scaling_factor, threshold)
+        if kind == "crosscoder":
+            method: Dictionary = crosscoder.read(
+                folder / file if file in CROSSCODER else folder, _pair(norm_scaling_factor)
+            )
+        else:
+            method = _read(folder, kind, repo, path, norm_scaling_factor, threshold)
     except UserError as error:
         raise error if str(folder) in str(error) else UserError(f"{folder}: {error}") from error
-    if isinstance(method, Pretrained):
+    _require_models(method, n_models, folder)
+    if isinstance(method, Pretrained | PretrainedCrosscoder):
         method.source |= {"repo": repo, "path": path, "revision": commit}
         check_site(optional_field(method.source, "hook", str, f"{folder}: its source"), site)
         check_model(optional_field(method.source, "model", str, f"{folder}: its source"), model)
@@ -105,8 +131,24 @@ def is_one(repo: str, path: str | None) -> bool:
     return path is not None or (folder.is_dir() and bool(_present(folder)))
 
 
+def _require_models(method: Dictionary, n_models: int, folder: Path) -> None:
+    held = method.input_shape[0] if len(method.input_shape) > 1 else 1
+    if held != n_models:
+        what = f"a crosscoder of {held} models" if held > 1 else "a dictionary of one model"
+        raise UserError(f"method.repo: {folder} contains {what}, and this experiment needs one of {n_models}. {PAIRS}")
+
+
+def _pair(factors: float | Sequence[float] | None) -> Sequence[float] | None:
+    return [factors] if isinstance(factors, int | float) else factors
+
+
 def _read(
-    folder: Path, format: str, repo: str, path: str | None, norm_scaling_factor: float | None, threshold: float | None
+    folder: Path,
+    format: str,
+    repo: str,
+    path: str | None,
+    norm_scaling_factor: float | Sequence[float] | None,
+    threshold: float | None,
 ) -> Dictionary:
     for name, value, user in (
         ("norm_scaling_factor", norm_scaling_factor, "saelens"),
@@ -115,6 +157,8 @@ def _read(
         if value is not None and format != user:
             raise UserError(f"method.{name}: the format {format} does not use it. Set it to null.")
     if format == "saelens":
+        if norm_scaling_factor is not None and not isinstance(norm_scaling_factor, int | float):
+            raise UserError(f"method.norm_scaling_factor: {norm_scaling_factor!r} is not one number.")
         return saelens.read(folder, norm_scaling_factor)
     if format == "gemma_scope":
         return gemma_scope.read(folder / gemma_scope.PARAMS, repo, path or "")
@@ -139,7 +183,8 @@ def _note(folder: Path, kind: str, repo: str, revision: str | None, commit: str 
     if commit is not None:
         note_commit(repo, revision or "main", commit)
         return
-    files = [folder / name for name in (*NEEDED[kind], *OPTIONAL.get(kind, ()))]
+    names = (*crosscoder.WEIGHTS, crosscoder.TRAINER, crosscoder.CONFIG) if kind == "crosscoder" else NEEDED[kind]
+    files = [folder / name for name in (*names, *OPTIONAL.get(kind, ()))]
     if kind == "native":
         files = [folder / native.POINTER, *(native.stored(folder) / name for name in NEEDED[kind])]
     if kind == "sparsify" and (run := sparsify.run_config(folder)):
@@ -181,15 +226,19 @@ def _format(folder: Path, stated: Format) -> str:
     held = ", ".join(sorted(file.name for file in folder.iterdir())[:12]) if folder.is_dir() else ""
     if stated == "auto" and len(present) > 1:
         raise UserError(f"method.format: {folder} has the files of {' and '.join(present)}. Set it to one of these.")
-    if stated == "auto" and any((folder / file).is_file() for file in crosscoder.FILES):
-        raise UserError(
-            f"{folder} seems to contain a crosscoder of two models. Use core.interop.crosscoder.load to read it."
-        )
+    if stated == "auto" and any((folder / file).is_file() for file in crosscoder.WEIGHTS):
+        raise UserError(f"method.repo: {folder} seems to contain a crosscoder of two models. {PAIRS}")
     wanted = NEEDED if stated == "auto" else {stated: NEEDED[stated]}
     needs = "; ".join(f"{name}: {' and '.join(files)}" for name, files in wanted.items())
     raise UserError(
         f"method.path: {folder} lacks the files of a dictionary ({needs}). It contains: {held or 'nothing'}."
     )
+
+
+def _pair_format(folder: Path, stated: Format) -> str:
+    """The format of a crosscoder's files: of ours if the folder has them."""
+    ours = (folder / native.POINTER).is_file() or all((folder / name).is_file() for name in NEEDED["native"])
+    return "native" if stated == "native" or (stated == "auto" and ours) else "crosscoder"
 
 
 def _present(folder: Path) -> list[str]:

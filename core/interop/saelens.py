@@ -194,7 +194,7 @@ def write(
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": dictionary.settings.subtract_b_dec,
-        "normalize_activations": THEIR_NORMS[dictionary.norm.kind],
+        "normalize_activations": THEIR_NORMS[dictionary.settings.input_norm],
         "reshape_activations": "none",
         "metadata": metadata,
     }

@@ -102,6 +102,9 @@ class Dictionary(nn.Module, ABC):
         """bool `[m]`. Where nothing counted how often latents fire, none is called dead."""
         return torch.zeros(self.dict_size, dtype=torch.bool, device=self.W_dec.device)
 
+    def require_one_code(self) -> None:
+        """Raises UserError for a crosscoder whose codes differ between its models. For analyses of f_j d_j^m."""
+
     def require_sound(self) -> None:
         """Called when weights were read from a file. Raises UserError where they do not fit together."""
 
