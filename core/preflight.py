@@ -130,6 +130,7 @@ class Cell:
                 self.problems.append(f"{where}.calibration_batches: {words}")
         own = getattr(module, "check", None)
         if own is not None and not self.problems:
+            self.write_numbers()
             try:
                 self._try(lambda: own(self.cfg))
             except OmegaConfBaseException as error:  # a setting that the experiment asks for, such as one of `stream`
@@ -248,7 +249,7 @@ class Cell:
             before = len(self.problems)
             self._call(path, kind, node, role, complete=role in (*TEXTS, "method"))
             if role in TEXTS and len(self.problems) == before:
-                self._build(path, node, role)
+                self._build(path, node | self.checked.get(path, {}), role)
 
     def _method(self, path: str, node: Plain, role: str) -> None:
         if role == "method" and node.get("d_model") is None:

@@ -36,7 +36,9 @@ from core.streams.module import StreamData
 from experiments.common import request as request_of
 from tests.composing import CONF, composed
 
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml") if path.stem != "pretrained")  # never trained
+METHODS = sorted(  # loaded dictionaries are never trained, and crosscoders need two models
+    path.stem for path in (CONF / "method").glob("*.yaml") if not path.stem.startswith(("pretrained", "crosscoder"))
+)
 TRAININGS = {**{name: [name] for name in METHODS}, "pair": ["batchtopk", "relu_l1"], "fleet": METHODS}
 SETTINGS = ["method.dict_size=64", "method.dead_after_tokens=256", "method.warmup_steps=8", "method.decay_fraction=0.5"]
 STREAM = [

@@ -77,7 +77,8 @@ class Planting(Checked):
 
     def check(self) -> None:
         one = self.n_ctx * self.rows_per_step
-        require(self.n_tokens >= one, self.named("n_tokens"), self.n_tokens, f"be {one} or more, the tokens of a step")
+        words = f"be {one} or more, the tokens of a step of {self.named('rows_per_step')} x {self.named('n_ctx')}"
+        require(self.n_tokens >= one, self.named("n_tokens"), self.n_tokens, words)
 
 
 @dataclass(frozen=True, kw_only=True)
