@@ -191,7 +191,8 @@ class Cell:
         except UserError as error:
             self.problems += str(error).splitlines()
         else:
-            self.checked[node] = self.checked.get(node, {}) | made.plain()
+            own = {name: value for name, value in made.plain().items() if values.get(name) is not None}
+            self.checked[node] = self.checked.get(node, {}) | own
 
     def _try(self, step: Callable[[], object]) -> None:
         try:
