@@ -106,7 +106,7 @@ class Cell:
                 self.problems.append(f"{name}._target_: this setting is missing.")
         self._model(self.values.get("model"))
         self._pair(self.values.get("pair"))
-        for path, node in targets(self.values):
+        for path, node in sorted(targets(self.values), key=lambda one: -one[0].count(".")):  # inner ones first
             self.check_target(path, node, path.rpartition(".")[2])
         return module
 
@@ -250,7 +250,7 @@ class Cell:
             before = len(self.problems)
             self._call(path, kind, node, role, complete=role in (*TEXTS, "method"))
             if role in TEXTS and len(self.problems) == before:
-                self._build(path, node | self.checked.get(path, {}), role)
+                self._build(path, self._converted(path, node), role)
 
     def _method(self, path: str, node: Plain, role: str) -> None:
         if role == "method" and node.get("d_model") is None:
@@ -301,6 +301,15 @@ class Cell:
         self.problems += [f"{path}.{name}: this setting is missing." for name in required if name not in node]
         if len(self.problems) == before:
             self.checked[path] = plain
+
+    def _converted(self, path: str, node: Plain) -> Plain:
+        """A node with its checked values, and those of the nodes in it."""
+        inner = {
+            name: self._converted(f"{path}.{name}", value)
+            for name, value in node.items()
+            if isinstance(value, dict) and f"{path}.{name}" in self.checked
+        }
+        return node | self.checked.get(path, {}) | inner
 
     def _build(self, path: str, node: Plain, role: str) -> None:
         """Build what costs nothing to build: its class knows more rules. Its messages name settings as if it stood at

@@ -26,6 +26,7 @@ from core.analysis.meta_sae import (
 )
 from core.atomic import write_table
 from core.building import plain
+from core.checked import converted
 from core.errors import UserError
 from core.fleet import Request
 from core.interop.loading import is_one
@@ -80,10 +81,10 @@ def check(cfg: DictConfig) -> None:
 
     for place in needed(cfg):
         check_method(member(cfg, place), f"family[{place}]")
-    sizes = [member(cfg, place)["dict_size"] for place in needed(cfg)]
+    sizes = [converted(member(cfg, place)["dict_size"], int | None, "family", []) for place in needed(cfg)]
     if cfg.meta.sampling == "shuffled" and None not in sizes and cfg.meta.batch_size > sum(sizes):
         raise UserError(
-            f"meta.batch_size={cfg.meta.batch_size}: there are at most {sum(sizes)} rows in an epoch. Lower it, or "
+            f"meta.batch_size: {cfg.meta.batch_size} is too much, there are at most {sum(sizes)} rows in an epoch. Lower it, or "
             "choose meta.sampling=replacement."
         )
 

@@ -68,7 +68,7 @@ def check(cfg: DictConfig) -> None:
     if s.zipf_alpha is not None:
         raise UserError("source.zipf_alpha: make_sparse_coded_signal draws uniform codes only; set it to null.")
     if s.n_train < max(s.N, s.M):
-        raise UserError(f"source.n_train={s.n_train}: at least max(N, M) = {max(s.N, s.M)} samples.")
+        raise UserError(f"source.n_train={s.n_train}: at least max(source.N, source.M) = {max(s.N, s.M)} samples.")
 
 
 def scores(cfg: DictConfig, seed: int) -> dict[str, float]:
