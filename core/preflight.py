@@ -227,7 +227,10 @@ class Cell:
         if isinstance(node, dict) and not any(is_within(path, "pair") for path in self.absent):
             self._settings(PairSettings, node, "pair")
             if isinstance(device := node.get("device"), str):
-                self._try(lambda: loading.chosen_device(device))
+                try:
+                    loading.chosen_device(device)
+                except UserError as error:
+                    self.problems.append(str(error).replace("model.device", "pair.device"))
 
     def check_target(self, path: str, node: Plain, role: str) -> None:
         """A node that is built from a class, by that class's own rules. `role`: what it is for, such as method."""
@@ -313,14 +316,13 @@ class Cell:
 
     def _build(self, path: str, node: Plain, role: str) -> None:
         """Build what costs nothing to build: its class knows more rules. Its messages name settings as if it stood at
-        `role`."""
+        `role`, or at `data`."""
         try:
             build(node)
         except UserError as error:
-            self.problems += [
-                f"{path}{line.removeprefix(role)}" if line.startswith(f"{role}.") else line
-                for line in str(error).splitlines()
-            ]
+            for line in str(error).splitlines():
+                own = next((name for name in (role, "data") if line.startswith(f"{name}.")), None)
+                self.problems.append(line if own is None else f"{path}{line.removeprefix(own)}")
         except InstantiationException as error:
             cause = str(error.__cause__ or error).partition("\n")[0]
             self.problems.append(f"{path}: these settings do not fit together ({cause}).")

@@ -84,8 +84,8 @@ def check(cfg: DictConfig) -> None:
     sizes = [converted(member(cfg, place)["dict_size"], int | None, "family", []) for place in needed(cfg)]
     if cfg.meta.sampling == "shuffled" and None not in sizes and cfg.meta.batch_size > sum(sizes):
         raise UserError(
-            f"meta.batch_size: {cfg.meta.batch_size} is too much, there are at most {sum(sizes)} rows in an epoch. Lower it, or "
-            "choose meta.sampling=replacement."
+            f"meta.batch_size: {cfg.meta.batch_size} is too much, there are at most {sum(sizes)} rows in an epoch. "
+            "Lower it, or choose meta.sampling=replacement."
         )
 
 
