@@ -76,7 +76,8 @@ def tuned(cfg: DictConfig, base: LanguageModel, source: Any) -> ChatTuning:
     config = {**base.model.config.to_dict(), **WITHOUT_DROPOUT}
     module = ChatTuning(config, n_steps, o["lr"], o["lr"], 0.0, o["warmup_steps"], o["decay_fraction"], cfg.seed)
     module.lm.load_state_dict(base.model.state_dict())
-    decisive = {"tuning": t, "seed": cfg.seed, "model": plain(cfg.model), "text": source.spec}
+    training = {name: t[name] for name in ("n_tokens", "n_ctx", "rows_per_step", "text_share", "optimiser")}
+    decisive = {"tuning": training, "seed": cfg.seed, "model": plain(cfg.model), "text": source.spec}
     data = mixed_rows(base.tokenizer, source, n_steps, t, cfg.seed)
     work = Work("tuning", n_steps * t["n_ctx"] * t["rows_per_step"], t["n_ctx"] * t["rows_per_step"])
     checkpoints = Store(cfg.artifacts_dir).path("tuning", decisive)
