@@ -75,6 +75,7 @@ class LatentScaling:
         m, M = self.W_dec.shape[:2]
         zeros = self.W_dec.new_zeros
         self.n_active = torch.zeros(m, dtype=torch.int64, device=self.W_dec.device)
+        self.n_rows = 0
         self.f, self.f_square = zeros(m), zeros(m)
         self.error, self.reconstruction = zeros(M, m, M), zeros(M, m, M)  # <p, sum f Y> by probe, latent, model
 
@@ -85,6 +86,7 @@ class LatentScaling:
         kept = values > 0
         rows, cols, f = rows[kept], cols[kept], values[kept].double()
         x = x.double()
+        self.n_rows += len(x)
         parts = list(zip(*(part.split(self.entries_at_once) for part in (rows, cols, f)), strict=True))
         x_hat = self.b_dec.expand(x.shape).clone()
         for at, latents, amounts in parts:
@@ -120,3 +122,15 @@ class LatentScaling:
         }
         gain = {target: value.square() * scale for target, value in beta.items()}
         return Scaling(probe, beta, self.n_active, gain)
+
+    def gain(self, fitted: Scaling, target: Target) -> Tensor:
+        """`[m, M]`: by how much latents that were scaled on other rows lower the mean square of the target on these,
+        per row and component. NaN for a latent that fires on neither.
+
+        |Y|^2 - |Y - beta f p|^2 = |p|^2 sum f^2 (2 beta beta* - beta^2), where beta* is the best one on these rows.
+        """
+        here = self.result(fitted.probe)
+        p_square = self.W_dec[:, MODELS.index(fitted.probe)].square().sum(1, keepdim=True)
+        beta, best = fitted.beta[target], here.beta[target]
+        scale = p_square * self.f_square[:, None] / (max(1, self.n_rows) * self.W_dec.shape[-1])
+        return scale * (2 * beta * best - beta.square())

@@ -47,6 +47,14 @@ def latent_table(W_dec: Tensor, scaling: LatentScaling) -> pd.DataFrame:
     return table
 
 
+def mirrored(table: pd.DataFrame) -> pd.DataFrame:
+    """The table as it would be with the two models exchanged: Delta_norm from the other side, and the ratios of the
+    base probe. So what is said of chat-only latents is said of base-only ones."""
+    other = {"chat_only": "base_only", "base_only": "chat_only"}
+    columns = {"delta": 1 - table["delta"], "class": table["class"].replace(other), "n_active": table["n_active"]}
+    return pd.DataFrame(columns | {f"nu_{target}": table[f"base_probe_nu_{target}"] for target in TARGETS})
+
+
 @dataclass(frozen=True, eq=False)
 class Specificity:
     """

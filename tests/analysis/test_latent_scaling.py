@@ -99,6 +99,22 @@ def test_the_rows_may_come_in_any_parts(parts: int):
         torch.testing.assert_close(split.beta[target], beta, rtol=1e-12, atol=1e-12)
 
 
+def test_the_gain_on_other_rows_is_that_of_the_direct_form_and_can_be_negative():
+    weights, x, f = problem()
+    there, here = LatentScaling(weights), LatentScaling(weights)
+    there.add(x[:30], DenseCodes(f[:30]))
+    here.add(x[30:], DenseCodes(f[30:]))
+    gain = here.gain(there.result("base"), "reconstruction")
+    for j in range(M):
+        for model in range(2):
+            Y = (f[30:] @ weights.W_dec[:, model]) + weights.b_dec[model]
+            beta = there.result("base").beta["reconstruction"][j, model]
+            left = Y - beta * f[30:, j, None] * weights.W_dec[j, 0]
+            assert float(gain[j, model]) == pytest.approx(float((Y.square() - left.square()).mean()), rel=1e-9)
+    itself = here.gain(here.result("base"), "reconstruction")
+    assert (itself > gain).all() and (itself > 0).all() and (gain < 0).any()
+
+
 def test_a_latent_that_never_fires_has_no_beta_and_a_count_of_zero():
     weights, x, f = problem()
     f[:, 2] = 0
@@ -141,5 +157,5 @@ def test_the_sums_do_not_grow_with_the_number_of_rows():
     sizes = []
     for _ in range(3):
         sums.add(x, DenseCodes(f))
-        sizes.append(sum(value.numel() for value in vars(sums).values()))
+        sizes.append(sum(value.numel() for value in vars(sums).values() if isinstance(value, Tensor)))
     assert len(set(sizes)) == 1

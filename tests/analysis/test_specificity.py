@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from core.analysis.latent_scaling import LatentScaling
-from core.analysis.specificity import Specificity, correlation, default_size, latent_table
+from core.analysis.specificity import Specificity, correlation, default_size, latent_table, mirrored
 from core.kernels.codes import DenseCodes
 from tests.analysis.test_latent_scaling import problem
 
@@ -97,6 +97,15 @@ def test_where_the_relative_norm_says_nothing_the_lowest_are_spread():
 def test_a_correlation_of_constants_or_of_two_values_is_none():
     assert correlation([1, 1, 1], [1, 2, 3]) is None and correlation([1, 2], [1, 2]) is None
     assert correlation([1, 2, 3], [2, 4, 7], rank=True) == pytest.approx(1)
+
+
+def test_the_mirrored_table_is_that_of_the_exchanged_models():
+    weights, x, f = problem()
+    sums, other = LatentScaling(weights), LatentScaling(weights.swapped())
+    sums.add(x, DenseCodes(f))
+    other.add(x.flip(1), DenseCodes(f))
+    made, wanted = mirrored(latent_table(weights.W_dec, sums)), latent_table(weights.swapped().W_dec, other)
+    pd.testing.assert_frame_equal(made, wanted[list(made.columns)])
 
 
 def test_the_table_holds_both_probes():
