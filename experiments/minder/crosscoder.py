@@ -20,13 +20,14 @@ from core.kernels.codes import entries
 from core.methods.crosscoder import L1Crosscoder, latent_sizes, scaled
 from core.methods.dictionary import Dictionary
 from core.metrics.crosscoder import CLASSES, ExplainedVariance, in_class, relative_norm
-from experiments.minder import common
+from experiments.minder import common, page
+from experiments.minder.analysis import Trained
 from experiments.minder.common import crosscoder, dictionaries, held_out_batches, later_dictionaries
-from experiments.minder.settings import CrosscoderSettings
+from experiments.minder.settings import TrainingSettings
 
 __all__ = ["SETTINGS", "check", "dictionaries", "later_dictionaries", "run"]
 
-SETTINGS = CrosscoderSettings
+SETTINGS = TrainingSettings
 N_BINS = 100  # of the histogram of Delta_norm, as in the paper's figure
 SMALL = 1e-4  # v below which the authors' trainer calls a latent dead
 RARE = 10  # activations on text, or on dialogues, below which their table calls it dead
@@ -40,6 +41,7 @@ def check(cfg: DictConfig) -> None:
 def run(cfg: DictConfig) -> dict[str, float]:
     """Train one crosscoder, and say what its decoder norms call chat-only, base-only and shared.
 
+    It ends in a page to browse: `diff.html` in the cell's folder.
     Claims: minder/crosscoder-1 (counts) and -2 (twins) compare these cells with each other.
     """
     trained = crosscoder(cfg)
@@ -49,13 +51,15 @@ def run(cfg: DictConfig) -> dict[str, float]:
     folder = Path(cfg.cell_folder)
     write_table(latent_table(W, delta, use), folder / "latents.parquet")
     write_table(histogram(delta, alive), folder / "delta.parquet")
-    return {
+    metrics = {
         **use.metrics(),
         **class_counts(delta, alive),
         **cosines(W, delta, alive),
         **twin_metrics(cfg, trained, delta, alive, use.largest, folder),
         **({"l1_coefficient": trained.settings.l1_coefficient} if isinstance(trained, L1Crosscoder) else {}),
     }
+    page.write(cfg, Trained.of(trained), metrics)
+    return metrics
 
 
 class Use:

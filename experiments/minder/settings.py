@@ -162,3 +162,21 @@ class TemplateSettings(ScalingSettings):
     """Of minder_templates."""
 
     templates: Templates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page(Checked):
+    """The node `page`: latents in the list (0: no page), contexts of each, and tokens of a context."""
+
+    node: ClassVar[str] = "page"
+    n_latents: int = at_least(0)
+    n_contexts: int = at_least(1)
+    window: int = at_least(2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(ScalingSettings):
+    """Of minder_crosscoder, which ends in a page."""
+
+    causality: Causality
+    page: Page

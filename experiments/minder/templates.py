@@ -160,14 +160,15 @@ def save_contexts(cfg: DictConfig, trained: Trained, found: Specificity, folder:
         return
     order = np.argsort(-found.table["delta"].where(found.effective, -1).to_numpy(), kind="stable")
     chosen = order[: min(t.n_contexts, int(found.effective.sum()))]
-    windows = windows_of(cfg, trained, chosen)
+    windows = windows_of(cfg, trained, chosen, t.window)
     write_for_judge(
         folder / "contexts.jsonl", windows, pair(cfg).tokenizer, t.n_quantiles, t.n_each, t.n_negative, cfg.seed
     )
 
 
-def windows_of(cfg: DictConfig, trained: Trained, latents: np.ndarray) -> Windows:
-    """The held-out rows in windows, with the activations of some latents."""
+@torch.no_grad()
+def windows_of(cfg: DictConfig, trained: Trained, latents: np.ndarray, length: int) -> Windows:
+    """The held-out rows in windows of `length` tokens, with the activations of some latents."""
     tokens = held_out_pairs(cfg)
     v = torch.zeros(*tokens.ids.shape, len(latents))
     for batch in held_out_batches(cfg):
@@ -175,4 +176,4 @@ def windows_of(cfg: DictConfig, trained: Trained, latents: np.ndarray) -> Window
         own = columns(trained.v(trained.codes(batch)[1]), torch.from_numpy(latents)).float()
         v[batch.truth["row"].cpu(), batch.positions.cpu()] = own
     real = ~tokens.is_padding
-    return Windows.of(latents.tolist(), tokens.ids, tokens.roles, real, tokens.is_chat, v, cfg.templates.window)
+    return Windows.of(latents.tolist(), tokens.ids, tokens.roles, real, tokens.is_chat, v, length)
