@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast, get_type_hints
 
 import pytest
 from hydra.utils import instantiate
@@ -58,7 +58,8 @@ def test_a_wrong_type_is_refused_with_the_key_named(data: st.DataObject):
         wrong = wrong | st.none()
     if not isinstance(node[key], bool):
         wrong = wrong | st.booleans()
-    if isinstance(node[key], int) or key in MAY_BE_NULL[1:]:
+    takes_fractions = get_type_hints(cast(Any, method_class(node["_target_"])).settings_class)[key] is float
+    if not takes_fractions and (isinstance(node[key], int) or key in MAY_BE_NULL[1:]):
         wrong = wrong | st.floats(0.01, 0.99) | st.just(float("nan"))
     with pytest.raises(UserError, match=rf"^method\.{key}: "):
         settings_of(node | {key: data.draw(wrong)})
